@@ -1,0 +1,230 @@
+"""Run folders to tidy DataFrames: one row a run, one row a logged step, one row a milestone.
+
+Column names are those of `cggr_ray.schema` (`train_seconds` in s, `val/loss` in nats/token, ...); steps and milestones
+carry `trial_id`, `recipe` and `seed` in front. In the runs frame the small dicts of run.json and summary.json become
+columns of their own: `ledger/train`, `values/<hyperparameter>`, `model/name`, `device/name`, `versions/torch`.
+
+Only JSON is read, so a race can be analysed on a machine that has neither the trainer nor a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cggr_ray.schema import (
+    FRACTION,
+    KIND,
+    LEDGERS,
+    METRICS_FILE,
+    RACE_FILE,
+    RUN_FILE,
+    RUNS_FOLDER,
+    STEP,
+    SUMMARY_FILE,
+    TOKENS_SEEN,
+    TRAIN_SECONDS,
+    WALL_SECONDS,
+)
+
+IDENTITY = ("trial_id", "recipe", "seed")
+POSITION = (STEP, FRACTION, TRAIN_SECONDS, WALL_SECONDS, TOKENS_SEEN)
+UNFINISHED = "unfinished"
+KINDS = ("step", "milestone", "resumed")
+# The marks of the data order stay one object: their keys are row counts, not names.
+WHOLE = ("order",)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Race:
+    """The frames of one folder; `spec` is race.json, or empty where runs stand alone."""
+
+    folder: Path
+    spec: Mapping[str, Any]
+    runs: pd.DataFrame
+    steps: pd.DataFrame
+    milestones: pd.DataFrame
+
+    @property
+    def baseline(self) -> str:
+        """The recipe that the others are measured against: as the race says, else `baseline`, else the first."""
+        present = list(self.runs["recipe"].unique())
+        named = self.spec.get("baseline")
+        if named is not None:
+            return str(named)
+        return "baseline" if "baseline" in present else str(present[0])
+
+    @property
+    def recipes(self) -> list[str]:
+        """Recipes that have a run, the baseline first, then in the order of the race."""
+        present = [str(name) for name in self.runs["recipe"].unique()]
+        order = [self.baseline, *self.spec.get("recipes", ()), *present]
+        return [name for name in dict.fromkeys(order) if name in present]
+
+    def to_parquet(self, folder: Path | str) -> list[Path]:
+        """Writes runs, steps and milestones as Parquet; histograms and other nested values as JSON text."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for name, frame in (("runs", self.runs), ("steps", self.steps), ("milestones", self.milestones)):
+            path = target / f"{name}.parquet"
+            _flat(frame).to_parquet(path, index=False)
+            paths.append(path)
+        return paths
+
+
+def read_race(folder: Path | str) -> Race:
+    """Reads a race folder, one run folder, or any folder with `runs/` below it.
+
+    Raises ValueError if there is no run, if two runs share a trial id, or if a file is not what the schema says.
+    """
+    root = Path(folder)
+    run_folders = _run_folders(root)
+    runs: list[Row] = []
+    steps: list[Row] = []
+    milestones: list[Row] = []
+    for run_folder in run_folders:
+        run, rows = read_run(run_folder)
+        identity = {key: run[key] for key in IDENTITY}
+        runs.append(run)
+        for row in rows:
+            target = steps if row[KIND] == "step" else milestones
+            target.append(identity | {key: value for key, value in row.items() if key != KIND})
+    frame = _frame(runs, IDENTITY)
+    if frame["trial_id"].duplicated().any():
+        twice = sorted(set(frame.loc[frame["trial_id"].duplicated(), "trial_id"]))
+        raise ValueError(f"{root}: trial ids {twice} occur twice; accepted: the folder of one race")
+    race_file = root / RACE_FILE
+    spec = _read_object(race_file) if race_file.is_file() else {}
+    columns = (*IDENTITY, *POSITION)
+    return Race(root, spec, frame, _frame(steps, columns), _frame(milestones, columns))
+
+
+def read_run(folder: Path) -> tuple[Row, list[Row]]:
+    """The row of one run for the runs frame, and its surviving rows of metrics.jsonl in the order written."""
+    described = _read_object(folder / RUN_FILE)
+    for key in IDENTITY:
+        if key not in described:
+            raise ValueError(f"{folder / RUN_FILE}: no {key!r}; accepted: an object with {', '.join(IDENTITY)}")
+    summary_file = folder / SUMMARY_FILE
+    summary: Row = _read_object(summary_file) if summary_file.is_file() else {"status": UNFINISHED}
+    ledgers = {f"ledger/{name}": summary.get("ledgers", {}).get(name) for name in LEDGERS}
+    rest = {key: value for key, value in summary.items() if key != "ledgers"}
+    metrics_file = folder / METRICS_FILE
+    rows, resumes = surviving_rows(read_rows(metrics_file)) if metrics_file.is_file() else ([], 0)
+    return _columns(described) | _columns(rest) | ledgers | {"resumes": resumes}, rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a metrics file, as written.
+
+    A last line without its newline that does not parse is the trace of a kill in mid-write: it is left out, with a
+    warning. A broken line anywhere else means lost data and raises ValueError.
+    """
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                warnings.warn(f"{path}:{number}: torn last line left out", stacklevel=2)
+                continue
+            raise ValueError(f"{path}:{number}: not JSON ({error}); accepted: one object a line") from error
+        if not isinstance(row, dict) or row.get(KIND) not in KINDS or not isinstance(row.get(STEP), int):
+            text = line[:80].decode(errors="replace")
+            raise ValueError(
+                f"{path}:{number}: {text}; accepted: an object with {KIND} in {KINDS} and an integer {STEP}"
+            )
+        rows.append(row)
+    return rows
+
+
+def surviving_rows(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """Steps and milestones that the final weights went through, and how often the run was resumed.
+
+    A run that goes on from a checkpoint of step k computes the steps after k again; what it had logged for them
+    before is about weights that no longer exist.
+    """
+    kept: list[Row] = []
+    resumes = 0
+    for row in rows:
+        if row[KIND] == "resumed":
+            kept = [earlier for earlier in kept if earlier[STEP] <= row[STEP]]
+            resumes += 1
+        else:
+            kept.append(row)
+    return kept, resumes
+
+
+def _run_folders(root: Path) -> list[Path]:
+    """Run folders at or below `root`; ValueError if there is none."""
+    if (root / RUN_FILE).is_file():
+        return [root]
+    found = sorted(root.glob(f"{RUNS_FOLDER}/*/{RUN_FILE}")) or sorted(root.glob(f"**/{RUNS_FOLDER}/*/{RUN_FILE}"))
+    if not found:
+        raise ValueError(
+            f"no runs in {root}; accepted: a run folder ({RUN_FILE}), or one with {RUNS_FOLDER}/<trial id>/ below it"
+        )
+    return [path.parent for path in found]
+
+
+def _read_object(path: Path) -> Row:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); accepted: one object") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a {type(value).__name__}; accepted: one object")
+    return value
+
+
+def _columns(source: Mapping[str, Any]) -> Row:
+    """One level of dicts as `key/name` columns."""
+    columns: Row = {}
+    for key, value in source.items():
+        if isinstance(value, dict) and key not in WHOLE:
+            columns |= {f"{key}/{name}": inner for name, inner in value.items()}
+        else:
+            columns[key] = value
+    return columns
+
+
+def _frame(rows: list[Row], first: tuple[str, ...]) -> pd.DataFrame:
+    """A frame whose columns begin with `first`; a column of numbers and nulls is numeric, null being NaN."""
+    frame = pd.DataFrame(rows, columns=list(dict.fromkeys((*first, *(key for row in rows for key in row)))))
+    for name in frame.columns:
+        column = frame[name]
+        if column.dtype == object and all(_is_number(value) for value in column):
+            frame[name] = pd.to_numeric(column)
+    return frame
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _flat(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with every column of one simple type, which is what Parquet can hold."""
+    flat = frame.copy()
+    for name in flat.columns:
+        column = flat[name]
+        if column.dtype == object:
+            missing = [not isinstance(value, list | dict) and bool(pd.isna(value)) for value in column]
+            texts = [None if gone else _text(value) for gone, value in zip(missing, column, strict=True)]
+            flat[name] = pd.Series(texts, index=flat.index, dtype="str")
+    return flat
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,151 @@
+"""The plots of a report: loss against train seconds and tokens, speed against train seconds, memory.
+
+A recipe keeps its colour in every plot of a race (Okabe and Ito's palette, which survives colour blindness; the
+baseline is black). A thin line is one run, a thick line the mean of a recipe's finished runs, drawn where all of them
+have values. Every function writes one PNG and returns its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from analysis.frames import Race
+from analysis.measures import FINISHED, finished_runs
+from cggr_ray.schema import FRACTION, TOKENS_PER_SEC, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
+
+DPI = 130
+BASELINE_COLOUR = "#000000"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+DASHES = ("-", "--", ":", "-.")
+# The first part of a run falls so fast that it would flatten everything after it.
+ZOOM_FRACTION = 0.25
+SPEED_WINDOW = 9
+
+Style = tuple[str, str]
+
+
+def styles(recipes: list[str], baseline: str) -> dict[str, Style]:
+    """Colour and dash of every recipe; past seven recipes the colours come again with another dash."""
+    others = [name for name in recipes if name != baseline]
+    given = {
+        name: (PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]) for i, name in enumerate(others)
+    }
+    return {name: (BASELINE_COLOUR, "-") if name == baseline else given[name] for name in recipes}
+
+
+def plot_loss_against_seconds(race: Race, path: Path, metric: str = VAL_LOSS) -> Path:
+    """Validation loss at every milestone against seconds of training."""
+    figure, axes = _canvas("train time (s)", f"{metric} (nats/token)")
+    _lines(axes, race, race.milestones, TRAIN_SECONDS, metric)
+    _zoom(axes, race.milestones, metric)
+    return _save(figure, axes, path)
+
+
+def plot_loss_against_tokens(race: Race, path: Path, metric: str = VAL_LOSS) -> Path:
+    """Validation loss at every milestone against millions of tokens read from the stream."""
+    figure, axes = _canvas("tokens seen (millions)", f"{metric} (nats/token)")
+    millions = race.milestones.assign(**{TOKENS_SEEN: race.milestones[TOKENS_SEEN] / 1e6})
+    _lines(axes, race, millions, TOKENS_SEEN, metric)
+    _zoom(axes, race.milestones, metric)
+    return _save(figure, axes, path)
+
+
+def plot_speed(race: Race, path: Path) -> Path:
+    """Tokens seen per train second against seconds of training, as a running median of nine rows."""
+    figure, axes = _canvas("train time (s)", f"tokens/s (running median of {SPEED_WINDOW} rows)")
+    steps = race.steps
+    if TOKENS_PER_SEC in steps.columns:
+        by_run = steps.groupby("trial_id", sort=False)[TOKENS_PER_SEC]
+        smooth = by_run.transform(lambda values: values.rolling(SPEED_WINDOW, center=True, min_periods=1).median())
+        _lines(axes, race, steps.assign(**{TOKENS_PER_SEC: smooth}), TRAIN_SECONDS, TOKENS_PER_SEC)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    return _save(figure, axes, path)
+
+
+def plot_memory(race: Race, path: Path) -> Path:
+    """Peak device memory: a bar for the mean of a recipe's finished runs, a dot for each of them."""
+    figure, axes = _canvas("peak device memory (MiB)", "")
+    look = styles(race.recipes, race.baseline)
+    peaks = finished_runs(race)
+    for row, recipe in enumerate(race.recipes):
+        values = peaks.loc[peaks["recipe"] == recipe, "peak_memory_mib"].dropna().to_numpy(float)
+        if len(values):
+            axes.barh(row, values.mean(), height=0.6, color=look[recipe][0], alpha=0.55)
+            axes.plot(values, [row] * len(values), "o", color=look[recipe][0], markersize=4)
+            axes.annotate(
+                f"{values.mean():,.0f}", (values.max(), row), xytext=(7, 0), textcoords="offset points", va="center"
+            )
+    axes.set_yticks(range(len(race.recipes)), race.recipes)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.margins(x=0.12)
+    axes.grid(axis="y", visible=False)
+    return _save(figure, axes, path)
+
+
+def _lines(axes: Axes, race: Race, rows: pd.DataFrame, x: str, y: str) -> None:
+    """A thin line a run and, from two finished runs on, a thick line for their mean; nothing if nobody measured `y`."""
+    if y not in rows.columns:
+        return
+    look = styles(race.recipes, race.baseline)
+    finished = set(race.runs.loc[race.runs["status"] == FINISHED, "trial_id"])
+    for recipe in race.recipes:
+        colour, dash = look[recipe]
+        curves: Mapping[str, pd.DataFrame] = {
+            str(trial): run[[x, y]].astype(float).dropna().sort_values(x)
+            for trial, run in rows[rows["recipe"] == recipe].groupby("trial_id", sort=False)
+        }
+        ended = [curve for trial, curve in curves.items() if trial in finished and len(curve)]
+        label = f"{recipe} ({len(ended)} of {int((race.runs['recipe'] == recipe).sum())} runs finished)"
+        alone = len(curves) == 1
+        for curve in curves.values():
+            axes.plot(curve[x], curve[y], dash, color=colour, lw=1.8 if alone else 0.7, alpha=1 if alone else 0.5)
+        if len(ended) > 1:
+            axes.plot(*_mean_curve(ended, x, y), dash, color=colour, lw=2.2)
+        axes.plot([], [], dash, color=colour, lw=2.2, label=label)
+
+
+def _mean_curve(curves: list[pd.DataFrame], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the interpolated curves over the stretch that all of them cover."""
+    start = max(float(curve[x].iloc[0]) for curve in curves)
+    end = min(float(curve[x].iloc[-1]) for curve in curves)
+    points = np.unique(np.concatenate([curve[x].to_numpy() for curve in curves]))
+    grid = points[(points >= start) & (points <= end)]
+    return grid, np.mean([np.interp(grid, curve[x], curve[y]) for curve in curves], axis=0)
+
+
+def _zoom(axes: Axes, milestones: pd.DataFrame, metric: str) -> None:
+    """Limits the loss axis to what happens from ZOOM_FRACTION of the budget on, if the race got that far."""
+    late = milestones[milestones[FRACTION].astype(float) >= ZOOM_FRACTION]
+    losses = late.get(metric, pd.Series(dtype=float)).astype(float).dropna()
+    if len(losses) > 1 and losses.max() > losses.min():
+        margin = 0.05 * (losses.max() - losses.min())
+        axes.set_ylim(losses.min() - margin, losses.max() + margin)
+
+
+def _canvas(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """A figure with a canvas of its own: no window system, and no state shared with the caller's pyplot."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3, lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, axes: Axes, path: Path) -> Path:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=DPI)
+    return path

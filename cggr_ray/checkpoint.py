@@ -1,0 +1,86 @@
+"""Checkpoints: safetensors and JSON, written aside, flushed to disk, renamed; the last two are kept.
+
+    checkpoints/step_00000123/model.safetensors      weights by parameter name
+                              optimizer.safetensors  masters and states by stack
+                              state.json             everything else: step, ledgers, loader, parts
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cggr_ray.learner import Learner
+
+FOLDER = "checkpoints"
+KEPT = 2
+
+
+def save(run_folder: Path, step: int, learner: Learner, state: dict[str, Any]) -> Path:
+    """Writes a checkpoint that is whole or absent, and removes all but the last two."""
+    final = run_folder / FOLDER / f"step_{step:08d}"
+    aside = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(_weights(learner), aside / "model.safetensors")
+    save_file({k: v.contiguous() for k, v in learner.optimizer.state_dict().items()}, aside / "optimizer.safetensors")
+    (aside / "state.json").write_text(json.dumps({"step": step, "learner": learner.state_dict(), **state}))
+    for file in aside.iterdir():
+        _flush(file)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    _flush(final.parent)
+    for old in _all(run_folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest(run_folder: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    found = _all(run_folder)
+    return found[-1] if found else None
+
+
+def load(folder: Path, learner: Learner) -> dict[str, Any]:
+    """Restores weights, optimizer and parts in place; returns the rest of the state."""
+    device = learner.adapter.device
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    weights = load_file(folder / "model.safetensors", device=str(device))
+    mine = dict(learner.adapter.named_parameters())
+    if weights.keys() != mine.keys():
+        raise ValueError(f"{folder} holds another model: {sorted(weights.keys() ^ mine.keys())[:3]}")
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(weights[name])
+    learner.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors", device=str(device)))
+    learner.load_state_dict(state["learner"])
+    return state
+
+
+def remove_all(run_folder: Path) -> None:
+    shutil.rmtree(run_folder / FOLDER, ignore_errors=True)
+
+
+def _weights(learner: Learner) -> dict[str, Tensor]:
+    # Parameters are views of stacks; safetensors refuses tensors that share storage, so each is copied.
+    return {name: p.detach().clone() for name, p in learner.adapter.named_parameters()}
+
+
+def _all(run_folder: Path) -> list[Path]:
+    return sorted((run_folder / FOLDER).glob("step_*"))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,96 @@
+"""RaceClock: every second of a run belongs to exactly one of eight ledgers, so they add up to the wall clock.
+
+`train` and `data_wait` are the budget. Work of a method (router pass, probe, decomposition) is on it; what the race
+does for its own sake (evaluation, checkpoints, reporting, warm-up, set-up) is off it. The device is synchronised only
+where a switch crosses that edge, so training steps and waits for data never stop the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from cggr_ray.schema import BUDGET_LEDGERS, LEDGERS
+
+
+def no_device() -> None:
+    """The synchroniser of a run without an accelerator."""
+
+
+class RaceClock:
+    """Eight ledgers in seconds, one of them running at any time (`idle` until somebody switches).
+
+    Args:
+        synchronise: waits until the device has done its queued work.
+        now: a monotonic clock in seconds; tests inject one.
+        carried: ledgers of earlier parts of the same run (from a checkpoint).
+    """
+
+    def __init__(
+        self,
+        synchronise: Callable[[], None] = no_device,
+        now: Callable[[], float] = time.perf_counter,
+        carried: Mapping[str, float] | None = None,
+    ) -> None:
+        self._synchronise, self._now = synchronise, now
+        self._seconds = {name: float((carried or {}).get(name, 0.0)) for name in LEDGERS}
+        self._current = "idle"
+        self._since = now()
+
+    def switch(self, ledger: str) -> None:
+        """Charges the time since the last switch to the running ledger and starts `ledger`."""
+        if ledger not in self._seconds:
+            raise ValueError(f"ledger {ledger!r}; accepted: {', '.join(LEDGERS)}")
+        if (ledger in BUDGET_LEDGERS) != (self._current in BUDGET_LEDGERS):
+            self._synchronise()
+        self._charge()
+        self._current = ledger
+
+    @contextmanager
+    def ledger(self, ledger: str) -> Iterator[None]:
+        """Runs the body on `ledger`, then goes back to the ledger that ran before."""
+        before = self._current
+        self.switch(ledger)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def tick(self) -> None:
+        """Called once a step. A real clock needs no telling."""
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of the budget used so far, read without synchronising the device."""
+        self._charge()
+        return sum(self._seconds[name] for name in BUDGET_LEDGERS)
+
+    @property
+    def ledgers(self) -> dict[str, float]:
+        """Seconds by ledger, up to now."""
+        self._charge()
+        return dict(self._seconds)
+
+    def restore(self, ledgers: Mapping[str, float], keep: tuple[str, ...] = ()) -> None:
+        """Sets the ledgers back to `ledgers` except those in `keep`: what a warm-up did to the budget is undone."""
+        self._charge()
+        for name in LEDGERS:
+            if name not in keep:
+                self._seconds[name] = float(ledgers[name])
+
+    def _charge(self) -> None:
+        now = self._now()
+        self._seconds[self._current] += now - self._since
+        self._since = now
+
+
+class SteppedClock(RaceClock):
+    """A clock that stands still but for `step_seconds` of training a step: same input, same fractions, same result."""
+
+    def __init__(self, step_seconds: float, carried: Mapping[str, float] | None = None) -> None:
+        super().__init__(now=lambda: 0.0, carried=carried)
+        self._step_seconds = step_seconds
+
+    def tick(self) -> None:
+        self._seconds["train"] += self._step_seconds

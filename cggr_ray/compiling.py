@@ -1,0 +1,21 @@
+"""What is compiled and what is not, in one place: compiled on a GPU, eager elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# One function serves every layer, shape group and kept count of a race; each combination is a graph of its own, and
+# torch would silently go eager past its default limit of eight.
+RECOMPILE_LIMIT = 256
+
+
+def compiled_on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled with static shapes for a CUDA device, itself for any other."""
+    if device.type != "cuda":
+        return function
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False)

@@ -1,0 +1,148 @@
+"""A race's data: its specification, its preparation (tokenizer, token stores) and what a run opens.
+
+Prepared once a race, in `<race>/data/`, and only read afterwards, so that all trials see the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from cggr_ray.codec import to_plain
+from cggr_ray.data.packing import RowOrder
+from cggr_ray.data.sources import Document, HuggingFace, Jsonl, Parquet, Problems, existing
+from cggr_ray.data.store import TokenStore, held_out, write_store
+from cggr_ray.data.tokenizer import SHIPPED, load_tokenizer, train_bpe
+
+# Documents a source gives to the training of a tokenizer.
+TOKENIZER_DOCUMENTS = 50_000
+READY = "ready.json"
+
+AnySource = Problems | Jsonl | Parquet | HuggingFace
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a race reads.
+
+    `tokenizer`: `shipped`, `train` (a BPE of `vocab_size` from the train split), or a folder or name of a Hugging Face
+    one. `val_per_mille` of the documents of every source are held out by a hash of their text.
+    """
+
+    IS_PART: ClassVar[bool] = False
+
+    sources: tuple[AnySource, ...] = field(default_factory=lambda: (Problems(),))
+    row_tokens: int = 256
+    mask_prompts: bool = False
+    tokenizer: str = "shipped"
+    vocab_size: int = 8192
+    val_per_mille: int = 20
+    val_documents: int = 1000
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"sources {names}; accepted: at least one, each with a name of its own")
+        if self.row_tokens < 16:
+            raise ValueError(f"row_tokens = {self.row_tokens}; accepted: at least 16")
+        if not 1 <= self.val_per_mille <= 500:
+            raise ValueError(f"val_per_mille = {self.val_per_mille}; accepted: 1 to 500")
+        if all(source.max_epochs is not None for source in self.sources):
+            raise ValueError("every source has max_epochs; accepted: at least one without, to fill the budget")
+
+    def check(self) -> None:
+        """Looks at every local file, before anything is started."""
+        for source in self.sources:
+            if isinstance(source, Jsonl | Parquet):
+                existing(source.path)
+                next(source.documents(), None)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """An opened, prepared dataset."""
+
+    spec: DataSpec
+    tokenizer: PreTrainedTokenizerBase
+    train: tuple[TokenStore, ...]
+    val: tuple[TokenStore, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of an embedding for this tokenizer: its size, rounded up to a multiple of 128 for the GEMMs."""
+        return -(-len(self.tokenizer) // 128) * 128
+
+    def order(self) -> RowOrder:
+        sources, spec = self.spec.sources, self.spec
+        return RowOrder(
+            self.train,
+            [s.weight for s in sources],
+            [s.max_epochs for s in sources],
+            spec.row_tokens,
+            spec.mask_prompts,
+            spec.seed,
+        )
+
+
+def prepare(spec: DataSpec, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
+    """Writes the tokenizer and the stores into `folder` unless they are there for the same specification."""
+    plain = json.loads(json.dumps(to_plain(spec)))
+    if (folder / READY).is_file() and json.loads((folder / READY).read_text())["spec"] == plain:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    where = _tokenizer(spec, folder, say)
+    tokenizer = load_tokenizer(where)
+    counts = {}
+    for source in spec.sources:
+        say(f"tokenising {source.name}")
+        held: list[Document] = []
+        train = _without_held_out(source.documents(), spec.val_per_mille, held)
+        counts[source.name] = write_store(folder / source.name / "train", train, tokenizer)
+        write_store(folder / source.name / "val", held[: spec.val_documents], tokenizer)
+        if not held or not counts[source.name]:
+            raise ValueError(
+                f"source {source.name!r} has {counts[source.name]} training and {len(held)} held-out documents; "
+                "accepted: at least one of each (raise val_per_mille, or give more documents)"
+            )
+    (folder / READY).write_text(json.dumps({"spec": plain, "tokenizer": where, "documents": counts}, indent=1))
+
+
+def open_data(spec: DataSpec, folder: Path) -> PreparedData:
+    """What `prepare` wrote."""
+    ready = json.loads((folder / READY).read_text())
+    train = tuple(TokenStore.open(folder / s.name / "train") for s in spec.sources)
+    val = tuple(TokenStore.open(folder / s.name / "val") for s in spec.sources)
+    return PreparedData(spec, load_tokenizer(ready["tokenizer"]), train, val)
+
+
+def _tokenizer(spec: DataSpec, folder: Path, say: Callable[[str], None]) -> str:
+    if spec.tokenizer == "shipped":
+        return str(SHIPPED)
+    if spec.tokenizer != "train":
+        return spec.tokenizer
+    say(f"training a tokenizer of {spec.vocab_size} tokens")
+    path = (folder / "tokenizer.json").resolve()
+    train_bpe(_tokenizer_texts(spec), spec.vocab_size, path)
+    return str(path)
+
+
+def _tokenizer_texts(spec: DataSpec) -> Iterator[str]:
+    for source in spec.sources:
+        train = _without_held_out(source.documents(), spec.val_per_mille, [])
+        for document in islice(train, TOKENIZER_DOCUMENTS):
+            yield f"{document.prompt}\n{document.completion}"
+
+
+def _without_held_out(documents: Iterator[Document], per_mille: int, held: list[Document]) -> Iterator[Document]:
+    for document in documents:
+        if held_out(document, per_mille):
+            held.append(document)
+        else:
+            yield document

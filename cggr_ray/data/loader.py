@@ -1,0 +1,146 @@
+"""The loader: packs rows in a background thread, copies them to the device on a side stream, resumes exactly.
+
+A batch that the step path has not consumed yet does not exist for a checkpoint: the loader's state is that of the last
+batch handed out.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cggr_ray.data.batch import Batch, MicroBatch
+from cggr_ray.data.packing import OrderState, PackedRow, RowOrder
+
+PREFETCH = 3
+# A trial keeps the chained hash of its rows at every multiple of this many rows, for comparison with other trials.
+ORDER_MARK_ROWS = 64
+
+
+def micro_batches(
+    rows: Sequence[PackedRow], micro_rows: int, most_documents: int, longest: int, device: torch.device
+) -> list[MicroBatch]:
+    """Rows as micro-batches on `device`. From pinned memory the copy does not block; shapes do not depend on the data."""
+    pin = device.type == "cuda"
+    micros = []
+    for index, at in enumerate(range(0, len(rows), micro_rows)):
+        group = rows[at : at + micro_rows]
+        fields = np.stack([[r.tokens, r.labels, r.positions, r.position_ids] for r in group], axis=1)
+        width = fields.shape[-1]
+        flat = [row * width + start for row, r in enumerate(group) for start in r.starts]
+        starts = np.full(len(group) * (most_documents + 1) + 1, len(group) * width, np.int32)
+        starts[: len(flat)] = flat
+        moved = to_device(torch.from_numpy(fields), device, pin)
+        micros.append(
+            MicroBatch(
+                tokens_BT=moved[0],
+                labels_BT=moved[1],
+                positions_BT=moved[2],
+                position_ids_BT=moved[3],
+                document_starts=to_device(torch.from_numpy(starts), device, pin),
+                longest_document=longest,
+                labelled_B=np.array([r.labelled for r in group]),
+                index=index,
+            )
+        )
+    return micros
+
+
+def to_device(tensor: Tensor, device: torch.device, pin: bool) -> Tensor:
+    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
+
+
+class Loader:
+    """Hands out one batch a step. Use as a context manager, or call `close`: it owns a thread.
+
+    Args:
+        rows: rows a step. micro_rows: rows a forward. state: from `state_dict`, to go on from there.
+    """
+
+    def __init__(
+        self, order: RowOrder, rows: int, micro_rows: int, device: torch.device, state: dict[str, Any] | None = None
+    ) -> None:
+        self._order, self._count, self._micro_rows, self._device = order, rows, micro_rows, device
+        self._state = order.start()
+        self.tokens_seen = 0
+        self.marks: dict[str, str] = {}
+        if state is not None:
+            self._state = OrderState(**state["order"])
+            self.tokens_seen, self.marks = state["tokens_seen"], dict(state["marks"])
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stop = threading.Event()
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=PREFETCH)
+        self._thread = threading.Thread(target=self._produce, args=(self._state,), daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def next(self) -> Batch:
+        """The next batch, ready on the current stream; blocks while none is packed.
+
+        Raises:
+            whatever packing raised in the thread.
+        """
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        batch, self._state, marks, ready = item
+        self.marks |= marks
+        self.tokens_seen += batch.tokens
+        if ready is not None:
+            torch.cuda.current_stream(self._device).wait_event(ready)
+            for micro in batch.micros:
+                for tensor in (micro.tokens_BT, micro.document_starts):
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+        return batch
+
+    @property
+    def rows_read(self) -> int:
+        return self._state.rows_read
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": asdict(self._state), "tokens_seen": self.tokens_seen, "marks": dict(self.marks)}
+
+    def close(self) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _produce(self, state: OrderState) -> None:
+        try:
+            while not self._stop.is_set():
+                rows, marks = [], {}
+                for _ in range(self._count):
+                    row, state = self._order.next_row(state)
+                    rows.append(row)
+                    if state.rows_read % ORDER_MARK_ROWS == 0:
+                        marks[str(state.rows_read)] = state.digest
+                batch, ready = self._move(rows)
+                self._queue.put((batch, state, marks, ready))
+        except (ValueError, OSError, RuntimeError, IndexError) as error:
+            self._queue.put(error)
+
+    def _move(self, rows: list[PackedRow]) -> tuple[Batch, torch.cuda.Event | None]:
+        pack = (self._micro_rows, self._order.most_documents, self._order.row_tokens, self._device)
+        tokens = sum(row.real for row in rows)
+        if self._stream is None:
+            return Batch(tuple(micro_batches(rows, *pack)), tokens), None
+        with torch.cuda.stream(self._stream):
+            batch = Batch(tuple(micro_batches(rows, *pack)), tokens)
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+        return batch, ready

@@ -1,0 +1,186 @@
+"""Where documents come from: generated problems, local JSONL or Parquet, any Hugging Face dataset.
+
+A document is a prompt (may be empty) and a completion. Columns are named, or found among the usual pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pyarrow.parquet as parquet
+
+from cggr_ray.data.problems import LEVELS, problems
+
+# (prompt column, completion column) of GSM8K, NuminaMath, instruction sets and plain text, tried in this order.
+KNOWN_COLUMNS: tuple[tuple[str | None, str], ...] = (
+    ("question", "answer"),
+    ("problem", "solution"),
+    ("prompt", "completion"),
+    (None, "text"),
+)
+
+
+class Document(NamedTuple):
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns to read; neither given means one of `KNOWN_COLUMNS`."""
+
+    prompt: str | None = None
+    completion: str | None = None
+
+    def resolve(self, present: Sequence[str], where: str) -> tuple[str | None, str]:
+        """The columns to read out of those present.
+
+        Raises:
+            ValueError: a named column is missing, or none of the usual pairs is there.
+        """
+        if self.completion is None and self.prompt is None:
+            for prompt, completion in KNOWN_COLUMNS:
+                if completion in present and (prompt is None or prompt in present):
+                    return prompt, completion
+            usual = "; ".join("/".join(filter(None, pair)) for pair in KNOWN_COLUMNS)
+            raise ValueError(f"{where}: columns {sorted(present)}; accepted: {usual}, or name prompt and completion")
+        if self.completion is None:
+            raise ValueError(f"{where}: prompt column {self.prompt!r} without a completion column; accepted: both")
+        for name in filter(None, (self.prompt, self.completion)):
+            if name not in present:
+                raise ValueError(f"{where}: no column {name!r}; accepted: {', '.join(sorted(present))}")
+        return self.prompt, self.completion
+
+
+@dataclass(frozen=True)
+class Source:
+    """What all sources share: a name for val/loss/<name>, a share of the tokens, and a limit on epochs."""
+
+    IS_PART: ClassVar[bool] = True
+
+    name: str
+    weight: float = 1.0
+    max_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight = {self.weight} of source {self.name!r}; accepted: a positive number")
+        if self.max_epochs is not None and self.max_epochs < 1:
+            raise ValueError(f"max_epochs = {self.max_epochs} of source {self.name!r}; accepted: at least 1")
+
+    def documents(self) -> Iterator[Document]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Problems(Source):
+    """Generated maths problems with worked solutions: `count` of them, without end if more are asked for."""
+
+    name: str = "problems"
+    count: int = 20_000
+    seed: int = 0
+    levels: tuple[int, ...] = LEVELS
+
+    def documents(self) -> Iterator[Document]:
+        for p in problems(self.seed, self.count, self.levels):
+            yield Document(p.question, p.solution)
+
+
+@dataclass(frozen=True)
+class Jsonl(Source):
+    """A local file with one JSON object a line, plain or .xz. Relative paths are relative to the race file."""
+
+    name: str = "jsonl"
+    path: str = ""
+    columns: Columns = Columns()
+
+    def documents(self) -> Iterator[Document]:
+        path = existing(self.path)
+        opened = lzma.open if path.suffix == ".xz" else open
+        chosen: tuple[str | None, str] | None = None
+        with opened(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = _json_row(line, f"{path}:{number}")
+                    chosen = chosen or self.columns.resolve(list(row), f"{path}:{number}")
+                    yield _document(row, chosen, f"{path}:{number}")
+
+
+@dataclass(frozen=True)
+class Parquet(Source):
+    """A local Parquet file."""
+
+    name: str = "parquet"
+    path: str = ""
+    columns: Columns = Columns()
+
+    def documents(self) -> Iterator[Document]:
+        path = existing(self.path)
+        table = parquet.ParquetFile(path)
+        chosen = self.columns.resolve(table.schema_arrow.names, str(path))
+        for batch in table.iter_batches(columns=[name for name in chosen if name]):
+            for row in batch.to_pylist():
+                yield _document(row, chosen, str(path))
+
+
+@dataclass(frozen=True)
+class HuggingFace(Source):
+    """A dataset by name, or a local dataset folder; `streaming` reads without downloading it whole."""
+
+    KIND: ClassVar[str] = "hf"
+
+    name: str = "hf"
+    dataset: str = "AI-MO/NuminaMath-1.5"
+    split: str = "train"
+    streaming: bool = False
+    max_documents: int | None = None
+    columns: Columns = Columns()
+
+    def documents(self) -> Iterator[Document]:
+        from datasets import load_dataset
+
+        rows = load_dataset(self.dataset, split=self.split, streaming=self.streaming)
+        chosen: tuple[str | None, str] | None = None
+        for number, row in enumerate(rows):
+            if self.max_documents is not None and number >= self.max_documents:
+                return
+            chosen = chosen or self.columns.resolve(list(row), self.dataset)
+            yield _document(row, chosen, f"{self.dataset} row {number}")
+
+
+# `--data NAME` on the command line: sources by a short name.
+DATA_PRESETS: dict[str, tuple[Source, ...]] = {
+    "problems": (Problems(),),
+    "numinamath": (HuggingFace(name="numinamath", dataset="AI-MO/NuminaMath-1.5"),),
+}
+
+
+def existing(path: str) -> Path:
+    """The path, or a ValueError that names it."""
+    if not Path(path).is_file():
+        raise ValueError(f"data file {path!r} does not exist; accepted: a .jsonl, .jsonl.xz or .parquet file")
+    return Path(path)
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); accepted: one object a line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: {type(row).__name__}; accepted: one JSON object a line")
+    return row
+
+
+def _document(row: dict[str, Any], columns: tuple[str | None, str], where: str) -> Document:
+    prompt, completion = columns
+    values = [row.get(name) if name else "" for name in (prompt, completion)]
+    for name, value in zip((prompt, completion), values, strict=True):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: column {name!r} is {type(value).__name__}; accepted: text")
+    return Document(str(values[0]), str(values[1]))

@@ -1,0 +1,54 @@
+"""Tokenizers: the shipped byte-level BPE, one trained from a race's train split, or a Hugging Face one by folder or name.
+
+Digits are tokens of their own, so that arithmetic is spelled the same way everywhere. One special token ends and begins
+documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+SHIPPED = Path(__file__).with_name("tokenizer.json")
+SHIPPED_VOCABULARY = 2048
+# Words with their leading space, single digits, runs of punctuation, runs of white space.
+PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Trains a byte-level BPE on `texts` and writes it to `path` (tokenizer.json). Any text can be encoded with it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))
+
+
+def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from a tokenizer.json, a local folder, or a Hugging Face name.
+
+    Raises:
+        ValueError: it declares no end-of-text token, which separates packed documents.
+    """
+    if str(where).endswith(".json"):
+        return PreTrainedTokenizerFast(tokenizer_file=str(where), eos_token=END_OF_TEXT)
+    tokenizer = AutoTokenizer.from_pretrained(str(where), trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {str(where)!r} has no end-of-text token; accepted: one that sets eos_token")
+    return tokenizer

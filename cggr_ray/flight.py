@@ -1,0 +1,57 @@
+"""Steps in flight: the host is never more than one step ahead of the device, and reads a step's values only once done.
+
+The one synchronisation of the step path: before the host queues step n + 1, step n - 1 has finished.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cggr_ray.learner import StepRow
+from cggr_ray.progress import Progress
+from cggr_ray.routing.scores import histogram_edges
+from cggr_ray.telemetry.tracker import Row
+
+
+class Finished(NamedTuple):
+    """A finished step: its progress and its values on the host (a histogram as edges and counts)."""
+
+    progress: Progress
+    values: Row
+
+
+class Flight:
+    """A queue of steps whose values are on their way to pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._queue: deque[tuple[StepRow, dict[str, Tensor], torch.cuda.Event | None]] = deque()
+
+    def push(self, row: StepRow) -> None:
+        copies = {name: value.detach().to("cpu", non_blocking=True) for name, value in row.device_values.items()}
+        event = None
+        if self._cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._queue.append((row, copies, event))
+
+    def land(self, all_steps: bool) -> list[Finished]:
+        """Waits for every step but the newest, or for all of them; returns those that finished, oldest first."""
+        landed = []
+        while len(self._queue) > (0 if all_steps else 1):
+            row, copies, event = self._queue.popleft()
+            if event is not None:
+                event.synchronize()
+            values: Row = {name: _value(copy) for name, copy in copies.items()}
+            landed.append(Finished(row.progress, values | row.host_values))
+        return landed
+
+
+def _value(copy: Tensor) -> float | dict[str, list[float]]:
+    if copy.ndim == 0:
+        return float(copy)
+    return {"edges": histogram_edges(), "counts": copy.tolist()}

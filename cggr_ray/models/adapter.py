@@ -1,0 +1,103 @@
+"""All that a method may ask of a model: hidden states, the head, its layers and their parameters.
+
+Runs the layers of a Hugging Face causal LM itself (so that later plans can treat positions differently), one compiled
+block for all layers on a GPU. Shapes: B rows, T positions, D width, V vocabulary, N = B T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cggr_ray.compiling import compiled_on
+from cggr_ray.data.batch import MicroBatch
+from cggr_ray.models.attention import DOCUMENT_FLASH, document_mask
+
+SUPPORTED = ("llama",)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a forward leaves behind: final hidden states (after the last norm) and the head that reads them."""
+
+    hidden_ND: Tensor
+    head_VD: Tensor
+
+
+def _block(layer: nn.Module, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], attention: dict[str, Any]) -> Tensor:
+    out = layer(hidden_BTD, position_embeddings=rotary, **attention)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+class Adapter:
+    """A causal LM of a supported family.
+
+    Raises:
+        ValueError: the model's family is not supported.
+    """
+
+    def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
+        family = model.config.model_type
+        if family not in SUPPORTED:
+            raise ValueError(f"model family {family!r}; accepted: {', '.join(SUPPORTED)}")
+        self.model, self.body = model, model.model
+        self.device = next(model.parameters()).device
+        self.flash = self.device.type == "cuda"
+        model.config._attn_implementation = DOCUMENT_FLASH if self.flash else "sdpa"
+        self._block = compiled_on(self.device, _block)
+        self._checkpoint = gradient_checkpointing
+        model.train()
+
+    @property
+    def execution_note(self) -> str:
+        """How the layers run, for the log."""
+        return "compiled blocks, FlashAttention by document" if self.flash else "eager on the CPU, SDPA with a mask"
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return list(self.body.layers)
+
+    @property
+    def head_VD(self) -> Tensor:
+        return self.model.get_output_embeddings().weight
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.model.named_parameters())
+
+    def hidden_names(self) -> list[str]:
+        """Names of the parameters inside decoder layers."""
+        inside = {id(p) for layer in self.layers for p in layer.parameters()}
+        return [name for name, p in self.named_parameters() if id(p) in inside]
+
+    def set_active_layers(self, active: Sequence[bool]) -> None:
+        """A layer that does not learn keeps no gradient and no optimizer update."""
+        for layer, learns in zip(self.layers, active, strict=True):
+            layer.requires_grad_(learns)
+
+    def forward(self, micro: MicroBatch) -> Stream:
+        """Hidden states of every position. Attention stays inside each document."""
+        hidden = self.body.embed_tokens(micro.tokens_BT)
+        rotary = self.body.rotary_emb(hidden, position_ids=micro.positions_BT)
+        attention = self._attention(micro)
+        for layer in self.layers:
+            if self._checkpoint and torch.is_grad_enabled():
+                hidden = torch.utils.checkpoint.checkpoint(
+                    self._block, layer, hidden, rotary, attention, use_reentrant=False
+                )
+            else:
+                hidden = self._block(layer, hidden, rotary, attention)
+        return Stream(self.body.norm(hidden).flatten(0, 1), self.head_VD)
+
+    def _attention(self, micro: MicroBatch) -> dict[str, Any]:
+        if self.flash:
+            return {
+                "attention_mask": None,
+                "document_starts": micro.document_starts,
+                "longest_document": micro.longest_document,
+            }
+        return {"attention_mask": document_mask(micro.documents_BT)}

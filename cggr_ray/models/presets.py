@@ -1,0 +1,99 @@
+"""Models by shape, and where a model comes from: a preset with random weights, or a local folder in safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from cggr_ray.codec import nearest
+
+# layers, width, heads, key-value heads, FFN width, vocabulary (of the published model; a race sets its tokenizer's)
+PRESETS: dict[str, tuple[int, int, int, int, int, int]] = {
+    "tiny": (4, 128, 4, 2, 384, 2048),
+    "llama-113m": (16, 768, 12, 4, 2048, 16384),
+    "smollm-135m": (30, 576, 9, 3, 1536, 49152),
+    "llama-1.5b": (24, 2048, 32, 8, 8192, 49152),
+}
+# Keys of a config.json that name code to be imported; a model folder with one of them is refused.
+CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model a race trains: a preset's name, or `folder` with config.json and *.safetensors.
+
+    `tie_embeddings` applies to presets. `max_positions` bounds the row length of a preset.
+    """
+
+    IS_PART: ClassVar[bool] = False
+
+    preset: str = "tiny"
+    folder: str | None = None
+    tie_embeddings: bool = True
+    max_positions: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.folder is None and self.preset not in PRESETS:
+            raise ValueError(f"model preset {self.preset!r}; {nearest(self.preset, PRESETS)}")
+        if self.folder is not None:
+            check_folder(Path(self.folder))
+
+    @property
+    def name(self) -> str:
+        return Path(self.folder).name if self.folder else self.preset
+
+    def config(self, vocab_size: int | None = None) -> Any:
+        """The Hugging Face configuration; `vocab_size` replaces a preset's own (a folder keeps its own)."""
+        if self.folder:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        layers, width, heads, kv_heads, ffn, vocabulary = PRESETS[self.preset]
+        return LlamaConfig(
+            num_hidden_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=ffn,
+            vocab_size=vocab_size or vocabulary,
+            tie_word_embeddings=self.tie_embeddings,
+            max_position_embeddings=self.max_positions,
+            use_cache=False,
+        )
+
+    def build(self, vocab_size: int | None, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """The model on `device` in `dtype`. Random weights depend on `seed` alone: drawn on the CPU in float32."""
+        if self.folder:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(self.config(vocab_size), dtype=torch.float32)
+        return model.to(device=device, dtype=dtype)
+
+
+def parameter_count(config: Any) -> int:
+    """Parameters of a configuration, a shared one once, without allocating them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses what cannot be read safely, before anything is started.
+
+    Raises:
+        ValueError: no such folder, no config.json, no *.safetensors, or a config that names code.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model folder {str(folder)!r} has no config.json; accepted: config.json and *.safetensors")
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"model folder {str(folder)!r} has no *.safetensors; accepted: weights in safetensors only")
+    named = [key for key in CODE_KEYS if key in json.loads((folder / "config.json").read_text())]
+    if named:
+        raise ValueError(f"{folder / 'config.json'} sets {named[0]!r}, which names code; accepted: a config without it")

@@ -1,0 +1,133 @@
+"""A race: what is compared, on which model and data, for how many seconds. Its trials share all of that.
+
+A trial is one recipe x one draw of hyperparameters x one seed. `RaceSpec` is a TOML file, strict like a recipe.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from cggr_ray.codec import from_plain, nearest, to_plain
+from cggr_ray.data.dataset import DataSpec
+from cggr_ray.models.presets import ModelSpec
+from cggr_ray.progress import Budget
+from cggr_ray.recipe import Recipe, load_recipe
+
+RACES = Path(__file__).with_name("races")
+
+
+@dataclass(frozen=True)
+class RaceSpec:
+    """All that trials share.
+
+    `values` are dotted recipe keys for every arm, `arms` for one recipe by name. `milestones` are fractions of the
+    budget at which the clock stops for validation; the end is always one. `step_seconds` replaces the real clock by one
+    that advances so much a step: for exact reproduction, never for comparison.
+    """
+
+    IS_PART: ClassVar[bool] = False
+
+    name: str = "race"
+    recipes: tuple[str, ...] = ("baseline", "cggr_loss", "random_tokens", "fewer_rows")
+    seeds: tuple[int, ...] = (0,)
+    budget_seconds: float = 30.0
+    global_rows: int = 16
+    micro_rows: int = 16
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    values: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every_seconds: float = 60.0
+    save_model: bool = False
+    step_seconds: float | None = None
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "cggr-ray"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        Budget(self.budget_seconds)
+        if not self.recipes or len(set(self.recipes)) != len(self.recipes):
+            raise ValueError(f"recipes {list(self.recipes)}; accepted: at least one, none twice")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice")
+        if not 1 <= self.micro_rows <= self.global_rows:
+            raise ValueError(f"micro_rows = {self.micro_rows}; accepted: 1 to global_rows = {self.global_rows}")
+        if any(not 0 < m <= 1 for m in self.milestones):
+            raise ValueError(f"milestones {list(self.milestones)}; accepted: fractions of the budget in (0, 1]")
+        for name in self.arms:
+            if name not in self.recipes:
+                raise ValueError(f"arms.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
+
+    def to_plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> RaceSpec:
+        spec: RaceSpec = from_plain(cls, plain)
+        return spec
+
+    def recipe(self, name: str) -> Recipe:
+        """A recipe of the race with the race's values, then the arm's own."""
+        return load_recipe(name).with_values({**self.values, **self.arms.get(name, {})})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a race. `data_folder` holds the prepared data, `folder` is its own."""
+
+    IS_PART: ClassVar[bool] = False
+
+    trial_id: str
+    recipe: Recipe
+    seed: int
+    race: RaceSpec
+    folder: str
+    data_folder: str
+
+    def to_plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Trial:
+        trial: Trial = from_plain(cls, plain)
+        return trial
+
+
+def load_race(name: str) -> RaceSpec:
+    """A shipped race by name, or one from a TOML file; relative data and model paths are relative to the file."""
+    path = Path(name) if name.endswith(".toml") else RACES / f"{name}.toml"
+    if not path.is_file():
+        known = [p.stem for p in RACES.glob("*.toml")]
+        raise ValueError(f"unknown race {name!r}; {nearest(name, known)}, or the path of a .toml file")
+    try:
+        table = tomllib.loads(path.read_text())
+        for source in table.get("data", {}).get("sources", []):
+            if "path" in source:
+                source["path"] = str((path.parent / source["path"]).resolve())
+        if "folder" in table.get("model", {}):
+            table["model"]["folder"] = str((path.parent / table["model"]["folder"]).resolve())
+        return RaceSpec.from_plain({"name": path.stem} | table)
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:
+    """The trials in the order they run: all recipes of a seed together, every other seed in reverse order, so that a
+    machine that drifts does not favour an arm."""
+    trials = []
+    for number, seed in enumerate(spec.seeds):
+        names = spec.recipes if number % 2 == 0 else spec.recipes[::-1]
+        for name in names:
+            recipe = spec.recipe(name)
+            trial_id = f"{recipe.name.replace('/', '-')}-s{seed}"
+            where = (folder / "runs" / trial_id).resolve()
+            trials.append(Trial(trial_id, recipe, seed, spec, str(where), str((folder / "data").resolve())))
+    return trials

@@ -1,0 +1,98 @@
+"""Recipe: five typed parts and an execution. What a run does, in one immutable value, as TOML and JSON both ways.
+
+    rows        which sequences enter the forward?
+    tokens      which positions carry a gradient, with what weight?
+    objective   what is minimised?
+    optimizer   how does a gradient become an update?
+    updates     which layers learn this step?
+    execution   how it runs; recorded, and never branched on by a method
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from cggr_ray.codec import from_plain, kind_of, nearest, to_plain, with_values
+from cggr_ray.objectives.next_token import NextToken
+from cggr_ray.optim.optimizer import Optimizer
+from cggr_ray.routing.rows import AllRows, FewerRows
+from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens
+from cggr_ray.updates.full import FullUpdate
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a step runs. `precision`: `auto` is bf16 with float32 masters on a GPU and float32 elsewhere."""
+
+    IS_PART: ClassVar[bool] = False
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to train. Every part has a neutral default, so `Recipe(name)` is the baseline."""
+
+    IS_PART: ClassVar[bool] = False
+
+    name: str
+    description: str = ""
+    rows: AllRows | FewerRows = field(default_factory=AllRows)
+    tokens: AllTokens | SelectedTokens | RandomTokens = field(default_factory=AllTokens)
+    objective: NextToken = field(default_factory=NextToken)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    updates: FullUpdate = field(default_factory=FullUpdate)
+    execution: Execution = field(default_factory=Execution)
+
+    def with_values(self, values: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced, for example `{"tokens.keep": 0.5, "optimizer.matrix.lr": 1e-3}`."""
+        recipe: Recipe = with_values(self, values)
+        return recipe
+
+    def to_plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Recipe:
+        """Strict: an unknown key, kind or type is a ValueError that names the nearest known one."""
+        recipe: Recipe = from_plain(cls, plain)
+        return recipe
+
+
+def recipe_names() -> list[str]:
+    """All shipped recipes, the baseline first."""
+    names = {str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.toml")}
+    return ["baseline", *sorted(names - {"baseline"})]
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or one from a TOML file by path.
+
+    Raises:
+        ValueError: unknown name, or a file that does not parse; with the file and what is accepted.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        raise ValueError(f"unknown recipe {name!r}; {nearest(name, recipe_names())}, or the path of a .toml file")
+    try:
+        table = tomllib.loads(path.read_text())
+        return Recipe.from_plain({"name": path.stem} | table)
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def explain(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(part, kind, first line of its documentation) for every part, for `recipe show`."""
+    lines = []
+    for part in ("rows", "tokens", "objective", "optimizer", "updates"):
+        value = getattr(recipe, part)
+        lines.append((part, kind_of(type(value)), (type(value).__doc__ or "").split("\n")[0]))
+    return lines

@@ -1,0 +1,70 @@
+"""How the kept ratio moves over the budget, and the few values it may take (each is a graph of its own)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from cggr_ray.progress import Progress, ramp
+
+# Steps of the ratio between `keep` and 1, and between the smallest ratio of a dynamic threshold and `keep`.
+LEVELS_ABOVE, LEVELS_BELOW = 8, 4
+SMALLEST_OF_KEEP = 0.5
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Fractions of the budget: everything is kept until `full_until`, the target ratio is reached at `target_at`, and
+    everything is kept again from `full_from`."""
+
+    full_until: float = 0.0
+    target_at: float = 0.1
+    full_from: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.full_until <= self.target_at <= self.full_from <= 1:
+            raise ValueError(f"{self}; accepted: 0 <= full_until <= target_at <= full_from <= 1")
+
+    def ratio(self, keep: float, progress: Progress) -> float:
+        """1 before `full_until`, linear to `keep`, 1 again at the end."""
+        if progress.fraction >= self.full_from and self.full_from < 1:
+            return 1.0
+        return 1 - ramp(progress.fraction, self.full_until, self.target_at) * (1 - keep)
+
+
+@dataclass(frozen=True)
+class DynamicThreshold:
+    """Moves the ratio with the model's mean confidence c (largest probability), measured two steps before.
+
+    `upstream`: base (1 + (1 - c) sensitivity), which can only rise above base although it promises to fall as the model
+    grows confident. `corrected`: base (1 + sensitivity (c_ref - c) / c_ref), where c is a running mean and c_ref its
+    value when the curriculum reached its target.
+    """
+
+    IS_PART: ClassVar[bool] = False
+
+    rule: Literal["corrected", "upstream"] = "corrected"
+    sensitivity: float = 0.5
+    smoothing: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.sensitivity < 0 or not 0 <= self.smoothing < 1:
+            raise ValueError(f"{self}; accepted: sensitivity >= 0, smoothing in [0, 1)")
+
+    def ratio(self, base: float, confidence: float, reference: float) -> float:
+        if self.rule == "upstream":
+            return min(1.0, max(0.5 * base, base * (1 + (1 - confidence) * self.sensitivity)))
+        moved = base * (1 + self.sensitivity * (reference - confidence) / max(reference, 1e-6))
+        return min(1.0, max(SMALLEST_OF_KEEP * base, moved))
+
+
+def ratio_levels(keep: float, below: bool) -> tuple[float, ...]:
+    """All ratios a run may use, ascending: `keep` and 1 are exactly among them."""
+    down = [keep * (SMALLEST_OF_KEEP + (1 - SMALLEST_OF_KEEP) * i / LEVELS_BELOW) for i in range(LEVELS_BELOW)]
+    up = [keep + (1 - keep) * i / LEVELS_ABOVE for i in range(LEVELS_ABOVE)]
+    return tuple(sorted({*(down if below else []), *up, 1.0}))
+
+
+def snap(ratio: float, levels: tuple[float, ...]) -> float:
+    """The smallest level not below `ratio`, up to rounding."""
+    return next((level for level in levels if level >= ratio - 1e-9), levels[-1])

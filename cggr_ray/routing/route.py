@@ -1,0 +1,28 @@
+"""TokenRoute: which positions carry a gradient, and with what weight. Made by the `tokens` part, read by everybody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenRoute:
+    """Kept positions of a micro-batch of B rows, K slots each.
+
+    A row with fewer than K positions to keep leaves slots empty: weight 0, so they count for nothing.
+    """
+
+    index_BK: Tensor
+    """int64, positions of each row, sorted."""
+    weights_BK: Tensor
+    """float32. labelled / kept on every kept position makes the loss a mean over them; 1/pi makes it unbiased."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """What was seen on the way, by schema name: 0-d means over labelled positions, a 1-d histogram of the scores."""
+
+    def flat_index(self, row_tokens: int) -> Tensor:
+        """Positions in the flattened rows, of length B K."""
+        rows = torch.arange(len(self.index_BK), device=self.index_BK.device).unsqueeze(1)
+        return (self.index_BK + rows * row_tokens).flatten()

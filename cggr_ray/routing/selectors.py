@@ -1,0 +1,145 @@
+"""Selections: which positions of a row are kept, given their scores. Exactly `keep` a row, deterministic, no host sync.
+
+A selector returns a mask_BT with exactly keep_B true entries a row, and the probability with which each position was
+kept where it draws at random (else None). Unlabelled positions have score -inf and are never kept.
+Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Selection(NamedTuple):
+    mask_BT: Tensor
+    probability_BT: Tensor | None
+
+
+def rank(keys_BT: Tensor) -> Tensor:
+    """Rank of every position in its row, 0 for the largest key; ties go to the lower index."""
+    order = keys_BT.sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(keys_BT.shape[1], device=keys_BT.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def top_k(scores_BT: Tensor, keep_B: Tensor) -> Selection:
+    """The keep_B hardest positions of each row."""
+    return Selection(rank(scores_BT) < keep_B.unsqueeze(1), None)
+
+
+def sequence_aware(scores_BT: Tensor, keep_B: Tensor, documents_BT: Tensor, minimum: int) -> Selection:
+    """Top-k that first gives every document its `minimum` hardest positions, as far as keep_B allows.
+
+    Differs from upstream, which adds these on top, so that its count is not fixed.
+    """
+    by_score = scores_BT.sort(dim=1, descending=True, stable=True).indices
+    by_document = documents_BT.gather(1, by_score).sort(dim=1, stable=True)
+    order = by_score.gather(1, by_document.indices)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    new = torch.ones_like(order, dtype=torch.bool)
+    new[:, 1:] = by_document.values[:, 1:] != by_document.values[:, :-1]
+    first = torch.where(new, places, 0).cummax(dim=1).values
+    within = torch.empty_like(order).scatter_(1, order, places - first)
+    reserved = (within < minimum) & (scores_BT > -torch.inf)
+    # Reserved positions come before all others; among themselves, and among the rest, the score decides.
+    return Selection(_two_keys(reserved, rank(scores_BT)) < keep_B.unsqueeze(1), None)
+
+
+def stratified(
+    scores_BT: Tensor, keep_B: Tensor, labelled_B: Tensor, strata: int, generator: torch.Generator
+) -> Selection:
+    """Uniform draws from quantiles of difficulty; the hardest of S strata gets S parts, the easiest one part.
+
+    Quotas are whole numbers (largest remainder); what a stratum cannot hold flows to the next easier one, then back.
+    Differs from upstream, which takes the top of each stratum, loses what overflows, and never reads the easiest one.
+    """
+    ranks, count, keep = rank(scores_BT), labelled_B.unsqueeze(1), keep_B.unsqueeze(1)
+    stratum = (ranks * strata).div(count.clamp_min(1), rounding_mode="floor").clamp_max(strata - 1)
+    edges = torch.arange(strata + 1, device=scores_BT.device)
+    starts = (edges * count + strata - 1).div(strata, rounding_mode="floor")
+    size_BS = starts[:, 1:] - starts[:, :-1]
+    quota_BS = fill_quotas(strata_quotas(keep, strata), size_BS)
+    draw = torch.rand(scores_BT.shape, generator=generator, device=scores_BT.device)
+    # Unlabelled positions rank last; pushing them past the last stratum keeps them out of every quota.
+    labelled = scores_BT > -torch.inf
+    key = torch.where(labelled, stratum + draw.clamp_max(0.999), float(strata + 1))
+    within = rank(-key) - starts.gather(1, stratum)
+    quota, size = quota_BS.gather(1, stratum), size_BS.gather(1, stratum)
+    return Selection((within < quota) & labelled, quota / size.clamp_min(1))
+
+
+def strata_quotas(keep_B1: Tensor, strata: int) -> Tensor:
+    """keep split in the ratio S : S-1 : ... : 1, hardest first, whole numbers by largest remainder. Shape (B, S)."""
+    parts = torch.arange(strata, 0, -1, device=keep_B1.device)
+    total = strata * (strata + 1) // 2
+    scaled = keep_B1 * parts
+    floor = scaled.div(total, rounding_mode="floor")
+    missing = keep_B1 - floor.sum(dim=1, keepdim=True)
+    return floor + (rank((scaled - floor * total).float()) < missing)
+
+
+def fill_quotas(quota_BS: Tensor, size_BS: Tensor) -> Tensor:
+    """Caps each quota at its stratum's size; the excess flows to easier strata, what is left then to harder ones."""
+    columns = list(quota_BS.unbind(1))
+    excess = torch.zeros_like(columns[0])
+    for s in [*range(len(columns)), *reversed(range(len(columns)))]:
+        wanted = columns[s] + excess
+        columns[s] = torch.minimum(wanted, size_BS[:, s])
+        excess = wanted - columns[s]
+    return torch.stack(columns, dim=1)
+
+
+def inclusion_probabilities(importance_BT: Tensor, keep_B: Tensor, smallest: float) -> Tensor:
+    """pi_t = clamp(c s_t, smallest, 1) with sum pi = keep in every row; 0 where the importance is 0. float64.
+
+    Needs smallest <= keep / labelled <= 1. The water level c is found by bisection in logarithms, to 1e-12.
+    """
+    s = importance_BT.double()
+    present = s > 0
+    keep = keep_B.double().unsqueeze(1)
+
+    def at(log_level: Tensor) -> Tensor:
+        return torch.where(present, (s * log_level.exp()).clamp(smallest, 1.0), 0.0)
+
+    tiny = torch.finfo(torch.float32).tiny
+    low = -(s.amax(dim=1, keepdim=True).clamp_min(tiny)).log() + math.log(smallest) - 1
+    high = -(torch.where(present, s, torch.inf).amin(dim=1, keepdim=True).clamp(tiny, 1e30)).log() + 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = at(middle).sum(dim=1, keepdim=True) > keep
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return at((low + high) / 2)
+
+
+def systematic(probability_BT: Tensor, keep_B: Tensor, generator: torch.Generator) -> Selection:
+    """Systematic sampling in a random order: position t is kept with probability pi_t, exactly keep_B a row."""
+    shape, device = probability_BT.shape, probability_BT.device
+    draw = torch.rand(shape, generator=generator, device=device)
+    order = torch.where(probability_BT > 0, draw, 2.0).argsort(dim=1)
+    pi = probability_BT.gather(1, order)
+    # Crossings of whole numbers by the running sum mark the kept ones; the last sum is forced onto keep exactly.
+    total = pi.cumsum(dim=1)
+    total = total * (keep_B.double().unsqueeze(1) / total[:, -1:].clamp_min(1e-300))
+    start = torch.rand((shape[0], 1), generator=generator, device=device, dtype=torch.float64)
+    wanted = torch.arange(shape[1], device=device, dtype=torch.float64).expand(shape) + start
+    crossing = torch.searchsorted(total, wanted.contiguous())
+    # Rounding could send two crossings to one position, or one past the end: spread them, then pull them back.
+    places = torch.arange(shape[1], device=device)
+    spread = (crossing - places).cummax(dim=1).values + places
+    count = keep_B.unsqueeze(1)
+    present = (probability_BT > 0).sum(dim=1, keepdim=True)
+    limited = torch.minimum(spread, present - count + places)
+    kept_in_order = torch.zeros(shape, dtype=torch.bool, device=device)
+    valid = places < count
+    kept_in_order.scatter_(1, torch.where(valid, limited, limited[:, :1]), True)
+    return Selection(torch.zeros_like(kept_in_order).scatter_(1, order, kept_in_order), probability_BT)
+
+
+def _two_keys(first_BT: Tensor, rank_BT: Tensor) -> Tensor:
+    """Rank by a boolean (true first), then by an existing rank."""
+    width = rank_BT.shape[1]
+    return rank(-(rank_BT + torch.where(first_BT, 0, width)).float())

@@ -1,0 +1,141 @@
+"""Every metric name, its unit, and the rows that a run writes to disk. Standard library only.
+
+A run folder holds
+
+    run.json        what ran: recipe, seeds, model, data, device, versions (written before the first step)
+    metrics.jsonl   one JSON object a line, append-only: `step`, `milestone` and `resumed` rows
+    summary.json    how it ended: status, ledgers, tokens, final validation (written last)
+    checkpoints/    the last two, safetensors and JSON
+
+and a race folder holds race.json and runs/<trial id>/. Readers need nothing but this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+RUN_FILE: Final = "run.json"
+METRICS_FILE: Final = "metrics.jsonl"
+SUMMARY_FILE: Final = "summary.json"
+RACE_FILE: Final = "race.json"
+RUNS_FOLDER: Final = "runs"
+SWEEP_FILE: Final = "sweep.jsonl"
+
+RowKind = Literal["step", "milestone", "resumed"]
+Status = Literal["finished", "diverged", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: its name as it appears in JSONL, W&B and TensorBoard, its unit and what it says."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+# What every row carries: where in the budget it was taken.
+KIND: Final = "kind"
+STEP: Final = "step"
+FRACTION: Final = "fraction"
+TRAIN_SECONDS: Final = "train_seconds"
+WALL_SECONDS: Final = "wall_seconds"
+TOKENS_SEEN: Final = "tokens_seen"
+
+# A training loss of selected positions is not comparable between recipes; only val/* is.
+TRAIN_LOSS: Final = "train/loss"
+KEPT_LOSS: Final = "train/loss_kept_positions"
+TOKENS_PER_SEC: Final = "train/tokens_per_sec"
+SAMPLES_PER_SEC: Final = "train/samples_per_sec"
+LEARNING_RATE: Final = "train/learning_rate"
+GRAD_NORM: Final = "train/grad_norm"
+STEP_SECONDS: Final = "train/step_seconds"
+VAL_LOSS: Final = "val/loss"
+VAL_NATS_PER_BYTE: Final = "val/nats_per_byte"
+VAL_TOKENS: Final = "val/labelled_tokens"
+GPU_MEMORY: Final = "system/gpu_memory_allocated"
+GPU_MEMORY_PEAK: Final = "system/gpu_memory_peak"
+GPU_UTILIZATION: Final = "system/gpu_utilization"
+ROUTER_ENTROPY: Final = "router/entropy"
+ROUTER_CONFIDENCE: Final = "router/confidence"
+ROUTER_KEPT_FRACTION: Final = "router/kept_fraction"
+ROUTER_SCORES: Final = "router/difficulty_score_dist"
+ROUTER_ACTIVE_PARAMS: Final = "router/active_params"
+ORDER_ROWS: Final = "data/order_rows"
+ORDER_HASH: Final = "data/order_hash"
+DATA_WAIT_SECONDS: Final = "data/wait_seconds"
+
+METRICS: Final = tuple(
+    Metric(*entry)
+    for entry in (
+        (STEP, "steps", "optimizer updates so far"),
+        (FRACTION, "1", "used part of the budget, 0 to 1"),
+        (TRAIN_SECONDS, "s", "train + data wait: the clock of the budget"),
+        (WALL_SECONDS, "s", "since the run began, everything included"),
+        (TOKENS_SEEN, "tokens", "positions read from the stream, padding left out"),
+        (TRAIN_LOSS, "nats/token", "mean negative log-likelihood of all labelled positions of the step; full recipes"),
+        (KEPT_LOSS, "nats/token", "the same, weighted, over kept positions alone; recipes that select"),
+        (TOKENS_PER_SEC, "tokens/s", "tokens seen per train second since the last row"),
+        (SAMPLES_PER_SEC, "rows/s", "packed rows per train second since the last row"),
+        (LEARNING_RATE, "1", "learning rate of the hidden matrices"),
+        (GRAD_NORM, "1", "norm of the whole gradient before clipping"),
+        (STEP_SECONDS, "s", "mean train seconds a step since the last row"),
+        (VAL_LOSS, "nats/token", "mean next-token loss on held-out documents, labelled positions"),
+        (VAL_NATS_PER_BYTE, "nats/byte", "the same, per byte of labelled text: comparable between tokenizers"),
+        (VAL_TOKENS, "tokens", "labelled positions of the validation"),
+        (GPU_MEMORY, "MiB", "allocated on the device when the row was written"),
+        (GPU_MEMORY_PEAK, "MiB", "largest allocation since training began"),
+        (GPU_UTILIZATION, "%", "share of the last sample period with a kernel running, as NVML says"),
+        (ROUTER_ENTROPY, "nats", "mean entropy of the scored positions"),
+        (ROUTER_CONFIDENCE, "1", "mean largest probability of the scored positions"),
+        (ROUTER_KEPT_FRACTION, "1", "kept positions / labelled positions"),
+        (ROUTER_SCORES, "score", "histogram of the difficulty scores: [edges, counts]"),
+        (ROUTER_ACTIVE_PARAMS, "parameters", "parameters that get a gradient this step"),
+        (ORDER_ROWS, "rows", "rows read when data/order_hash was taken"),
+        (ORDER_HASH, "hex", "chained hash of the first data/order_rows rows: equal for all trials of a race"),
+        (DATA_WAIT_SECONDS, "s", "seconds the step path has waited for data so far"),
+    )
+)
+
+LEDGERS: Final = (
+    "train",
+    "data_wait",
+    "evaluation",
+    "checkpoint",
+    "reporting",
+    "warm_up",
+    "set_up",
+    "idle",
+)
+BUDGET_LEDGERS: Final = ("train", "data_wait")
+
+# A summary, key by key (summary.json):
+#   trial_id, recipe, seed, status          str, str, int, Status
+#   steps, tokens_seen, labelled_tokens     int
+#   budget_seconds, train_seconds           float; train_seconds is train + data_wait
+#   overrun_seconds, last_step_seconds      float; overrun is what training used past the budget
+#   wall_seconds                            float, from a clock of its own
+#   ledgers                                 {ledger: seconds}, the eight of LEDGERS
+#   val/loss, val/nats_per_byte             float, of the final milestone; best_val_loss the smallest of all
+#   peak_memory_mib                         float or null without a GPU
+#   parameters                              int
+#   order                                   {rows: hash}, the marks of data/order_hash
+#   message                                 str, why it did not finish
+
+BENCH_COLUMNS: Final = (
+    "bench",
+    "shape",
+    "provider",
+    "dtype",
+    "gpu",
+    "torch",
+    "triton",
+    "commit",
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    "peak_mib",
+    "value",
+    "unit",
+)

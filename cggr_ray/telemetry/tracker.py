@@ -1,0 +1,30 @@
+"""Where rows go. JSONL always; W&B and TensorBoard when asked. A tracker that fails to start is left out, and says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+Row = dict[str, Any]
+
+
+class Tracker(Protocol):
+    def log(self, row: Row) -> None: ...
+    def finish(self, summary: Row) -> None: ...
+
+
+def open_trackers(folder: Path, run: Row, wandb: str, wandb_project: str, tensorboard: bool) -> list[Tracker]:
+    """The trackers of a run; `wandb` is off, offline or online."""
+    from cggr_ray.telemetry.jsonl import JsonlTracker
+
+    trackers: list[Tracker] = [JsonlTracker(folder)]
+    if wandb != "off":
+        from cggr_ray.telemetry.wandb import open_wandb
+
+        opened = open_wandb(folder, run, wandb, wandb_project)
+        trackers += [opened] if opened else []
+    if tensorboard:
+        from cggr_ray.telemetry.tensorboard import TensorBoardTracker
+
+        trackers.append(TensorBoardTracker(folder))
+    return trackers

@@ -1,0 +1,46 @@
+"""Warm-up: every graph that a run can reach is compiled off the clock, then all state is put back as it was."""
+
+from __future__ import annotations
+
+import torch
+
+from cggr_ray.data.batch import Batch
+from cggr_ray.data.loader import micro_batches
+from cggr_ray.data.packing import RowOrder
+from cggr_ray.evaluation.heldout import HeldOut
+from cggr_ray.learner import Learner
+from cggr_ray.progress import Progress
+
+STEPS_PER_GRAPH = 2
+
+
+def warm_up(learner: Learner, heldout: HeldOut, order: RowOrder, rows: int, micro_rows: int) -> None:
+    """Steps at every kept ratio that the router can ask for, and one validation; weights and state are restored.
+
+    Without a compiler one ratio is enough: there is nothing to compile, only allocations to touch.
+    """
+    device = learner.adapter.device
+    weights = {name: p.detach().to("cpu", copy=True) for name, p in learner.adapter.named_parameters()}
+    tensors = {name: t.to("cpu", copy=True) for name, t in learner.optimizer.state_dict().items()}
+    host = learner.state_dict()
+    batch = first_batch(order, rows, min(rows, micro_rows), device)
+    levels = learner.router.levels() if device.type == "cuda" else learner.router.levels()[:1]
+    for ratio in levels:
+        for step in range(STEPS_PER_GRAPH):
+            learner.step(batch, Progress(step, 0.0, 1.0, 1), ratio)
+    heldout.evaluate(learner.adapter)
+    with torch.no_grad():
+        for name, parameter in learner.adapter.named_parameters():
+            parameter.copy_(weights[name])
+    learner.optimizer.load_state_dict(tensors)
+    learner.load_state_dict(host)
+
+
+def first_batch(order: RowOrder, rows: int, micro_rows: int, device: torch.device) -> Batch:
+    """The first batch of an order, without a loader."""
+    state, packed = order.start(), []
+    for _ in range(rows):
+        row, state = order.next_row(state)
+        packed.append(row)
+    micros = micro_batches(packed, micro_rows, order.most_documents, order.row_tokens, device)
+    return Batch(tuple(micros), sum(row.real for row in packed))

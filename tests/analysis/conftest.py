@@ -1,0 +1,95 @@
+"""A writer of synthetic run folders, in the form that `cggr_ray.schema` describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LEDGERS = ("train", "data_wait", "evaluation", "checkpoint", "reporting", "warm_up", "set_up", "idle")
+
+
+def milestone(step: int, seconds: float, tokens: int, loss: float | None, budget: float = 20.0) -> dict[str, Any]:
+    position = {"step": step, "fraction": seconds / budget, "train_seconds": seconds, "wall_seconds": 2 * seconds}
+    return {"kind": "milestone", **position, "tokens_seen": tokens, "val/loss": loss}
+
+
+def step_row(step: int, **metrics: Any) -> dict[str, Any]:
+    position = {"step": step, "fraction": step / 20, "train_seconds": float(step), "wall_seconds": 2.0 * step}
+    return {"kind": "step", **position, "tokens_seen": 100 * step, **metrics}
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_run(
+    race_folder: Path,
+    recipe: str,
+    seed: int,
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any] | None = None,
+    **described: Any,
+) -> Path:
+    """One run folder; `summary` overrides keys of a finished one, and None leaves the run unfinished."""
+    trial = recipe.replace("/", "_") + f"-{seed}"
+    folder = race_folder / "runs" / trial
+    folder.mkdir(parents=True)
+    run = {"trial_id": trial, "recipe": recipe, "seed": seed, "data_seed": seed, **described}
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "metrics.jsonl").write_text(lines(rows))
+    if summary is not None:
+        ended = {"trial_id": trial, "recipe": recipe, "seed": seed, "status": "finished", "steps": 20}
+        ended |= {"train_seconds": 20.0, "budget_seconds": 20.0, "wall_seconds": 40.0, "peak_memory_mib": 512.0}
+        ended |= {"tokens_seen": rows[-1]["tokens_seen"] if rows else 0, "overrun_seconds": 0.25}
+        ended |= {"last_step_seconds": 0.5, "ledgers": dict.fromkeys(LEDGERS, 5.0), "message": ""}
+        (folder / "summary.json").write_text(json.dumps(ended | summary))
+    return folder
+
+
+def write_pair_race(folder: Path, seeds: tuple[int, ...] = (0, 1)) -> Path:
+    """`baseline` and `quick` over two seeds with hand-written curves; quick sees half the tokens."""
+    losses = {("baseline", 0): (4, 3, 2), ("quick", 0): (4, 2.5, 1.5), ("baseline", 1): (4, 3.2, 2.2)}
+    losses |= {("quick", 1): (4, 2.2, 1.9)}
+    for (recipe, seed), (start, middle, end) in losses.items():
+        if seed not in seeds:
+            continue
+        half = 1000 if recipe == "baseline" else 500
+        rows = [milestone(0, 0, 0, start), milestone(10, 10, half, middle), milestone(20, 20, 2 * half, end)]
+        rows += [step_row(step, **{"train/tokens_per_sec": 100.0, "train/learning_rate": 0.02}) for step in (10, 20)]
+        marks = {"8": f"a{seed}", "16": f"b{seed}"} if recipe == "baseline" else {"8": f"a{seed}"}
+        described = {"row_tokens": 128, "global_rows": 16, "model": {"name": "tiny", "parameters": 1234567}}
+        described |= {"device": {"name": "Test GPU"}, "versions": {"torch": "2.12.0"}, "values": {}}
+        write_run(folder, recipe, seed, rows, {"order": marks, "tokens_seen": 2 * half}, **described)
+    spec = {"name": "pair", "recipes": ["baseline", "quick"], "baseline": "baseline", "budget_seconds": 20}
+    spec |= {"seeds": list(seeds), "spec": {"data": "maths"}, "trials": [f"{r}-{s}" for r, s in losses if s in seeds]}
+    (folder / "race.json").write_text(json.dumps(spec))
+    return folder
+
+
+@pytest.fixture
+def pair_race(tmp_path: Path) -> Path:
+    return write_pair_race(tmp_path / "pair")
+
+
+@pytest.fixture
+def one_seed_race(tmp_path: Path) -> Path:
+    return write_pair_race(tmp_path / "one_seed", seeds=(0,))
+
+
+@pytest.fixture
+def run_writer() -> Callable[..., Path]:
+    return write_run
+
+
+@pytest.fixture
+def milestone_row() -> Callable[..., dict[str, Any]]:
+    return milestone
+
+
+@pytest.fixture
+def logged_step() -> Callable[..., dict[str, Any]]:
+    return step_row
