@@ -55,8 +55,9 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     weights = load_file(folder / "model.safetensors", device=str(device))
     mine = dict(learner.adapter.named_parameters())
-    if weights.keys() != mine.keys():
-        raise ValueError(f"{folder} holds another model: {sorted(weights.keys() ^ mine.keys())[:3]}")
+    different = {(name, p.shape) for name, p in mine.items()} ^ {(name, w.shape) for name, w in weights.items()}
+    if different:
+        raise ValueError(f"{folder} holds another model: {sorted({name for name, _ in different})[:3]}")
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(weights[name])

@@ -88,6 +88,10 @@ def with_values(instance: Any, values: Mapping[str, Any]) -> Any:
         if last not in known:
             raise ValueError(f"unknown key {key!r}; {nearest(last, known)}")
         table[last] = value
+        if isinstance(value, Mapping) or dataclasses.is_dataclass(getattr(current, last, None)):
+            # A whole part: the keys after it are its own.
+            instance = from_plain(type(instance), plain)
+            plain = to_plain(instance)
     return from_plain(type(instance), plain)
 
 

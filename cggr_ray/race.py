@@ -54,12 +54,14 @@ class RaceSpec:
         Budget(self.budget_seconds)
         if not self.recipes or len(set(self.recipes)) != len(self.recipes):
             raise ValueError(f"recipes {list(self.recipes)}; accepted: at least one, none twice")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice, none negative")
         if not 1 <= self.micro_rows <= self.global_rows:
             raise ValueError(f"micro_rows = {self.micro_rows}; accepted: 1 to global_rows = {self.global_rows}")
         if any(not 0 < m <= 1 for m in self.milestones):
             raise ValueError(f"milestones {list(self.milestones)}; accepted: fractions of the budget in (0, 1]")
+        if self.step_seconds is not None and not self.step_seconds > 0:
+            raise ValueError(f"step_seconds = {self.step_seconds}; accepted: a positive number of seconds")
         for name in self.arms:
             if name not in self.recipes:
                 raise ValueError(f"arms.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
@@ -109,25 +111,37 @@ def load_race(name: str) -> RaceSpec:
         raise ValueError(f"unknown race {name!r}; {nearest(name, known)}, or the path of a .toml file")
     try:
         table = tomllib.loads(path.read_text())
-        for source in table.get("data", {}).get("sources", []):
-            if "path" in source:
-                source["path"] = str((path.parent / source["path"]).resolve())
-        if "folder" in table.get("model", {}):
-            table["model"]["folder"] = str((path.parent / table["model"]["folder"]).resolve())
+        data = table.get("data")
+        sources = data.get("sources") if isinstance(data, dict) else None
+        for source in sources if isinstance(sources, list) else []:
+            _beside(path, source, "path")
+        _beside(path, table.get("model"), "folder")
         return RaceSpec.from_plain({"name": path.stem} | table)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
 
 
+def _beside(file: Path, table: Any, key: str) -> None:
+    """Makes a path of `table` relative to the file's folder; what is no path is left for the codec to refuse."""
+    if isinstance(table, dict) and isinstance(table.get(key), str):
+        table[key] = str((file.parent / table[key]).resolve())
+
+
 def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:
     """The trials in the order they run: all recipes of a seed together, every other seed in reverse order, so that a
-    machine that drifts does not favour an arm."""
-    trials = []
+    machine that drifts does not favour an arm.
+
+    Raises:
+        ValueError: an unknown recipe, a value that does not fit it, or two recipes of one name.
+    """
+    trials: list[Trial] = []
     for number, seed in enumerate(spec.seeds):
         names = spec.recipes if number % 2 == 0 else spec.recipes[::-1]
         for name in names:
             recipe = spec.recipe(name)
             trial_id = f"{recipe.name.replace('/', '-')}-s{seed}"
+            if any(trial.trial_id == trial_id for trial in trials):
+                raise ValueError(f"two trials {trial_id!r}; accepted: recipes with a name of their own")
             where = (folder / "runs" / trial_id).resolve()
             trials.append(Trial(trial_id, recipe, seed, spec, str(where), str((folder / "data").resolve())))
     return trials

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from cggr_ray.codec import from_plain, kind_of, nearest, to_plain, with_values
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.optimizer import Optimizer
@@ -34,6 +36,11 @@ class Execution:
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of weights and activations on `device`."""
+        bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
+        return torch.bfloat16 if bf16 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def load_recipe(name: str) -> Recipe:
         raise ValueError(f"unknown recipe {name!r}; {nearest(name, recipe_names())}, or the path of a .toml file")
     try:
         table = tomllib.loads(path.read_text())
-        return Recipe.from_plain({"name": path.stem} | table)
+        return Recipe.from_plain({"name": path.stem if name.endswith(".toml") else name} | table)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
 

@@ -1,0 +1,19 @@
+"""Search spaces for Ray Tune: one function a recipe family, from dotted recipe keys to domains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from search_spaces.baseline import baseline
+from search_spaces.cggr import cggr
+
+
+class Space(NamedTuple):
+    """The recipe that a space varies, and the function that gives its domains."""
+
+    recipe: str
+    domains: Callable[[], dict[str, Any]]
+
+
+SPACES: dict[str, Space] = {"baseline": Space("baseline", baseline), "cggr": Space("cggr_loss", cggr)}

@@ -54,6 +54,10 @@ class DataSpec:
             raise ValueError(f"row_tokens = {self.row_tokens}; accepted: at least 16")
         if not 1 <= self.val_per_mille <= 500:
             raise ValueError(f"val_per_mille = {self.val_per_mille}; accepted: 1 to 500")
+        if self.val_documents < 1:
+            raise ValueError(f"val_documents = {self.val_documents}; accepted: at least 1")
+        if self.seed < 0:
+            raise ValueError(f"data seed = {self.seed}; accepted: 0 or more")
         if all(source.max_epochs is not None for source in self.sources):
             raise ValueError("every source has max_epochs; accepted: at least one without, to fill the budget")
 

@@ -20,6 +20,8 @@ from cggr_ray.data.batch import Batch, MicroBatch
 from cggr_ray.data.packing import OrderState, PackedRow, RowOrder
 
 PREFETCH = 3
+# How often a step that waits for data looks whether the thread is still there.
+ALIVE_SECONDS = 1.0
 # A trial keeps the chained hash of its rows at every multiple of this many rows, for comparison with other trials.
 ORDER_MARK_ROWS = 64
 
@@ -90,9 +92,9 @@ class Loader:
         """The next batch, ready on the current stream; blocks while none is packed.
 
         Raises:
-            whatever packing raised in the thread.
+            whatever packing raised in the thread; RuntimeError when the thread is gone.
         """
-        item = self._queue.get()
+        item = self._take()
         if isinstance(item, Exception):
             raise item
         batch, self._state, marks, ready = item
@@ -119,6 +121,14 @@ class Loader:
                 self._queue.get(timeout=0.05)
             except queue.Empty:
                 continue
+
+    def _take(self) -> Any:
+        while True:
+            try:
+                return self._queue.get(timeout=ALIVE_SECONDS)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._queue.empty():
+                    raise RuntimeError("the loader's thread has ended") from None
 
     def _produce(self, state: OrderState) -> None:
         try:

@@ -136,7 +136,8 @@ class RowOrder:
         self.stores, self.weights, self.max_epochs = stores, weights, max_epochs
         self.row_tokens, self.mask_prompts, self.seed = row_tokens, mask_prompts, seed
         self._lengths = [store.lengths for store in stores]
-        mean = sum(store.lengths.mean() for store in stores) / len(stores)
+        # Of the source with the shortest documents, since rows may hold nothing else.
+        mean = min(store.lengths.mean() for store in stores)
         self.most_documents = max(4, int(3 * row_tokens / mean))
         self._block: tuple[tuple[int, tuple[int, ...]], list[list[Piece]], OrderState] | None = None
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}

@@ -38,14 +38,14 @@ class Problem:
 def problem(seed: int, index: int, levels: Sequence[int] = LEVELS) -> Problem:
     """Problem `index` of stream `seed`, with its level drawn evenly from `levels`.
 
-    The generator is seeded with seed * 2^64 + index: different pairs give different integers, and the Mersenne
-    Twister's array initialisation mixes neighbours. Nothing depends on the hash seed of the process.
+    The generator is seeded with (seed mod 2^64) * 2^64 + index: different pairs give different integers, and the
+    Mersenne Twister's array initialisation mixes neighbours. Nothing depends on the hash seed of the process.
     """
     if index < 0:
         raise ValueError(f"index must not be negative, got {index}")
     if not levels or any(level not in BY_LEVEL for level in levels):
         raise ValueError(f"levels must be some of {LEVELS}, got {tuple(levels)}")
-    rng = Draw(((seed & SEED_MASK) << 64) | index)
+    rng = Draw(((int(seed) & SEED_MASK) << 64) | int(index))
     level = rng.pick(levels)
     return generate(rng, rng.pick(BY_LEVEL[level]), level)
 

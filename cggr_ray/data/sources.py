@@ -103,12 +103,18 @@ class Jsonl(Source):
         path = existing(self.path)
         opened = lzma.open if path.suffix == ".xz" else open
         chosen: tuple[str | None, str] | None = None
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = _json_row(line, f"{path}:{number}")
-                    chosen = chosen or self.columns.resolve(list(row), f"{path}:{number}")
-                    yield _document(row, chosen, f"{path}:{number}")
+        number = 0
+        try:
+            with opened(path, "rt", encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        row = _json_row(line, f"{path}:{number}")
+                        chosen = chosen or self.columns.resolve(list(row), f"{path}:{number}")
+                        yield _document(row, chosen, f"{path}:{number}")
+        except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+            raise ValueError(
+                f"{path}: unreadable after line {number} ({error}); accepted: UTF-8, plain or .xz"
+            ) from None
 
 
 @dataclass(frozen=True)

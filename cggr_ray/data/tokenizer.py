@@ -47,6 +47,10 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
         ValueError: it declares no end-of-text token, which separates packed documents.
     """
     if str(where).endswith(".json"):
+        if not Path(where).is_file():
+            raise ValueError(
+                f"tokenizer file {str(where)!r} does not exist; accepted: a tokenizer.json, a folder, a name"
+            )
         return PreTrainedTokenizerFast(tokenizer_file=str(where), eos_token=END_OF_TEXT)
     tokenizer = AutoTokenizer.from_pretrained(str(where), trust_remote_code=False)
     if tokenizer.eos_token_id is None:

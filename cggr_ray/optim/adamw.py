@@ -23,8 +23,9 @@ class AdamW:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.weight_decay < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"{self}; accepted: lr >= 0, weight_decay >= 0, betas in [0, 1)")
+        # Without eps a weight that never had a gradient would become 0 / 0.
+        if self.lr < 0 or self.weight_decay < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
+            raise ValueError(f"{self}; accepted: lr >= 0, weight_decay >= 0, betas in [0, 1), eps > 0")
 
     def init_state(self, weights: Tensor) -> dict[str, Tensor]:
         first = torch.zeros_like(weights, dtype=torch.float32)

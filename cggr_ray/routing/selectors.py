@@ -7,7 +7,6 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -96,17 +95,19 @@ def fill_quotas(quota_BS: Tensor, size_BS: Tensor) -> Tensor:
 def inclusion_probabilities(importance_BT: Tensor, keep_B: Tensor, smallest: float) -> Tensor:
     """pi_t = clamp(c s_t, smallest, 1) with sum pi = keep in every row; 0 where the importance is 0. float64.
 
-    Needs smallest <= keep / labelled <= 1. The water level c is found by bisection in logarithms, to 1e-12.
+    In a row whose whole number keep is less than smallest * labelled, the smallest is keep / labelled: else the sum
+    could not be met, and 1/pi would be biased. The water level c is found by bisection in logarithms, to 1e-12.
     """
     s = importance_BT.double()
     present = s > 0
     keep = keep_B.double().unsqueeze(1)
+    least = (keep / present.sum(dim=1, keepdim=True).clamp_min(1)).clamp_max(smallest)
 
     def at(log_level: Tensor) -> Tensor:
-        return torch.where(present, (s * log_level.exp()).clamp(smallest, 1.0), 0.0)
+        return torch.where(present, (s * log_level.exp()).clamp_max(1.0).maximum(least), 0.0)
 
     tiny = torch.finfo(torch.float32).tiny
-    low = -(s.amax(dim=1, keepdim=True).clamp_min(tiny)).log() + math.log(smallest) - 1
+    low = -(s.amax(dim=1, keepdim=True).clamp_min(tiny)).log() + least.clamp_min(tiny).log() - 1
     high = -(torch.where(present, s, torch.inf).amin(dim=1, keepdim=True).clamp(tiny, 1e30)).log() + 1
     for _ in range(60):
         middle = (low + high) / 2
@@ -135,7 +136,9 @@ def systematic(probability_BT: Tensor, keep_B: Tensor, generator: torch.Generato
     limited = torch.minimum(spread, present - count + places)
     kept_in_order = torch.zeros(shape, dtype=torch.bool, device=device)
     valid = places < count
-    kept_in_order.scatter_(1, torch.where(valid, limited, limited[:, :1]), True)
+    # Too few present positions (scores of a diverging model are NaN) must not reach outside the row.
+    kept_in_order.scatter_(1, torch.where(valid, limited, limited[:, :1]).clamp(0, shape[1] - 1), True)
+    kept_in_order &= count > 0
     return Selection(torch.zeros_like(kept_in_order).scatter_(1, order, kept_in_order), probability_BT)
 
 

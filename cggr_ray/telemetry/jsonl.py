@@ -15,6 +15,8 @@ def plain(value: Any) -> Any:
     """JSON has no NaN: null instead."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
     return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 

@@ -35,7 +35,7 @@ def unit_portions(rng: Draw, level: int) -> Draft:
     amount = rng.between(3, 10 + 6 * level)
     rolls = rng.between(2, 5) if level >= 3 else 1
     whole = amount * rolls * ratio
-    choices = [size for size in PORTIONS if whole > 2 * size > ratio // 25]
+    choices = [size for size in PORTIONS if whole > 3 * size and ratio // 50 < size < 2 * ratio]
     size = rng.pick(choices)
     used = whole % size + (size * rng.between(0, 1) if level >= 2 else 0)
     if level >= 2:
@@ -46,8 +46,8 @@ def unit_portions(rng: Draw, level: int) -> Draft:
     question = rng.pick(
         (
             f"{owner.name} has {lots} of {stuff}. One {big} is {ratio} {PLURALS[small]}.",
-            f"There {'are' if amount > 1 else 'is'} {lots} of {stuff} on the table of {owner.name}. Note that 1 {big} "
-            f"equals {ratio} {PLURALS[small]}.",
+            f"There {'are' if amount > 1 else 'is'} {lots} of {stuff} in the storeroom of {owner.name}. Note that 1 "
+            f"{big} equals {ratio} {PLURALS[small]}.",
         )
     )
     if rolls > 1:
@@ -254,7 +254,7 @@ PAIRS = (
 
 
 @SPACE.template(2, 3, 4)
-def levelling(rng: Draw, level: int) -> Draft:
+def leveling(rng: Draw, level: int) -> Draft:
     """Two falling lines that cross: gap divided by the difference of the slopes."""
     high, low, unit, falls, per, time = rng.pick(PAIRS)
     moment, slow, gap = rng.between(3, 5 + 4 * level), rng.between(1, 6), rng.between(1, 5)
@@ -271,8 +271,9 @@ def levelling(rng: Draw, level: int) -> Draft:
         (
             f"{begin} {an(high)} is at {many(start, unit)} and {falls} {many(fast, unit)} {per}. A {low} is at "
             f"{many(other, unit)} and {falls} {many(slow, unit)} {per}.",
-            f"A {high} and a {low} are compared. {begin} they are at {start} and {other} {PLURALS[unit]}. The {high} "
-            f"{falls} {many(fast, unit)} {per}, the {low} {falls} {many(slow, unit)} {per}.",
+            f"{an(high).capitalize()} and {an(low)} are compared. {begin} they are at {start} and {other} "
+            f"{PLURALS[unit]}. The {high} {falls} {many(fast, unit)} {per}, the {low} {falls} {many(slow, unit)} "
+            f"{per}.",
         )
     )
     if level < 4:

@@ -111,7 +111,7 @@ def catching_up(rng: Draw, level: int) -> Draft:
         )
     )
     steps = [
-        f"At the start of {behind}, {ahead} is ahead by {slow} * {late} = {many(lead, 'letter')}.",
+        f"When {behind} starts, {ahead} is ahead by {slow} * {late} = {many(lead, 'letter')}.",
         f"Each minute the lead shrinks by {fast} - {slow} = {many(gap, 'letter')}.",
     ]
     steps.append(f"{behind} draws level after {lead} / {gap} = {many(time, 'minute')}.")
@@ -137,14 +137,13 @@ def average_speed(rng: Draw, level: int) -> Draft:
         f"The second part is {fast} * {second} = {far} kilometers long.",
         f"The whole way is {near} + {far} = {near + far} kilometers.",
     ]
-    stop = f" after a stop of {many(rest, 'hour')}" if rest else ""
+    then = f"then a stop of {many(rest, 'hour')}, and then" if rest else "and then"
     question = rng.pick(
         (
-            f"{traveler.name} travels to {place}: {many(first, 'hour')} at {slow} kilometers per hour and then{stop} "
+            f"{traveler.name} travels to {place}: {many(first, 'hour')} at {slow} kilometers per hour, {then} "
             f"{many(second, 'hour')} at {fast} kilometers per hour.",
-            f"The trip of {traveler.name} to {place} has two parts. The first takes {many(first, 'hour')} at {slow} "
-            f"kilometers per hour; the second,{stop + ',' if stop else ''} takes {many(second, 'hour')} at {fast} "
-            "kilometers per hour.",
+            f"The way of {traveler.name} to {place} begins with {many(first, 'hour')} at {slow} kilometers per hour, "
+            f"{then} {many(second, 'hour')} at {fast} kilometers per hour.",
         )
     )
     if level == 3:
@@ -228,11 +227,11 @@ def laps(rng: Draw, level: int) -> Draft:
     if level == 3:
         goal = weekly * weeks + 50 * rng.between(2, 90)
         left = goal - weekly * weeks
-        steps.append(f"The goal is away by {goal} - {weekly * weeks} = {left} meters.")
+        steps.append(f"Still missing are {goal} - {weekly * weeks} = {left} meters.")
         question += f" {runner.His} goal is {goal} meters."
         return f"{question} How many meters are missing after {weeks} weeks?", steps, left
     steps.append(f"In kilometers that is {weekly * weeks} / 1000 = {render_answer(Fraction(weekly * weeks, 1000))}.")
-    rate = 50 * rng.between(1, 8)
+    rate = 100 * rng.between(1, 5)
     raised = Fraction(weekly * weeks * rate, 100000)
     steps.append(
         f"The sponsors give {render_answer(Fraction(weekly * weeks, 1000))} * {cash(rate)} = "

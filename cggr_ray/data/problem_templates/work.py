@@ -146,7 +146,7 @@ def machines(rng: Draw, level: int) -> Draft:
         question += f" An old machine adds {other} a day."
         made += other
     if level >= 2:
-        size = rng.between(4, 20)
+        size = rng.between(4, min(20, made // 4))
         bad = made % size + size * rng.between(0, 2) if level >= 3 else rng.between(2, made // 3)
         bad = bad or size
         steps.append(f"Without the faulty ones there are {made} - {bad} = {many(made - bad, part)}.")

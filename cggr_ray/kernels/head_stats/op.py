@@ -22,6 +22,6 @@ def _on(device: torch.device) -> Any:
 def head_stats(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> HeadStats:
     """Statistics of every row; see `reference`. Keeps one chunk of logits at a time, and no gradient."""
     stats = _on(hidden_ND.device)
-    parts = chunks(len(hidden_ND), len(head_VD), hidden_ND.element_size())
+    parts = chunks(hidden_ND, head_VD)
     found = [stats(hidden_ND[part] @ head_VD.mT, labels_N[part]) for part in parts]
     return HeadStats(*(torch.cat(values) for values in zip(*found, strict=True)))

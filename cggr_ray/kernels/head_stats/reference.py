@@ -30,7 +30,7 @@ def chunk_stats(logits_NV: Tensor, labels_N: Tensor) -> HeadStats:
     """The statistics of rows of logits."""
     logits = logits_NV.float()
     labelled, target = labels_N >= 0, labels_N.clamp_min(0).unsqueeze(-1)
-    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    log_p = torch.log_softmax(logits, dim=-1)
     p = log_p.exp()
     columns = torch.arange(p.shape[-1], device=p.device)
     first, where_first = p.max(-1)

@@ -12,13 +12,15 @@ from torch import Tensor
 from cggr_ray.compiling import compiled_on
 from cggr_ray.kernels.selected_ce.reference import chunk_loss, chunk_nll
 
-# Bytes of logits in one chunk: large enough for full-speed GEMMs, small beside a model's activations.
-CHUNK_BYTES = 1 << 29
+# Bytes of logits in one chunk: on a GPU large enough for full-speed GEMMs and small beside the activations, on a CPU
+# what stays in its cache.
+CHUNK_BYTES = {"cuda": 1 << 29, "cpu": 1 << 22}
 
 
-def chunks(rows: int, vocabulary: int, element_bytes: int) -> Iterator[slice]:
-    """Slices of nearly equal size whose logits fit in CHUNK_BYTES (at most two sizes, so two graphs)."""
-    most = max(1, CHUNK_BYTES // (vocabulary * element_bytes))
+def chunks(hidden_KD: Tensor, head_VD: Tensor) -> Iterator[slice]:
+    """Slices of the rows, nearly equal (at most two sizes, so two graphs), whose logits fit in CHUNK_BYTES."""
+    rows = len(hidden_KD)
+    most = max(1, CHUNK_BYTES[hidden_KD.device.type] // (len(head_VD) * hidden_KD.element_size()))
     size = -(-rows // -(-rows // most)) if rows else 1
     for at in range(0, rows, size):
         yield slice(at, min(at + size, rows))
@@ -33,7 +35,7 @@ def position_nll(hidden_KD: Tensor, head_VD: Tensor, labels_K: Tensor) -> Tensor
     """Next-token NLL of every row in nats, float32, 0 where the label is -100. No gradient."""
     nll = _on(hidden_KD.device)[1]
     with torch.no_grad():
-        parts = chunks(len(hidden_KD), len(head_VD), hidden_KD.element_size())
+        parts = chunks(hidden_KD, head_VD)
         return torch.cat([nll(hidden_KD[part] @ head_VD.mT, labels_K[part]) for part in parts])
 
 
@@ -43,7 +45,7 @@ class _SelectedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_KD: Tensor, head_VD: Tensor, labels_K: Tensor, weights_K: Tensor
     ) -> tuple[Tensor, Tensor]:
         loss = _on(hidden_KD.device)[0]
-        parts = list(chunks(len(hidden_KD), len(head_VD), hidden_KD.element_size()))
+        parts = list(chunks(hidden_KD, head_VD))
         hidden_grad = torch.empty_like(hidden_KD)
         head_grad: Tensor | None = None
         nlls = []
@@ -71,7 +73,7 @@ def _accumulate(total: Tensor | None, slope_KV: Tensor, hidden_KD: Tensor, last:
     if slope_KV.is_cuda and slope_KV.dtype != torch.float32:
         part = torch.mm(slope_KV.mT, hidden_KD, out_dtype=torch.float32)
     else:
-        part = torch.mm(slope_KV.mT, hidden_KD).float()
+        part = torch.mm(slope_KV.float().mT, hidden_KD.float())
     return part if total is None else total.add_(part)
 
 

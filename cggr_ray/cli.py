@@ -1,0 +1,185 @@
+"""cggr-ray: race, sweep, report, recipe, bench, doctor. Each command imports what it needs, when it runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="cggr-ray",
+    help="Race ways to train a language model against each other: same seconds, same data order, controls, error bars.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(help="Look at recipes. Example: cggr-ray recipe show cggr_loss", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+Sets = Annotated[
+    list[str], typer.Option("--set", help="Dotted recipe key for every arm, e.g. optimizer.matrix.lr=0.002; repeatable.")
+]
+Out = Annotated[Path | None, typer.Option(help="Folder for the results; a new one below outputs/ by default.")]
+Budget = Annotated[float | None, typer.Option(help="Train seconds of every trial.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Address = Annotated[str | None, typer.Option(help="A running Ray cluster (auto, host:port); a local one by default.")]
+Wandb = Annotated[str | None, typer.Option(help="off, offline or online.")]
+ExecutorName = Annotated[
+    str | None, typer.Option(help="train: a Ray Train worker a trial; inprocess: the trial's own process.")
+]
+
+
+@app.command()
+def race(
+    spec: Annotated[str | None, typer.Argument(help="A race file (.toml) or a shipped race; by device if left out.")] = None,
+    out: Out = None,
+    recipes: Annotated[str | None, typer.Option(help="Comma-separated recipes, the baseline first.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds.")] = None,
+    budget: Budget = None,
+    sets: Sets = [],  # noqa: B006 - typer reads the default
+    device: Device = None,
+    executor: ExecutorName = None,
+    address: Address = None,
+    wandb: Wandb = None,
+    wandb_project: Annotated[str | None, typer.Option(help="W&B project.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard event files too.")] = False,
+    save_model: Annotated[bool, typer.Option("--save-model", help="Keep each trial's final model.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the race in this folder.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Stop after so many trials; --resume goes on later.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and take nothing.")] = False,
+) -> None:
+    """Race recipes against each other, and report.
+
+    Example: cggr-ray race races/gsm8k.toml --seeds 0,1,2 --budget 600
+    """
+    from cggr_ray import commands
+
+    changes = commands.given(
+        recipes=recipes.split(",") if recipes else None,
+        seeds=commands.integers(seeds),
+        budget_seconds=budget,
+        device=device,
+        wandb=wandb,
+        wandb_project=wandb_project,
+        tensorboard=tensorboard or None,
+        save_model=save_model or None,
+    )
+    commands.race(spec, out, changes, commands.assignments(sets), executor or "train", address, resume, trials, dry_run)
+
+
+@app.command()
+def sweep(
+    space: Annotated[str, typer.Argument(help="A search space: baseline, cggr.")],
+    spec: Annotated[str | None, typer.Option("--race", help="Race file that gives model, data and budget.")] = None,
+    out: Out = None,
+    trials: Annotated[int, typer.Option(help="Configurations to draw.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    budget: Budget = None,
+    sets: Sets = [],  # noqa: B006 - typer reads the default
+    device: Device = None,
+    executor: ExecutorName = None,
+    address: Address = None,
+    early_stopping: Annotated[bool, typer.Option(help="Successive halving (ASHA) on train seconds.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and take nothing.")] = False,
+) -> None:
+    """Search the hyperparameters of a recipe family with Ray Tune.
+
+    Example: cggr-ray sweep cggr --race races/gsm8k.toml --trials 32 --budget 120
+    """
+    from cggr_ray import commands
+
+    changes = commands.given(budget_seconds=budget, device=device)
+    values = commands.assignments(sets)
+    commands.sweep(
+        space, spec, out, changes, values, trials, seed, early_stopping, executor or "inprocess", address, dry_run
+    )
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A race's folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; <folder>/report by default.")] = None,
+) -> None:
+    """Write benchmark_results.md with plots from a race's folder. Needs no GPU, torch or Ray.
+
+    Example: cggr-ray report outputs/gsm8k
+    """
+    from analysis import read_race, summary_table, write_report
+
+    path = write_report(folder, out)
+    typer.echo(summary_table(read_race(folder)))
+    typer.echo(f"\nreport: {path}")
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """All shipped recipes, a line each. Example: cggr-ray recipe list"""
+    from cggr_ray.recipe import load_recipe, recipe_names
+
+    for name in recipe_names():
+        typer.echo(f"{name:20} {load_recipe(name).description}")
+
+
+@recipe_app.command("show")
+def recipe_show(name: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")]) -> None:
+    """A recipe's parts in a line each, then all its values. Example: cggr-ray recipe show cggr_loss"""
+    import json
+
+    from cggr_ray.recipe import explain, load_recipe
+
+    recipe = load_recipe(name)
+    typer.echo(f"{recipe.name}: {recipe.description}\n")
+    for part, kind, meaning in explain(recipe):
+        typer.echo(f"{part:10} {kind:16} {meaning}")
+    typer.echo("\n" + json.dumps(recipe.to_plain(), indent=2))
+
+
+@recipe_app.command("check")
+def recipe_check(name: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")]) -> None:
+    """Whether a recipe is valid; exit code 2 and one line if not. Example: cggr-ray recipe check mine.toml"""
+    from cggr_ray.recipe import load_recipe
+
+    typer.echo(f"{load_recipe(name).name}: valid")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="optimizer or step.")],
+    shapes: Annotated[str | None, typer.Option(help="Comma-separated, e.g. smollm-135m/32x1024.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("results/bench"),
+    repeats: Annotated[int, typer.Option(help="Timed repetitions of each provider, interleaved.")] = 30,
+    device: Device = None,
+) -> None:
+    """Measure, and append typed rows to results/bench/NAME.csv; refuses where the tests of what it measures fail.
+
+    Example: cggr-ray bench optimizer --shapes smollm-135m/32x1024,llama-113m/32x1024
+    """
+    from cggr_ray.benchmarks import run_bench
+
+    run_bench(name, shapes.split(",") if shapes else None, out, repeats, device or "auto")
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what the device is, and what would go wrong. Example: cggr-ray doctor"""
+    from cggr_ray import commands
+
+    commands.doctor()
+
+
+def main() -> None:
+    """The console script: a user's mistake is one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

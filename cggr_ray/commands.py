@@ -1,0 +1,258 @@
+"""What the commands do: read specifications, refuse mistakes, prepare data, hand over to Ray, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cggr_ray.codec import nearest
+from cggr_ray.data.dataset import prepare
+from cggr_ray.environment import PACKAGES, fingerprint, version
+from cggr_ray.models.presets import parameter_count
+from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
+from cggr_ray.schema import RACE_FILE, SUMMARY_FILE
+from cggr_ray.telemetry.console import RaceConsole
+
+EXECUTORS = ("train", "inprocess")
+# Oldest versions without known holes in what is read from disk.
+FLOORS = {"torch": (2, 10), "transformers": (5, 3)}
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def integers(text: str | None) -> list[int] | None:
+    """`0,1,2` as integers."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r}; accepted: whole numbers with commas between") from None
+
+
+def assignments(sets: Sequence[str]) -> dict[str, Any]:
+    """`key=value` strings; the value as in TOML, or a bare word."""
+    values: dict[str, Any] = {}
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text!r}; accepted: key=value")
+        try:
+            values[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key] = value
+    return values
+
+
+def race(
+    name: str | None,
+    out: Path | None,
+    changes: Mapping[str, Any],
+    values: Mapping[str, Any],
+    executor: str,
+    address: str | None,
+    resume: Path | None,
+    most: int | None,
+    dry_run: bool,
+) -> None:
+    """Plans a race, or takes one up again, runs what is left of it and writes the report."""
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor {executor!r}; {nearest(executor, EXECUTORS)}")
+    if resume is not None:
+        if name or out or changes or values:
+            raise ValueError("--resume with other settings; accepted: --resume alone, a race keeps what it began with")
+        spec, folder = read_spec(resume), resume
+    else:
+        spec = specify(name, changes, values)
+        folder = out or Path("outputs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    trials = plan_trials(spec, folder)
+    spec.data.check()
+    if dry_run:
+        show_plan(spec, trials)
+        return
+    begin(folder, spec, trials)
+    left = [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()][:most]
+    console = Console()
+    prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
+    failed: list[str] = []
+    if left:
+        from trainables.driver import run_trials
+
+        with RaceConsole(spec.budget_seconds, [trial.trial_id for trial in left], console) as live:
+            failed = run_trials(left, folder, executor, address, live.show)
+    finish(folder, failed, console)
+
+
+def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
+    """Prints the table and the report's path; exit code 1 where a trial did not end."""
+    from analysis import read_race, summary_table, write_report
+
+    path = write_report(folder)
+    console.print(summary_table(read_race(folder)), highlight=False, soft_wrap=True)
+    console.print(f"\nreport: {path.resolve()}", soft_wrap=True)
+    if failed:
+        console.print(f"did not finish: {', '.join(failed)}; go on with: cggr-ray race --resume {folder}", soft_wrap=True)
+        sys.exit(1)
+
+
+def sweep(
+    space_name: str,
+    race_name: str | None,
+    out: Path | None,
+    changes: Mapping[str, Any],
+    values: Mapping[str, Any],
+    trials: int,
+    seed: int,
+    early_stopping: bool,
+    executor: str,
+    address: str | None,
+    dry_run: bool,
+) -> None:
+    """Runs a sweep and prints its best trials."""
+    from search_spaces import SPACES
+
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor {executor!r}; {nearest(executor, EXECUTORS)}")
+    if space_name not in SPACES:
+        raise ValueError(f"search space {space_name!r}; {nearest(space_name, SPACES)}")
+    if trials < 1:
+        raise ValueError(f"--trials {trials}; accepted: at least 1")
+    space = SPACES[space_name]
+    changes = dict(changes) | {"recipes": [space.recipe], "name": f"sweep-{space_name}"}
+    spec = specify(race_name, changes, values)
+    spec.data.check()
+    folder = out or Path("outputs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    console = Console()
+    if dry_run:
+        console.print(f"{trials} trials of {space.recipe}, at most {trials * spec.budget_seconds:g} train seconds")
+        for key, domain in space.domains().items():
+            console.print(f"  {key:36} {domain}", highlight=False, soft_wrap=True)
+        return
+    from trainables.sweep import best_rows, run_sweep
+
+    begin(folder, spec, [])
+    prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
+    with RaceConsole(spec.budget_seconds, console=console) as live:
+        run_sweep(spec, space, folder, trials, seed, early_stopping, executor, address, live.show)
+    table = Table("trial", "status", "val/loss", "values", title="best trials")
+    for row in best_rows(folder):
+        table.add_row(row["trial_id"], row["status"], f"{row['val/loss']:.4f}", json.dumps(row["values"]))
+    console.print(table)
+    console.print(f"rows: {(folder / 'sweep.jsonl').resolve()}", soft_wrap=True)
+
+
+def specify(name: str | None, changes: Mapping[str, Any], values: Mapping[str, Any]) -> RaceSpec:
+    """The race of a name or file with the command line's changes; the default depends on the device."""
+    spec = load_race(name or default_race(str(changes.get("device", "auto"))))
+    plain = spec.to_plain() | dict(changes)
+    plain["values"] = {**spec.values, **values}
+    plain["arms"] = {arm: v for arm, v in spec.arms.items() if arm in plain["recipes"]}
+    changed = RaceSpec.from_plain(plain)
+    for recipe in changed.recipes:
+        changed.recipe(recipe)
+    return changed
+
+
+def default_race(device: str) -> str:
+    import torch
+
+    return "gpu" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
+    """Makes the folder the race's own, or checks that it is.
+
+    Raises:
+        ValueError: the folder holds something else; nothing is overwritten.
+    """
+    plain = json.loads(json.dumps(spec.to_plain()))
+    if (folder / RACE_FILE).is_file():
+        if json.loads((folder / RACE_FILE).read_text())["spec"] != plain:
+            raise ValueError(f"{str(folder)!r} holds another race; accepted: a new folder, or --resume {folder}")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty and holds no race; accepted: a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "name": spec.name,
+        "recipes": list(spec.recipes),
+        "baseline": spec.recipes[0],
+        "budget_seconds": spec.budget_seconds,
+        "seeds": list(spec.seeds),
+        "spec": plain,
+        "versions": fingerprint(),
+        "trials": [trial.trial_id for trial in trials],
+    }
+    (folder / RACE_FILE).write_text(json.dumps(record, indent=1))
+
+
+def read_spec(folder: Path) -> RaceSpec:
+    """The specification of the race in a folder."""
+    if not (folder / RACE_FILE).is_file():
+        raise ValueError(f"{str(folder)!r} holds no race; accepted: a folder with {RACE_FILE}")
+    return RaceSpec.from_plain(json.loads((folder / RACE_FILE).read_text())["spec"])
+
+
+def show_plan(spec: RaceSpec, trials: Sequence[Trial]) -> None:
+    """Trials, seconds, tokens a step and an estimate of memory, from shapes alone."""
+    console = Console()
+    parameters = parameter_count(spec.model.config())
+    tokens = spec.global_rows * spec.data.row_tokens
+    table = Table("trial", "recipe", "seed", "train s", "tokens a step")
+    for trial in trials:
+        rows = trial.recipe.rows.rows_per_step(spec.global_rows)
+        table.add_row(
+            trial.trial_id, trial.recipe.name, str(trial.seed), f"{spec.budget_seconds:g}", f"{rows * spec.data.row_tokens:,}"
+        )
+    console.print(table)
+    console.print(f"{len(trials)} trials, {len(trials) * spec.budget_seconds:g} train seconds in all, set-up not counted")
+    console.print(f"model {spec.model.name}: {parameters:,} parameters with the preset's vocabulary")
+    low, high = memory_estimate(spec, parameters)
+    console.print(f"memory a trial, estimated from shapes: {low:.1f} to {high:.1f} GiB at {tokens:,} tokens a step")
+
+
+def memory_estimate(spec: RaceSpec, parameters: int) -> tuple[float, float]:
+    """GiB without and with all activations: bf16 weights and gradients, float32 masters and one or two moments, and
+    what one micro-batch keeps for its backward, 2 (6 D + 3 F) bytes a token and layer."""
+    config = spec.model.config()
+    state = parameters * (2 + 2 + 4 + 8)
+    per_token = 2 * (6 * config.hidden_size + 3 * config.intermediate_size) * config.num_hidden_layers
+    activations = spec.micro_rows * spec.data.row_tokens * per_token
+    return state / 2**30, (state + activations) / 2**30
+
+
+def doctor() -> None:
+    """Versions, device and disk; exit code 1 where something would go wrong."""
+    import torch
+
+    console = Console()
+    problems = []
+    for name in PACKAGES:
+        console.print(f"{name:14} {version(name) or 'missing'}", highlight=False)
+        floor = FLOORS.get(name)
+        if floor and tuple(int(part) for part in version(name).split(".")[:2]) < floor:
+            problems.append(f"{name} {version(name)} is older than {'.'.join(map(str, floor))}: known security holes")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        console.print(f"{torch.cuda.device_count()} GPU, {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        console.print("no GPU: races run small, on the CPU, and nothing is compiled")
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    console.print(f"{free:.0f} GiB free here")
+    if free < 5:
+        problems.append(f"{free:.1f} GiB free: a race of a 100M model writes a few GiB")
+    for problem in problems:
+        console.print(f"problem: {problem}")
+    sys.exit(1 if problems else 0)

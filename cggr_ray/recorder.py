@@ -1,0 +1,133 @@
+"""What a run says about itself while it runs: step rows, milestones and reports, at a bounded rate.
+
+Step rows are kept in memory on the step path and handed to the trackers only while the budget's clock stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from cggr_ray.flight import Finished
+from cggr_ray.progress import Budget
+from cggr_ray.schema import (
+    DATA_WAIT_SECONDS,
+    FRACTION,
+    KIND,
+    ORDER_HASH,
+    ORDER_ROWS,
+    SAMPLES_PER_SEC,
+    STEP,
+    STEP_SECONDS,
+    TOKENS_PER_SEC,
+    TOKENS_SEEN,
+    TRAIN_SECONDS,
+    WALL_SECONDS,
+)
+from cggr_ray.telemetry.gpu import device_row
+from cggr_ray.telemetry.jsonl import plain
+from cggr_ray.telemetry.tracker import Row, Tracker
+
+# Rows over the budget; reports over the budget, and the fewest and most seconds between two of them.
+ROWS, REPORTS, SHORTEST, LONGEST = 1000, 40, 0.5, 10.0
+
+Report = Callable[[Row], None]
+
+
+class Position(NamedTuple):
+    """Where a run stands."""
+
+    step: int
+    rows: int
+    tokens_seen: int
+    train_seconds: float
+    wall_seconds: float
+    data_wait_seconds: float
+
+
+class Recorder:
+    """Rows on their way to the trackers.
+
+    Args:
+        report: told of the newest row a few dozen times a run, and of every milestone.
+        start: where the run stands when it begins or goes on.
+    """
+
+    def __init__(
+        self, trial_id: str, trackers: list[Tracker], report: Report, budget: Budget, device: torch.device, start: Position
+    ) -> None:
+        self._trial_id, self._trackers, self._report = trial_id, trackers, report
+        self._budget, self._device = budget, device
+        self._rows: list[Row] = []
+        self._newest: Row = {}
+        self._last_row = self._last_report = start
+
+    def step(self, finished: Finished, at: Position, marks: dict[str, str]) -> None:
+        """Keeps a finished step's row where one is due. `at` is now, up to two steps after the finished one."""
+        last = self._last_row
+        elapsed = at.train_seconds - last.train_seconds
+        if elapsed < self._budget.seconds / ROWS and finished.progress.step > 0:
+            return
+        elapsed = max(elapsed, 1e-9)
+        mark = max(marks, key=int, default=None)
+        self._last_row = at
+        self._newest = {
+            KIND: "step",
+            STEP: finished.progress.step + 1,
+            FRACTION: finished.progress.fraction,
+            TRAIN_SECONDS: at.train_seconds,
+            WALL_SECONDS: at.wall_seconds,
+            TOKENS_SEEN: finished.progress.tokens_seen,
+            TOKENS_PER_SEC: (at.tokens_seen - last.tokens_seen) / elapsed,
+            SAMPLES_PER_SEC: (at.rows - last.rows) / elapsed,
+            STEP_SECONDS: elapsed / max(at.step - last.step, 1),
+            DATA_WAIT_SECONDS: at.data_wait_seconds,
+            **finished.values,
+            **({ORDER_ROWS: int(mark), ORDER_HASH: marks[mark]} if mark else {}),
+        }
+        self._rows.append(self._newest)
+
+    def report_due(self, train_seconds: float) -> bool:
+        every = min(max(self._budget.seconds / REPORTS, SHORTEST), LONGEST)
+        return train_seconds - self._last_report.train_seconds >= every
+
+    def report(self, at: Position) -> None:
+        """Hands on all rows, the newest with what the device says, and tells the report about it."""
+        self._last_report = at
+        self._newest |= device_row(self._device)
+        self.flush()
+        self._report({"trial_id": self._trial_id, **plain(self._newest)})
+
+    def milestone(self, at: Position, fraction: float, values: Row) -> None:
+        """Writes a milestone row and reports it."""
+        self.flush()
+        row = {
+            KIND: "milestone",
+            STEP: at.step,
+            FRACTION: fraction,
+            TRAIN_SECONDS: at.train_seconds,
+            WALL_SECONDS: at.wall_seconds,
+            TOKENS_SEEN: at.tokens_seen,
+            **values,
+        }
+        self._track(row)
+        self._report({"trial_id": self._trial_id, **plain(self._newest | row)})
+
+    def resumed(self, at: Position) -> None:
+        """Marks that rows after this step, if there are any, were lost with the process that wrote them."""
+        self._track({KIND: "resumed", STEP: at.step})
+
+    def flush(self) -> None:
+        for row in self._rows:
+            self._track(row)
+        self._rows = []
+
+    def finish(self, summary: Row) -> None:
+        for tracker in self._trackers:
+            tracker.finish(summary)
+
+    def _track(self, row: Row) -> None:
+        for tracker in self._trackers:
+            tracker.log(row)

@@ -1,0 +1,70 @@
+"""The terminal while a race runs: one live line a trial, or plain lines where nobody watches a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from cggr_ray.schema import FRACTION, KEPT_LOSS, TOKENS_PER_SEC, TRAIN_LOSS, VAL_LOSS
+from cggr_ray.telemetry.tracker import Row
+
+BAR = 24
+# Without a terminal a line is printed at every such part of a trial's budget.
+PLAIN_EVERY = 0.25
+
+
+class RaceConsole:
+    """Use as a context manager; `show` takes the rows that trials report."""
+
+    def __init__(self, budget_seconds: float, trial_ids: Sequence[str] = (), console: Console | None = None) -> None:
+        self._budget, self._console = budget_seconds, console or Console()
+        self._rows: dict[str, Row] = {trial_id: {} for trial_id in trial_ids}
+        self._printed: dict[str, float] = {}
+        self._live = Live(console=self._console, refresh_per_second=4, get_renderable=self._table)
+
+    def __enter__(self) -> RaceConsole:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def show(self, row: Row) -> None:
+        trial_id = str(row["trial_id"])
+        known = self._rows.setdefault(trial_id, {})
+        known.update({name: value for name, value in row.items() if value is not None})
+        if self._console.is_terminal:
+            return
+        fraction = float(known.get(FRACTION, 0.0))
+        if fraction >= 1 or fraction - self._printed.get(trial_id, -1.0) >= PLAIN_EVERY:
+            self._printed[trial_id] = fraction
+            self._console.print(f"{trial_id:24} {' '.join(self._cells(known))}", highlight=False)
+
+    def _cells(self, row: Row) -> list[str]:
+        if FRACTION not in row:
+            return ["waiting", "", "", "", ""]
+        fraction = float(row[FRACTION])
+        filled = round(fraction * BAR)
+        loss, kept, val = (row.get(name) for name in (TRAIN_LOSS, KEPT_LOSS, VAL_LOSS))
+        shown = f"kept {kept:.3f}" if kept is not None else f"loss {loss:.3f}" if loss is not None else ""
+        return [
+            f"[{'=' * filled}{'.' * (BAR - filled)}] {fraction:4.0%}".replace("[", "|").replace("]", "|"),
+            shown,
+            f"val {val:.4f}" if val is not None else "",
+            f"{row[TOKENS_PER_SEC] / 1e3:.1f}k tok/s" if row.get(TOKENS_PER_SEC) else "",
+            f"{(1 - fraction) * self._budget:.0f} s left" if fraction < 1 else "done",
+        ]
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for trial_id, row in self._rows.items():
+            table.add_row(trial_id, *self._cells(row))
+        return table

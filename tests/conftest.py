@@ -1,0 +1,55 @@
+"""What several test modules share: hand-made token stores, and a model small enough for a laptop's core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from cggr_ray.data.store import TokenStore
+
+END = 0
+
+
+@pytest.fixture
+def make_store() -> Callable[..., TokenStore]:
+    """A store of documents of given lengths (tokens, end markers included): random tokens between end markers."""
+
+    def make(lengths: Sequence[int], seed: int = 0, vocabulary: int = 128, prompt_share: float = 0.4) -> TokenStore:
+        rng = np.random.default_rng(seed)
+        documents = [[END, *rng.integers(1, vocabulary, n - 2).tolist(), END] for n in lengths]
+        prompts = [1 + int(prompt_share * (n - 2)) for n in lengths]
+        return TokenStore(
+            tokens=np.array([t for document in documents for t in document], np.uint16),
+            offsets=np.array([sum(lengths[:i]) for i in range(len(lengths) + 1)], np.int64),
+            prompts=np.array(prompts, np.int32),
+            text_bytes=np.array([[2 * (p - 1) for p in prompts], [3 * (n - 1 - p) for n, p in zip(lengths, prompts)]]),
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        use_cache=False,
+        initializer_range=0.3,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config: LlamaConfig) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return AutoModelForCausalLM.from_config(tiny_config, dtype=torch.float32)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cggr_ray.data.dataset import DataSpec, open_data, prepare
+from cggr_ray.data.sources import Jsonl, Problems
+from cggr_ray.data.store import TokenStore
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> DataSpec:
+    lines = [json.dumps({"question": f"Q{i}?", "answer": f"ä{i}\n" * (i % 5 + 1)}) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    return DataSpec((Problems(count=150), Jsonl("own", path=str(tmp_path / "a.jsonl"))), val_per_mille=100)
+
+
+def texts(spec: DataSpec, store: TokenStore, folder: Path) -> list[tuple[str, str]]:
+    """Prompt and completion of every document, decoded."""
+    tokenizer = open_data(spec, folder).tokenizer
+    found = []
+    for d in range(store.documents):
+        tokens = store.tokens[store.offsets[d] : store.offsets[d + 1]].tolist()
+        assert tokens[0] == tokens[-1] == tokenizer.eos_token_id
+        at = int(store.prompts[d])
+        prompt, completion = tokenizer.decode(tokens[1:at]), tokenizer.decode(tokens[at:-1])
+        assert store.text_bytes[:, d].tolist() == [len(prompt.encode()), len(completion.encode())]
+        found.append((prompt, completion))
+    return found
+
+
+def test_every_document_is_in_one_split_and_complete(spec: DataSpec, tmp_path: Path) -> None:
+    prepare(spec, tmp_path / "data")
+    data = open_data(spec, tmp_path / "data")
+    for source, train, val in zip(spec.sources, data.train, data.val, strict=True):
+        expected = sorted((f"{d.prompt}\n", d.completion) for d in source.documents())
+        both = [texts(spec, store, tmp_path / "data") for store in (train, val)]
+        assert sorted(both[0] + both[1]) == expected
+        assert 0.03 < len(both[1]) / len(expected) < 0.2
+    assert data.vocab_size % 128 == 0
+    assert 0 <= data.vocab_size - len(data.tokenizer) < 128
+
+
+def test_held_out_documents_do_not_depend_on_their_neighbours(spec: DataSpec, tmp_path: Path) -> None:
+    own = spec.sources[1]
+    assert isinstance(own, Jsonl)
+    path = Path(own.path)
+    prepare(spec, tmp_path / "a")
+    before = set(texts(spec, open_data(spec, tmp_path / "a").val[1], tmp_path / "a"))
+    path.write_text("\n".join(reversed(path.read_text().splitlines()[50:])))
+    prepare(spec, tmp_path / "b")
+    after = set(texts(spec, open_data(spec, tmp_path / "b").val[1], tmp_path / "b"))
+    assert after < before
+
+
+def test_prepared_data_is_read_again_only_for_the_same_specification(spec: DataSpec, tmp_path: Path) -> None:
+    prepare(spec, tmp_path / "data")
+    said: list[str] = []
+    prepare(spec, tmp_path / "data", said.append)
+    assert not said
+    prepare(DataSpec(spec.sources, val_per_mille=200), tmp_path / "data", said.append)
+    assert said
+
+
+def test_a_tokenizer_of_the_races_own(spec: DataSpec, tmp_path: Path) -> None:
+    own = DataSpec(spec.sources, tokenizer="train", vocab_size=320, val_per_mille=100)
+    prepare(own, tmp_path / "data")
+    assert len(open_data(own, tmp_path / "data").tokenizer) == 320
+
+
+def test_a_source_too_small_to_hold_out_from_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "alone"}\n')
+    with pytest.raises(ValueError, match=r"'jsonl' has 1 training and 0 held-out documents; accepted"):
+        prepare(DataSpec((Jsonl(path=str(tmp_path / "one.jsonl")),), val_per_mille=1), tmp_path / "data")

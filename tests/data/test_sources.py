@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from cggr_ray.data.sources import Columns, Document, HuggingFace, Jsonl, Parquet
+
+TEXTS = [("What is 1 + 1?", "Two.\n#### 2"), ("Wie heißt π?", "Pi — ”π“ \U0001f967"), ("", "no prompt")]
+
+
+def rows(prompt: str, completion: str) -> list[dict[str, Any]]:
+    return [{"id": i, prompt: p, completion: c} for i, (p, c) in enumerate(TEXTS)]
+
+
+def write_jsonl(path: Path, table: list[dict[str, Any]]) -> str:
+    text = "\n\n".join(json.dumps(row, ensure_ascii=i % 2 == 0) for i, row in enumerate(table)) + "\n"
+    path.write_bytes(lzma.compress(text.encode()) if path.suffix == ".xz" else text.encode())
+    return str(path)
+
+
+def write_parquet(path: Path, table: list[dict[str, Any]]) -> str:
+    parquet.write_table(pa.Table.from_pylist(table), path, row_group_size=2)
+    return str(path)
+
+
+WRITERS = {"a.jsonl": (Jsonl, write_jsonl), "a.jsonl.xz": (Jsonl, write_jsonl), "a.parquet": (Parquet, write_parquet)}
+
+
+@pytest.mark.parametrize("file", WRITERS)
+@pytest.mark.parametrize("pair", [("question", "answer"), ("problem", "solution"), ("prompt", "completion")])
+def test_the_usual_columns_are_found(tmp_path: Path, file: str, pair: tuple[str, str]) -> None:
+    source, write = WRITERS[file]
+    path = write(tmp_path / file, rows(*pair))
+    assert list(source(path=path).documents()) == [Document(p, c) for p, c in TEXTS]
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_text_has_no_prompt_and_named_columns_win(tmp_path: Path, file: str) -> None:
+    source, write = WRITERS[file]
+    table = [{"question": "q", "answer": "a", "text": "t", "note": "n"}]
+    path = write(tmp_path / file, table)
+    assert list(source(path=path).documents()) == [("q", "a")]
+    assert list(source(path=path, columns=Columns(completion="text")).documents()) == [("", "t")]
+    assert list(source(path=path, columns=Columns("note", "question")).documents()) == [("n", "q")]
+    only = write(tmp_path / f"only_{file}", [{"text": "t", "note": "n"}])
+    assert list(source(path=only).documents()) == [("", "t")]
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_a_column_that_is_not_there_lists_those_that_are(tmp_path: Path, file: str) -> None:
+    source, write = WRITERS[file]
+    path = write(tmp_path / file, [{"left": "l", "right": "r"}])
+    with pytest.raises(ValueError, match=r"\['left', 'right'\]; accepted: question/answer; problem/solution"):
+        list(source(path=path).documents())
+    with pytest.raises(ValueError, match=r"no column 'rigth'; accepted: left, right"):
+        list(source(path=path, columns=Columns("left", "rigth")).documents())
+    with pytest.raises(ValueError, match=r"'left' without a completion column"):
+        list(source(path=path, columns=Columns("left")).documents())
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_what_is_not_text_is_refused(tmp_path: Path, file: str) -> None:
+    source, write = WRITERS[file]
+    path = write(tmp_path / file, [{"question": "q", "answer": 4}])
+    with pytest.raises(ValueError, match=r"a\.\S+: column 'answer' is int; accepted: text"):
+        list(source(path=path).documents())
+
+
+@pytest.mark.parametrize("source", [Jsonl, Parquet])
+def test_a_missing_file_is_named(source: type[Jsonl] | type[Parquet]) -> None:
+    with pytest.raises(ValueError, match=r"'nowhere/x\.jsonl' does not exist; accepted"):
+        next(source(path="nowhere/x.jsonl").documents())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "b"', r"bad\.jsonl:3: not JSON"),
+        ('["b"]', r"bad\.jsonl:3: list; accepted: one JSON object a line"),
+        ('{"other": "b"}', r"bad\.jsonl:3: column 'text' is NoneType"),
+        ('{"text": null}', r"bad\.jsonl:3: column 'text' is NoneType"),
+    ],
+)
+def test_a_broken_line_is_named_after_the_whole_ones(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'{{"text": "a"}}\n\n{line}\n{{"text": "c"}}\n')
+    documents = Jsonl(path=str(path)).documents()
+    assert next(documents) == ("", "a")
+    with pytest.raises(ValueError, match=message):
+        next(documents)
+
+
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    latin, torn, no_xz = tmp_path / "latin.jsonl", tmp_path / "torn.jsonl.xz", tmp_path / "no.jsonl.xz"
+    latin.write_bytes('{"text": "Größe"}\n'.encode("latin-1"))
+    torn.write_bytes(lzma.compress(b'{"text": "a"}\n' * 1000)[:-20])
+    no_xz.write_bytes(b'{"text": "a"}\n')
+    for path in (latin, torn, no_xz):
+        with pytest.raises(ValueError, match=rf"{path.name}: unreadable"):
+            list(Jsonl(path=str(path)).documents())
+
+
+def test_a_file_that_is_no_parquet_is_a_value_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    path.write_text("no parquet")
+    with pytest.raises(ValueError, match=r"(?i)parquet"):
+        next(Parquet(path=str(path)).documents())
+
+
+@pytest.fixture(scope="module")
+def hub_offline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Real `datasets` without a network and with a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        import datasets
+
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_local_dataset_folder_is_read_with_datasets(
+    tmp_path: Path, hub_offline: None, form: str, streaming: bool
+) -> None:
+    write = write_parquet if form == "parquet" else write_jsonl
+    write(tmp_path / f"train.{form}", rows("problem", "solution"))
+    write(tmp_path / f"test.{form}", [{"id": 9, "problem": "held", "solution": "out"}])
+    source = HuggingFace(dataset=str(tmp_path), streaming=streaming)
+    assert list(source.documents()) == [Document(p, c) for p, c in TEXTS]
+    limited = HuggingFace(dataset=str(tmp_path), streaming=streaming, max_documents=2)
+    assert list(limited.documents()) == [Document(p, c) for p, c in TEXTS[:2]]
+    assert list(HuggingFace(dataset=str(tmp_path), streaming=streaming, split="test").documents()) == [("held", "out")]
+    wrong = HuggingFace(dataset=str(tmp_path), streaming=streaming, columns=Columns("problem", "id"))
+    with pytest.raises(ValueError, match=r"row 0: column 'id' is int"):
+        next(wrong.documents())

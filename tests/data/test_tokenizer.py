@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from cggr_ray.data.problems import problems
+from cggr_ray.data.tokenizer import END_OF_TEXT, SHIPPED, SHIPPED_VOCABULARY, load_tokenizer, train_bpe
+
+TEXTS = [f"{p.question}\n{p.solution}" for p in problems(3, 200)]
+
+
+@pytest.fixture(scope="module")
+def shipped() -> PreTrainedTokenizerFast:
+    return load_tokenizer(SHIPPED)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def arbitrary(seed: int) -> str:
+    rng = random.Random(seed)
+    pools = [(32, 127), (0, 0x24F), (0x370, 0x7FF), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0, 0x10FFFF)]
+    letters = [chr(rng.randint(*rng.choice(pools))) for _ in range(rng.randrange(1, 80))]
+    return "".join(c for c in letters if not 0xD800 <= ord(c) <= 0xDFFF)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_text_comes_back_as_it_was(shipped: PreTrainedTokenizerFast, seed: int) -> None:
+    text = arbitrary(seed)
+    assert shipped.decode(encode(shipped, text), clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("text", ["", " ", "  a  b ", "\n\n\t x\r\n", "a ,b . c !", "e\u0301 vs \u00e9", TEXTS[0]])
+def test_spaces_and_accents_survive(shipped: PreTrainedTokenizerFast, text: str) -> None:
+    assert shipped.decode(encode(shipped, text), clean_up_tokenization_spaces=False) == text
+
+
+def test_every_digit_is_a_token_of_its_own(shipped: PreTrainedTokenizerFast) -> None:
+    for text in ("1234567890", "x=12.50%", " 7 77 777", "3/4+100", "a1b22"):
+        pieces = [shipped.decode([i]) for i in encode(shipped, text)]
+        assert "".join(pieces) == text
+        assert [p.strip() for p in pieces if any(c.isdigit() for c in p)] == [c for c in text if c.isdigit()]
+        assert all(len(p) == 1 for p in pieces if any(c.isdigit() for c in p))
+
+
+def test_the_shipped_one_has_the_size_it_claims(shipped: PreTrainedTokenizerFast) -> None:
+    assert len(shipped) == SHIPPED_VOCABULARY
+    assert shipped.decode([shipped.eos_token_id]) == END_OF_TEXT
+    assert sum(len(encode(shipped, t)) for t in TEXTS) < 0.5 * sum(len(t) for t in TEXTS)
+
+
+def test_training_is_deterministic_and_covers_all_bytes(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        train_bpe(iter(TEXTS), 400, tmp_path / name)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "a.json")
+    assert len(tokenizer) == 400
+    assert tokenizer.eos_token == END_OF_TEXT
+    assert tokenizer.decode(encode(tokenizer, "日本 \U0001f967")) == "日本 \U0001f967"
+
+
+def test_a_hugging_face_folder_is_read(tmp_path: Path, shipped: PreTrainedTokenizerFast) -> None:
+    shipped.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.eos_token_id == shipped.eos_token_id
+    assert [encode(again, t) for t in TEXTS[:20]] == [encode(shipped, t) for t in TEXTS[:20]]
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path, shipped: PreTrainedTokenizerFast) -> None:
+    shipped.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if "eos" not in k}))
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="no end-of-text token; accepted"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.json"):
+        load_tokenizer(tmp_path / "nowhere.json")

@@ -1,0 +1,165 @@
+"""Statistics of the next-token distribution against float64 brute force, one row at a time."""
+
+import math
+
+import pytest
+import torch
+
+from cggr_ray.kernels.head_stats.op import head_stats
+from cggr_ray.kernels.selected_ce import op
+
+NAMES = ("nll", "entropy", "confidence", "margin", "gnorm")
+
+
+def brute_force(logits, label):
+    """The five statistics of one row, in Python floats, with exact sums."""
+    top = max(logits)
+    exps = [math.exp(z - top) for z in logits]
+    total = math.fsum(exps)
+    p = [e / total for e in exps]
+    ordered = sorted(p, reverse=True)
+    others = [q for v, q in enumerate(p) if v != label]
+    return (
+        top + math.log(total) - logits[label],
+        -math.fsum(q * ((z - top) - math.log(total)) for q, z in zip(p, logits, strict=True)),
+        ordered[0],
+        ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0),
+        math.sqrt(math.fsum(others) ** 2 + math.fsum(q * q for q in others)),
+    )
+
+
+def expected_stats(logits_NV, labels_N):
+    rows = [
+        brute_force(row, label) if label >= 0 else (math.nan,) * 5
+        for row, label in zip(logits_NV.double().tolist(), labels_N.tolist(), strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def found_stats(hidden, head, labels):
+    stats = head_stats(hidden, head, labels)
+    assert stats._fields == NAMES and all(s.dtype == torch.float32 and s.shape == labels.shape for s in stats)
+    return torch.stack(stats, dim=1).double()
+
+
+def of_logits(logits, labels):
+    """With the identity as head, the logits are exactly these."""
+    return found_stats(logits, torch.eye(logits.shape[1]), labels)
+
+
+def assert_near(found, expected, tolerance):
+    for i, name in enumerate(NAMES):
+        torch.testing.assert_close(
+            found[:, i],
+            expected[:, i],
+            atol=tolerance,
+            rtol=tolerance,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.mark.parametrize("rows_a_chunk", [None, 1, 4])
+@pytest.mark.parametrize("shape", [(1, 1, 2), (6, 3, 7), (13, 8, 31), (33, 16, 101), (9, 4, 1000)])
+def test_all_statistics(shape, rows_a_chunk, monkeypatch):
+    rows, width, vocabulary = shape
+    if rows_a_chunk:
+        monkeypatch.setitem(op.CHUNK_BYTES, "cpu", rows_a_chunk * vocabulary * 4)
+    g = torch.Generator().manual_seed(sum(shape))
+    hidden, head = torch.randn(rows, width, generator=g), torch.randn(vocabulary, width, generator=g)
+    labels = torch.randint(vocabulary, (rows,), generator=g)
+    labels[torch.rand(rows, generator=g) < 0.3] = -100
+    labels[0] = 0
+    found = found_stats(hidden.requires_grad_(), head, labels)
+    assert torch.equal(found.isnan(), (labels < 0).unsqueeze(1).expand(rows, 5))
+    assert_near(found, expected_stats(hidden.detach().double() @ head.double().T, labels), 1e-5)
+
+
+@pytest.mark.parametrize("ties", [2, 3, 7])
+def test_a_tie_for_the_largest_has_margin_zero(ties):
+    logits = torch.linspace(-3, 1, 9).repeat(3, 1)
+    logits[0, :ties], logits[1, -ties:], logits[2, 1 : 1 + ties] = 2.5, 2.5, 2.5
+    labels = torch.tensor([0, 0, 8])
+    found = of_logits(logits, labels)
+    assert (found[:, 3] == 0).all()
+    assert_near(found, expected_stats(logits, labels), 1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 5, 1000])
+def test_uniform_logits(vocabulary):
+    found = of_logits(torch.full((1, vocabulary), 3.0), torch.tensor([1]))[0]
+    n = vocabulary
+    by_hand = torch.tensor([math.log(n), math.log(n), 1 / n, 0.0, math.sqrt(1 - 1 / n)], dtype=torch.float64)
+    torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-6)
+
+
+def test_a_vocabulary_of_one_is_certain():
+    found = of_logits(torch.tensor([[4.0]]), torch.tensor([0]))[0]
+    assert found.tolist() == [0, 0, 1, 1, 0]
+
+
+def test_one_hot_logits():
+    logits = torch.zeros(3, 6)
+    logits[:, 2] = 1e4
+    labels = torch.tensor([2, 4, -100])
+    found = of_logits(logits, labels)
+    assert found[0].tolist() == [0, 0, 1, 1, 0]
+    assert found[1, :4].tolist() == [1e4, 0, 1, 1]
+    assert found[1, 4].item() == pytest.approx(math.sqrt(2), rel=1e-6)
+    assert found[2].isnan().all()
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e3, 1e4, 1e6])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_a_common_offset_of_the_logits_costs_no_accuracy(offset, spread):
+    g = torch.Generator().manual_seed(1)
+    # As float32 holds them, so that the truth starts from the same numbers.
+    logits = torch.randn(5, 200, generator=g) * spread + offset
+    labels = torch.randint(200, (5,), generator=g)
+    assert_near(of_logits(logits, labels), expected_stats(logits, labels), 1e-5)
+
+
+@pytest.mark.parametrize("lead", [2.0, 8.0, 12.0, 16.0, 20.0, 40.0, 90.0, 1e4])
+@pytest.mark.parametrize("vocabulary", [2, 50, 3000])
+def test_gnorm_of_a_certain_label_neither_cancels_nor_fails(lead, vocabulary):
+    g = torch.Generator().manual_seed(2)
+    logits = torch.randn(8, vocabulary, generator=g)
+    labels = torch.randint(vocabulary, (8,), generator=g)
+    logits[torch.arange(8), labels] = lead
+    found, expected = of_logits(logits, labels), expected_stats(logits, labels)
+    assert (found[:, 4] >= 0).all()
+    # Where 1 - 2 p_y + sum p^2 would have lost every digit, the relative error stays that of float32.
+    torch.testing.assert_close(found[:, 4], expected[:, 4], rtol=2e-5, atol=1e-20)
+
+
+def test_gnorm_is_the_length_of_the_loss_gradient():
+    g = torch.Generator().manual_seed(3)
+    logits = (torch.randn(20, 17, generator=g) * 3).double().requires_grad_()
+    labels = torch.randint(17, (20,), generator=g)
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    found = of_logits(logits.detach().float(), labels)
+    torch.testing.assert_close(found[:, 4], logits.grad.norm(dim=1), rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_hidden_states_are_read_in_float32():
+    g = torch.Generator().manual_seed(4)
+    hidden = torch.randn(30, 40, generator=g).bfloat16()
+    head = torch.eye(40).bfloat16()
+    labels = torch.randint(40, (30,), generator=g)
+    found = found_stats(hidden, head, labels)
+    # The logits are exact in bf16 here; what follows has to be float32.
+    assert_near(found, expected_stats(hidden, labels), 1e-5)
+
+
+def test_hidden_states_that_are_not_contiguous():
+    g = torch.Generator().manual_seed(5)
+    hidden, head = torch.randn(6, 11, generator=g).T, torch.randn(6, 23, generator=g).T
+    labels = torch.randint(23, (11,), generator=g)
+    assert_near(found_stats(hidden, head, labels), expected_stats(hidden.double() @ head.double().T, labels), 1e-5)
+
+
+@pytest.mark.parametrize("label", [-100, -1])
+def test_nothing_labelled_is_all_nan(label):
+    assert (
+        of_logits(torch.randn(4, 5, generator=torch.Generator().manual_seed(6)), torch.full((4,), label)).isnan().all()
+    )

@@ -1,0 +1,491 @@
+"""The `tokens` parts on micro-batches: routes, weights, curriculum, dynamic threshold, and an unbiased gradient."""
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cggr_ray.data.batch import MicroBatch
+from cggr_ray.models.adapter import Stream
+from cggr_ray.objectives.next_token import NextToken
+from cggr_ray.progress import Progress
+from cggr_ray.routing.curriculum import Curriculum, DynamicThreshold, ratio_levels, snap
+from cggr_ray.routing.route import TokenRoute
+from cggr_ray.routing.scores import HISTOGRAM_BINS, SCORES, histogram_edges
+from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens
+from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_SCORES
+
+CPU = torch.device("cpu")
+WIDTH, VOCABULARY = 6, 19
+IMPORTANCE = {"selection": "importance", "score": "gnorm", "weights": "inverse_probability"}
+PARTS = {
+    "random": RandomTokens(keep=0.25),
+    "topk": SelectedTokens(keep=0.25),
+    "topk over the batch": SelectedTokens(keep=0.25, scope="batch"),
+    "sequence_aware": SelectedTokens(keep=0.4, selection="sequence_aware", min_tokens_per_sequence=1),
+    "sequence_aware over the batch": SelectedTokens(keep=0.4, selection="sequence_aware", scope="batch"),
+    "stratified": SelectedTokens(keep=0.5, selection="stratified", score="loss"),
+    "fixed_quota": SelectedTokens(keep=0.3, selection="fixed_quota", score="margin"),
+    "importance": SelectedTokens(keep=0.25, **IMPORTANCE),
+    "importance over the batch": SelectedTokens(keep=0.3, scope="batch", **IMPORTANCE),
+}
+
+
+def at(step=0, fraction=0.5):
+    return Progress(step, train_seconds=100 * fraction, budget_seconds=100.0, tokens_seen=1)
+
+
+def micro_of(labelled, index=0, lengths=None):
+    """A micro-batch from a boolean table of labelled positions, with documents of `lengths` (repeated) in each row."""
+    labelled = torch.as_tensor(labelled)
+    rows, width = labelled.shape
+    g = torch.Generator().manual_seed(rows * 1000 + width)
+    lengths = lengths or [5, 3, 9, 1]
+    positions = torch.tensor([t for n in lengths * width for t in range(n)][:width]).repeat(rows, 1)
+    starts = torch.cat([(positions.flatten() == 0).nonzero().flatten(), torch.tensor([rows * width])])
+    labels = torch.randint(VOCABULARY, (rows, width), generator=g)
+    return MicroBatch(
+        tokens_BT=torch.randint(VOCABULARY, (rows, width), generator=g),
+        labels_BT=torch.where(labelled, labels, -100),
+        positions_BT=positions,
+        position_ids_BT=torch.arange(rows * width).view(rows, width),
+        document_starts=starts.int(),
+        longest_document=max(lengths),
+        labelled_B=labelled.sum(1).numpy(),
+        index=index,
+    )
+
+
+def odd_micro(index=0):
+    """Rows with all, many, two, one and no labels."""
+    labelled = torch.rand(6, 37, generator=torch.Generator().manual_seed(1)) < 0.6
+    labelled[0], labelled[1], labelled[2], labelled[3] = True, False, False, False
+    labelled[2, 17], labelled[3, 4], labelled[3, 36] = True, True, True
+    return micro_of(labelled, index)
+
+
+def stream_of(micro, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(micro.labels_BT.numel(), WIDTH, generator=g) * scale
+    return Stream(hidden, torch.randn(VOCABULARY, WIDTH, generator=g))
+
+
+def route_by(part, micro, progress=None, seed=0, ratio=None):
+    progress = progress or at()
+    router = part.build(seed, CPU)
+    return router.after(stream_of(micro), micro, router.ratio(progress) if ratio is None else ratio, progress)
+
+
+def kept_counts(micro, ratio, batch):
+    """round(ratio labelled), at least one where there is a label: of every row, or of the micro-batch."""
+    labelled = [int(micro.labelled_B.sum())] if batch else micro.labelled_B.tolist()
+    return [max(round(ratio * n), min(n, 1)) for n in labelled]
+
+
+# Routes
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_slots_are_sorted_labelled_and_exactly_counted(name):
+    part, micro = PARTS[name], odd_micro()
+    batch = "batch" in name
+    for ratio in (part.keep, 0.71):
+        route = route_by(part, micro, ratio=ratio)
+        lines, width = (1, 6 * 37) if batch else (6, 37)
+        assert route.index_BK.shape == route.weights_BK.shape == (lines, math.ceil(ratio * width))
+        assert route.index_BK.dtype == torch.int64 and route.weights_BK.dtype == torch.float32
+        labels = micro.labels_BT.view(lines, width)
+        for b, keep in enumerate(kept_counts(micro, ratio, batch)):
+            index, weights = route.index_BK[b].tolist(), route.weights_BK[b]
+            assert index == sorted(index) and len(set(index[:keep])) == keep
+            assert (weights[:keep] > 0).all() and (weights[keep:] == 0).all() and weights.isfinite().all()
+            assert all(labels[b, t] >= 0 for t in index[:keep])
+
+
+@pytest.mark.parametrize("name", [n for n in PARTS if "importance" not in n])
+def test_mean_weights_sum_to_the_labelled_count(name):
+    part, micro = PARTS[name], odd_micro()
+    route = route_by(part, micro)
+    expected = micro.labelled_B.sum(keepdims=True) if "batch" in name else micro.labelled_B
+    torch.testing.assert_close(route.weights_BK.sum(1), torch.from_numpy(expected).float())
+    for weights in route.weights_BK:
+        assert len(set(weights[weights > 0].tolist())) <= 1
+
+
+@pytest.mark.parametrize("largest", [4.0, 5.5, 10.0])
+def test_inverse_probability_weights_are_at_least_one_and_capped(largest):
+    part = SelectedTokens(keep=0.25, importance_floor=1e-3, largest_weight=largest, **IMPORTANCE)
+    micro = micro_of(torch.ones(5, 64, dtype=torch.bool))
+    # Confident and wrong beside confident and right: importances from almost 0 to sqrt 2.
+    router = part.build(0, CPU)
+    seen = []
+    for step in range(20):
+        route = router.after(stream_of(micro, scale=6.0), micro, 0.25, at(step))
+        assert route.weights_BK.min() >= 1 and route.weights_BK.max() <= largest * (1 + 1e-6)
+        seen.append(route.weights_BK.max().item())
+    assert max(seen) == pytest.approx(largest, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_flat_index_points_at_the_same_labels(name):
+    micro = odd_micro()
+    route = route_by(PARTS[name], micro)
+    lines = len(route.index_BK)
+    flat = route.flat_index(micro.labels_BT.numel() // lines)
+    by_row = micro.labels_BT.view(lines, -1).gather(1, route.index_BK).flatten()
+    assert torch.equal(micro.labels_BT.flatten()[flat], by_row)
+    kept = flat[route.weights_BK.flatten() > 0]
+    assert len(kept.unique()) == len(kept)
+
+
+def truth_scores(stream, labels):
+    """Scores of all positions in float64 from torch's own functions."""
+    z = stream.hidden_ND.double() @ stream.head_VD.double().T
+    p = z.softmax(-1)
+    entropy = torch.distributions.Categorical(logits=z).entropy()
+    first, second = p.topk(2, dim=-1).values.unbind(-1)
+    nll = F.cross_entropy(z, labels.clamp_min(0), reduction="none")
+    one_hot = F.one_hot(labels.clamp_min(0), VOCABULARY)
+    return {
+        "entropy": entropy,
+        "entropy_confidence": entropy - first,
+        "margin": 1 - (first - second),
+        "loss": nll,
+        "combined": (entropy - first) + (1 - (first - second)) + nll,
+        "gnorm": (p - one_hot).norm(dim=-1),
+    }
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("scope", ["row", "batch"])
+def test_topk_keeps_the_hardest_by_every_score(score, scope):
+    micro = odd_micro()
+    stream, labels = stream_of(micro), micro.labels_BT.flatten()
+    lines = 1 if scope == "batch" else 6
+    scores = torch.where(labels >= 0, truth_scores(stream, labels)[score], -torch.inf).view(lines, -1)
+    route = SelectedTokens(keep=0.25, score=score, scope=scope).build(0, CPU).after(stream, micro, 0.25, at())
+    for b, keep in enumerate(kept_counts(micro, 0.25, scope == "batch")):
+        expected = sorted(range(scores.shape[1]), key=lambda t, b=b: -scores[b, t].item())[:keep]
+        assert route.index_BK[b, :keep].tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("scope", ["row", "batch"])
+def test_sequence_aware_gives_every_document_a_position(scope):
+    micro = micro_of(torch.ones(3, 36, dtype=torch.bool))
+    part = SelectedTokens(keep=0.25, selection="sequence_aware", scope=scope, score="loss")
+    route = route_by(part, micro, ratio=0.25)
+    flat = route.flat_index(micro.labels_BT.numel() // len(route.index_BK)).tolist()
+    starts = micro.document_starts.tolist()
+    # Eight documents a row and nine positions to keep.
+    for begin, end in itertools.pairwise(starts):
+        assert any(begin <= t < end for t in flat)
+    assert len(set(flat)) == 27
+
+
+def test_statistics_are_means_over_labelled_positions():
+    micro = odd_micro()
+    stream, labels = stream_of(micro), micro.labels_BT.flatten()
+    statistics = SelectedTokens(score="loss").build(0, CPU).after(stream, micro, 0.25, at()).statistics
+    truth, labelled = truth_scores(stream, labels), labels >= 0
+    assert statistics[ROUTER_ENTROPY].item() == pytest.approx(truth["entropy"][labelled].mean().item(), rel=1e-5)
+    p = (stream.hidden_ND.double() @ stream.head_VD.double().T).softmax(-1)
+    assert statistics[ROUTER_CONFIDENCE].item() == pytest.approx(p.amax(-1)[labelled].mean().item(), rel=1e-5)
+    edges = np.array(histogram_edges())
+    inside = truth["loss"][labelled].numpy().clip(edges[0], edges[-1] - 1e-9)
+    assert statistics[ROUTER_SCORES].tolist() == np.histogram(inside, edges)[0].tolist()
+    assert len(statistics[ROUTER_SCORES]) == HISTOGRAM_BINS
+
+
+@pytest.mark.parametrize("name", ["random", "stratified", "importance"])
+def test_draws_depend_on_seed_step_and_micro_batch_alone(name):
+    part = PARTS[name]
+
+    def kept(seed=0, step=3, index=0, router=None):
+        micro = micro_of(torch.ones(4, 40, dtype=torch.bool), index)
+        return (router or part.build(seed, CPU)).after(stream_of(micro), micro, part.keep, at(step)).index_BK
+
+    used = part.build(0, CPU)
+    for step in range(3):
+        kept(step=step, router=used)
+    assert torch.equal(kept(), kept()) and torch.equal(kept(router=used), kept())
+    for other in (kept(seed=1), kept(step=4), kept(index=1)):
+        assert not torch.equal(other, kept())
+
+
+def test_random_tokens_are_drawn_uniformly():
+    labelled = torch.ones(500, 12, dtype=torch.bool)
+    labelled[:, [0, 7]] = False
+    micro, router = micro_of(labelled), RandomTokens(keep=0.3).build(0, CPU)
+    counts = torch.zeros(12)
+    for step in range(8):
+        index = router.after(stream_of(micro), micro, 0.3, at(step)).index_BK[:, :3]
+        counts += torch.bincount(index.flatten(), minlength=12)
+    draws, expected = 4000, 0.3
+    z = (counts / draws - expected) / math.sqrt(expected * (1 - expected) / draws)
+    assert counts[0] == counts[7] == 0 and z[labelled[0]].abs().max() < 4
+
+
+# Ratios over the budget
+
+
+@pytest.mark.parametrize(
+    "curriculum, keep, fraction, expected",
+    [
+        (Curriculum(), 0.25, 0.0, 1.0),
+        (Curriculum(), 0.25, 0.05, 0.625),
+        (Curriculum(), 0.25, 0.1, 0.25),
+        (Curriculum(), 0.25, 1.0, 0.25),
+        (Curriculum(0.2, 0.6, 1.0), 0.5, 0.1, 1.0),
+        (Curriculum(0.2, 0.6, 1.0), 0.5, 0.2, 1.0),
+        (Curriculum(0.2, 0.6, 1.0), 0.5, 0.3, 0.875),
+        (Curriculum(0.2, 0.6, 0.9), 0.5, 0.6, 0.5),
+        (Curriculum(0.2, 0.6, 0.9), 0.5, 0.89, 0.5),
+        (Curriculum(0.2, 0.6, 0.9), 0.5, 0.9, 1.0),
+        (Curriculum(0.2, 0.6, 0.9), 0.5, 1.0, 1.0),
+        (Curriculum(0.0, 0.0, 1.0), 0.1, 0.0, 0.1),
+        (Curriculum(0.3, 0.3, 1.0), 0.1, 0.29, 1.0),
+        (Curriculum(0.3, 0.3, 1.0), 0.1, 0.3, 0.1),
+    ],
+)
+def test_curriculum_by_hand(curriculum, keep, fraction, expected):
+    assert curriculum.ratio(keep, at(fraction=fraction)) == pytest.approx(expected, abs=1e-12)
+    for part in (RandomTokens(keep=keep, curriculum=curriculum), SelectedTokens(keep=keep, curriculum=curriculum)):
+        router = part.build(0, CPU)
+        snapped = router.ratio(at(fraction=fraction))
+        # One of eight equal steps from keep to 1, and never fewer positions than asked for.
+        assert snapped in router.levels() and -1e-9 <= snapped - expected < (1 - keep) / 8
+        if expected in (keep, 1.0):
+            assert snapped == expected
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.999, 1.0])
+@pytest.mark.parametrize("below", [False, True])
+def test_levels_hold_keep_and_one(keep, below):
+    levels = ratio_levels(keep, below)
+    assert keep in levels and levels[-1] == 1.0 and list(levels) == sorted(set(levels))
+    assert levels[0] == pytest.approx(keep / 2 if below else keep) and len(levels) <= 13
+    for ratio in np.linspace(levels[0], 1, 301):
+        found = snap(float(ratio), levels)
+        assert found in levels and found >= ratio - 1e-8
+        assert not any(ratio <= level < found for level in levels)
+    assert snap(keep, levels) == keep and snap(1.0, levels) == 1.0 and snap(keep + 1e-12, levels) == keep
+
+
+def test_all_tokens_never_asks_for_a_route():
+    router = AllTokens().build(0, CPU)
+    assert router.levels() == (1.0,) and all(router.ratio(at(fraction=f)) == 1.0 for f in (0.0, 0.5, 1.0))
+    with pytest.raises(AssertionError):
+        route_by(AllTokens(), odd_micro())
+
+
+# Dynamic threshold
+
+
+@pytest.mark.parametrize(
+    "base, confidence, sensitivity, expected",
+    [
+        (0.25, 0.0, 0.5, 0.375),
+        (0.25, 0.9, 0.5, 0.2625),
+        (0.25, 1.0, 0.5, 0.25),
+        (0.8, 0.2, 0.5, 1.0),
+        (0.5, 0.5, 0.0, 0.5),
+        (0.4, 0.25, 1.0, 0.7),
+    ],
+)
+def test_upstream_threshold_by_hand(base, confidence, sensitivity, expected):
+    rule = DynamicThreshold(rule="upstream", sensitivity=sensitivity)
+    assert rule.ratio(base, confidence, reference=0.123) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "base, confidence, reference, sensitivity, expected",
+    [
+        (0.25, 0.4, 0.4, 0.5, 0.25),
+        # A quarter more confident than at the reference: an eighth fewer positions.
+        (0.4, 0.5, 0.4, 0.5, 0.35),
+        (0.4, 0.3, 0.4, 0.5, 0.45),
+        (0.4, 0.9, 0.3, 0.5, 0.2),
+        (0.8, 0.0, 0.5, 0.5, 1.0),
+        (0.4, 0.9, 0.1, 0.0, 0.4),
+    ],
+)
+def test_corrected_threshold_by_hand(base, confidence, reference, sensitivity, expected):
+    rule = DynamicThreshold(rule="corrected", sensitivity=sensitivity)
+    assert rule.ratio(base, confidence, reference) == pytest.approx(expected, abs=1e-12)
+
+
+def test_upstream_router_uses_the_last_confidence():
+    router = SelectedTokens(keep=0.25, dynamic=DynamicThreshold(rule="upstream")).build(0, CPU)
+    assert router.ratio(at(fraction=0.5)) == 0.25
+    for confidence, expected in ((0.9, 0.2625), (0.0, 0.375), (1.0, 0.25)):
+        router.observe({ROUTER_CONFIDENCE: confidence}, at(fraction=0.5))
+        assert router.ratio(at(fraction=0.5)) == snap(expected, router.levels())
+    # What was not measured, or is not a number, changes nothing; and a full step stays full.
+    router.observe({ROUTER_CONFIDENCE: math.nan}, at())
+    router.observe({}, at())
+    assert router.ratio(at(fraction=0.5)) == 0.25
+    router.observe({ROUTER_CONFIDENCE: 0.5}, at())
+    assert router.ratio(at(fraction=0.0)) == 1.0
+
+
+def test_corrected_router_by_hand():
+    dynamic = DynamicThreshold(sensitivity=0.5, smoothing=0.5)
+    router = SelectedTokens(keep=0.4, dynamic=dynamic, curriculum=Curriculum(0.0, 0.2, 1.0)).build(0, CPU)
+    assert router.levels()[:4] == pytest.approx([0.2, 0.25, 0.3, 0.35])
+    router.observe({ROUTER_CONFIDENCE: 0.2}, at(fraction=0.1))
+    # Before the target is reached nothing is compared with: the curriculum alone decides.
+    assert router.ratio(at(fraction=0.1)) == snap(0.7, router.levels())
+    router.observe({ROUTER_CONFIDENCE: 0.6}, at(fraction=0.2))
+    # The running mean is 0.4, and so is the reference.
+    assert router.ratio(at(fraction=0.3)) == pytest.approx(0.4)
+    router.observe({ROUTER_CONFIDENCE: 0.6}, at(fraction=0.3))
+    # 0.5: a quarter above the reference.
+    assert router.ratio(at(fraction=0.4)) == pytest.approx(0.35)
+    router.observe({ROUTER_CONFIDENCE: 1.0}, at(fraction=0.4))
+    # 0.75: seven eighths of 0.4 less: 0.4 (1 - 0.5 * 0.875) = 0.225, and the next level is 0.25.
+    assert router.ratio(at(fraction=0.5)) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("part", [
+    SelectedTokens(keep=0.4, dynamic=DynamicThreshold(smoothing=0.5)), SelectedTokens(), RandomTokens(), AllTokens(),
+])  # fmt: skip
+def test_state_survives_a_restart(part):
+    def observed(router, values):
+        for i, value in values:
+            router.observe({ROUTER_CONFIDENCE: value}, at(fraction=i / 10))
+            yield router.ratio(at(fraction=i / 10))
+
+    values = list(enumerate([0.2, 0.5, 0.3, 0.9, 0.8, 0.1, 0.4, 0.7]))
+    straight = part.build(0, CPU)
+    expected = list(observed(straight, values))
+    first, second = part.build(0, CPU), part.build(0, CPU)
+    found = list(observed(first, values[:4]))
+    second.load_state_dict(first.state_dict())
+    found += list(observed(second, values[4:]))
+    assert found == expected and second.state_dict() == straight.state_dict()
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (lambda: SelectedTokens(keep=0.0), "keep = 0.0"),
+        (lambda: SelectedTokens(keep=1.5), "keep = 1.5"),
+        (lambda: SelectedTokens(keep=math.nan), "keep = nan"),
+        (lambda: RandomTokens(keep=-0.1), "keep = -0.1"),
+        (lambda: SelectedTokens(num_strata=0), "num_strata = 0"),
+        (lambda: SelectedTokens(min_tokens_per_sequence=-1), "min_tokens_per_sequence = -1"),
+        (lambda: SelectedTokens(selection="fixed_quota", dynamic=DynamicThreshold()), "fixed_quota"),
+        (lambda: SelectedTokens(weights="inverse_probability"), "'inverse_probability' with 'topk'"),
+        (lambda: SelectedTokens(**(IMPORTANCE | {"score": "loss"})), "score 'gnorm'"),
+        (lambda: SelectedTokens(**(IMPORTANCE | {"weights": "mean"})), "weights 'inverse_probability'"),
+        (lambda: SelectedTokens(keep=0.25, largest_weight=3.9, **IMPORTANCE), "largest_weight = 3.9"),
+        (lambda: SelectedTokens(keep=0.25, largest_weight=7.9, dynamic=DynamicThreshold(), **IMPORTANCE), "at least 8"),
+        (lambda: SelectedTokens(importance_floor=0.0, **IMPORTANCE), "positive floor"),
+        (lambda: Curriculum(full_until=0.5, target_at=0.4), "full_until=0.5"),
+        (lambda: Curriculum(full_from=1.1), "full_from=1.1"),
+        (lambda: DynamicThreshold(sensitivity=-1.0), "sensitivity=-1.0"),
+        (lambda: DynamicThreshold(smoothing=1.0), "smoothing=1.0"),
+    ],
+)
+def test_impossible_configurations_are_named_in_one_line(make, named):
+    with pytest.raises(ValueError, match=re.escape(named)) as error:
+        make()
+    assert "\n" not in str(error.value) and "accepted: " in str(error.value)
+
+
+# The loss of a route
+
+
+def linear_model(micro, seed=2):
+    """An embedding, one matrix, and a head: enough for gradients of hidden states and head to differ by position."""
+    g = torch.Generator().manual_seed(seed)
+    table, matrix, head = (torch.randn(s, generator=g) for s in ((VOCABULARY, 5), (WIDTH, 5), (VOCABULARY, WIDTH)))
+    # The position matters too, or equal tokens would be equal positions.
+    where = 0.3 * torch.randn(micro.tokens_BT.numel(), 5, generator=g)
+    return table[micro.tokens_BT.flatten()] + where, matrix.requires_grad_(), head.requires_grad_()
+
+
+def gradient(inputs, matrix, head, micro, route, labelled):
+    loss = NextToken().loss(Stream(inputs @ matrix.T, head), micro, route, labelled)
+    return torch.cat([x.flatten() for x in torch.autograd.grad(loss.total, (matrix, head))]), loss.reported
+
+
+def full_gradient(inputs, matrix, head, micro):
+    matrix, head = (x.detach().double().requires_grad_() for x in (matrix, head))
+    logits = inputs.double() @ matrix.T @ head.T
+    loss = F.cross_entropy(logits, micro.labels_BT.flatten(), ignore_index=-100)
+    return torch.cat([x.flatten() for x in torch.autograd.grad(loss, (matrix, head))]), loss.detach()
+
+
+def test_without_a_route_the_loss_is_the_mean_cross_entropy():
+    micro = odd_micro()
+    model = linear_model(micro)
+    found, reported = gradient(*model, micro, None, micro.labelled)
+    expected, loss = full_gradient(*model, micro)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+    assert reported.item() == pytest.approx(loss.item(), rel=1e-6) and not reported.requires_grad
+
+
+def test_a_route_over_everything_is_no_route():
+    micro = odd_micro()
+    model = linear_model(micro)
+    everything = TokenRoute(torch.arange(37).repeat(6, 1), torch.ones(6, 37))
+    found, _ = gradient(*model, micro, everything, micro.labelled)
+    torch.testing.assert_close(found, gradient(*model, micro, None, micro.labelled)[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["row", "batch"])
+def test_the_loss_of_selected_positions_by_a_loop(scope):
+    micro = odd_micro()
+    inputs, matrix, head = linear_model(micro)
+    stream = Stream((inputs @ matrix.T).detach(), head)
+    route = SelectedTokens(keep=0.25, score="loss", scope=scope).build(0, CPU).after(stream, micro, 0.25, at())
+    nll = truth_scores(Stream(stream.hidden_ND, head.detach()), micro.labels_BT.flatten())["loss"]
+    nll = torch.where(micro.labels_BT.flatten() >= 0, nll, -torch.inf)
+    lines, counts = (1, [micro.labelled]) if scope == "batch" else (6, micro.labelled_B.tolist())
+    total = 0.0
+    for row, labelled in zip(nll.view(lines, -1), counts, strict=True):
+        hardest = row.sort(descending=True).values[: max(round(0.25 * labelled), min(labelled, 1))]
+        total += labelled * hardest.mean().item() if labelled else 0.0
+    _, reported = gradient(inputs, matrix, head, micro, route, 321)
+    assert reported.item() == pytest.approx(total / 321, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        SelectedTokens(keep=0.25, **IMPORTANCE),
+        SelectedTokens(keep=0.25, scope="batch", **IMPORTANCE),
+        SelectedTokens(keep=0.1, **IMPORTANCE),
+        SelectedTokens(keep=0.5, selection="stratified", weights="inverse_probability", scope="batch"),
+    ],
+)
+def test_inverse_probability_gives_the_full_gradient_on_average(part):
+    labelled = torch.rand(4, 14, generator=torch.Generator().manual_seed(6)) < 0.7
+    labelled[0], labelled[1] = True, False
+    micro = micro_of(labelled)
+    inputs, matrix, head = linear_model(micro)
+    expected, loss = full_gradient(inputs, matrix, head, micro)
+    router = part.build(0, CPU)
+    with torch.no_grad():
+        stream = Stream(inputs @ matrix.T, head)
+    draws, losses = [], []
+    for step in range(600):
+        route = router.after(stream, micro, part.keep, at(step))
+        found, reported = gradient(inputs, matrix, head, micro, route, micro.labelled)
+        draws.append(found)
+        losses.append(reported)
+    draws, losses = torch.stack(draws).double(), torch.stack(losses).double()
+    error = draws.std(0) / len(draws) ** 0.5
+    z = (draws.mean(0) - expected) / error.clamp_min(1e-7)
+    assert z.abs().max() < 4.5 and z.square().mean() < 1.8
+    assert abs(losses.mean() - loss) < 4 * losses.std() / len(losses) ** 0.5
+    # It is an estimate: a single draw is far from the truth.
+    assert (draws[0] - expected).norm() > 5 * (draws.mean(0) - expected).norm()

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cggr_ray.data.dataset import DataSpec
+from cggr_ray.data.sources import HuggingFace, Jsonl, Parquet, Problems
+from cggr_ray.models.presets import ModelSpec
+from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
+from cggr_ray.routing.tokens import RandomTokens, SelectedTokens
+
+
+def test_trials_of_a_seed_run_together_and_every_other_seed_is_reversed(tmp_path: Path) -> None:
+    spec = RaceSpec(recipes=("baseline", "cggr_loss", "fewer_rows"), seeds=(7, 3, 5))
+    trials = plan_trials(spec, tmp_path)
+    assert [(t.recipe.name, t.seed) for t in trials] == [
+        ("baseline", 7), ("cggr_loss", 7), ("fewer_rows", 7),
+        ("fewer_rows", 3), ("cggr_loss", 3), ("baseline", 3),
+        ("baseline", 5), ("cggr_loss", 5), ("fewer_rows", 5),
+    ]  # fmt: skip
+    assert len({t.folder for t in trials}) == 9
+    assert {t.data_folder for t in trials} == {str(tmp_path.resolve() / "data")}
+    assert all(Path(t.folder).is_absolute() and Path(t.folder).name == t.trial_id for t in trials)
+
+
+def test_an_arm_overrides_the_race(tmp_path: Path) -> None:
+    spec = RaceSpec(
+        recipes=("cggr_loss", "random_tokens"),
+        values={"tokens.keep": 0.5, "optimizer.clip_norm": 2},
+        arms={"random_tokens": {"tokens.keep": 0.4}},
+    )
+    first, second = (t.recipe for t in plan_trials(spec, tmp_path))
+    assert isinstance(first.tokens, SelectedTokens) and isinstance(second.tokens, RandomTokens)
+    assert (first.tokens.keep, second.tokens.keep) == (0.5, 0.4)
+    assert first.optimizer.clip_norm == second.optimizer.clip_norm == 2.0
+
+
+def test_a_trial_round_trips_through_json(tmp_path: Path) -> None:
+    data = DataSpec(
+        sources=(Problems(levels=(1, 2)), Jsonl(name="a", path="x.jsonl", weight=2.0, max_epochs=3), HuggingFace())
+    )
+    spec = RaceSpec(
+        recipes=("cggr_loss",),
+        seeds=(1, 2),
+        milestones=(0.5,),
+        model=ModelSpec("llama-113m", tie_embeddings=False),
+        data=data,
+        values={"tokens.keep": 0.5},
+        arms={"cggr_loss": {"tokens.curriculum": {"target_at": 0.2}, "execution.gradient_checkpointing": True}},
+        step_seconds=0.5,
+    )
+    for trial in plan_trials(spec, tmp_path):
+        again = Trial.from_plain(json.loads(json.dumps(trial.to_plain())))
+        assert again == trial
+        assert again.race.recipe("cggr_loss") == trial.recipe
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"budget_seconds": 0}, r"budget of 0\.0 seconds; accepted"),
+        ({"budget_seconds": math.nan}, r"nan.*accepted"),
+        ({"budget_seconds": "30"}, r"budget_seconds = '30'; accepted: float"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\]; accepted"),
+        ({"seeds": []}, r"seeds \[\]; accepted"),
+        ({"seeds": [-1]}, r"seeds \[-1\]; accepted"),
+        ({"recipes": []}, r"recipes \[\]; accepted"),
+        ({"recipes": ["baseline", "baseline"]}, r"recipes .*; accepted"),
+        ({"micro_rows": 32, "global_rows": 16}, r"micro_rows = 32; accepted: 1 to global_rows = 16"),
+        ({"micro_rows": 0}, r"micro_rows = 0; accepted"),
+        ({"milestones": [0.0]}, r"milestones \[0\.0\]; accepted"),
+        ({"milestones": [0.5, 1.5]}, r"milestones .*; accepted"),
+        ({"milestones": [math.nan]}, r"milestones .*; accepted"),
+        ({"step_seconds": 0.0}, r"step_seconds = 0\.0; accepted"),
+        ({"step_seconds": -1.0}, r"step_seconds = -1\.0; accepted"),
+        ({"arms": {"cggr_los": {}}}, r"arms\.cggr_los.*did you mean 'cggr_loss'\?"),
+        ({"device": "gpu"}, r"device = 'gpu'.*cuda"),
+        ({"budget": 3}, r"unknown key 'budget'; did you mean 'budget_seconds'\?"),
+        ({"model": {"preset": "tinny"}}, r"'tinny'; did you mean 'tiny'\?"),
+        ({"data": {"row_tokens": 8}}, r"row_tokens = 8; accepted"),
+        ({"data": {"seed": -1}}, r"data seed = -1; accepted"),
+        ({"data": {"val_documents": 0}}, r"val_documents = 0; accepted"),
+        ({"data": {"val_per_mille": 0}}, r"val_per_mille = 0; accepted"),
+        ({"data": {"sources": []}}, r"sources \[\]; accepted"),
+        ({"data": {"sources": ["problems", "problems"]}}, r"sources .*; accepted"),
+        ({"data": {"sources": [{"kind": "problems", "max_epochs": 1}]}}, r"max_epochs; accepted"),
+        ({"data": {"sources": [{"kind": "problems", "weight": 0.0}]}}, r"weight = 0\.0.*accepted"),
+        ({"data": {"sources": [{"kind": "jsonlines"}]}}, r"'jsonlines'; did you mean 'jsonl'\?"),
+    ],
+)
+def test_an_impossible_race_says_what_is_accepted(plain: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        RaceSpec.from_plain(plain)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_is_found_while_planning(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'cggr_los'; did you mean 'cggr_loss'"):
+        plan_trials(RaceSpec(recipes=("baseline", "cggr_los")), tmp_path)
+
+
+def test_a_value_that_does_not_fit_an_arm_is_found_while_planning(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown key 'tokens\.keep'"):
+        plan_trials(RaceSpec(recipes=("baseline",), values={"tokens.keep": 0.5}), tmp_path)
+
+
+def test_two_recipes_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "baseline.toml"
+    other.write_text("description = 'another one'")
+    with pytest.raises(ValueError, match=r"baseline-s0.*accepted"):
+        plan_trials(RaceSpec(recipes=("baseline", str(other))), tmp_path)
+
+
+def race_file(folder: Path, text: str) -> str:
+    folder.mkdir(exist_ok=True)
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_paths_are_relative_to_the_race_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere, races = tmp_path / "elsewhere", tmp_path / "races"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (races / "models" / "m").mkdir(parents=True)
+    (races / "models" / "m" / "config.json").write_text("{}")
+    (races / "models" / "m" / "model.safetensors").touch()
+    absolute = tmp_path / "c.jsonl"
+    name = race_file(
+        races,
+        f"""
+        [model]
+        folder = "models/m"
+        [data]
+        sources = [
+            {{ kind = "jsonl", name = "a", path = "../a.jsonl" }},
+            {{ kind = "parquet", name = "b", path = "b.parquet" }},
+            {{ kind = "jsonl", name = "c", path = "{absolute}" }},
+            "problems",
+        ]
+        """,
+    )
+    spec = load_race(name)
+    assert spec.name == "mine"
+    assert spec.model.folder == str((races / "models" / "m").resolve())
+    assert spec.data.sources == (
+        Jsonl("a", path=str((tmp_path / "a.jsonl").resolve())),
+        Parquet("b", path=str((races / "b.parquet").resolve())),
+        Jsonl("c", path=str(absolute.resolve())),
+        Problems(),
+    )
+    with pytest.raises(ValueError, match=r"a\.jsonl.*does not exist"):
+        spec.data.check()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds = [", "mine"),
+        ("seedz = [1]", r"did you mean 'seeds'"),
+        ("data = 3", r"data = 3; accepted: a table"),
+        ("model = 'tiny'", r"model = 'tiny'; accepted: a table"),
+        ("data.sources = 3", r"data\.sources = 3; accepted: a list"),
+        ("data.sources = [3]", r"data\.sources\[0\] = 3; accepted"),
+        ("data.sources = [{kind = 'jsonl', path = 3}]", r"data\.sources\[0\]\.path = 3; accepted: str"),
+        ("model.folder = 3", r"model\.folder = 3; accepted: str"),
+        ("model.folder = 'nowhere'", r"nowhere.*config\.json"),
+    ],
+)
+def test_a_bad_race_file_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_race(race_file(tmp_path, text))
+    assert str(error.value).startswith("mine.toml: ")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_race_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown race 'nope'"):
+        load_race("nope")

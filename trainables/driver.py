@@ -1,0 +1,115 @@
+"""From trials to Ray Tune: two executors around the same core, first in first out, each trial with its whole budget.
+
+`train`: Ray Train's TorchTrainer with one worker, driven by a Tune trial that itself takes no resources.
+`inprocess`: a Tune trial that holds the GPU, with a TorchTrainer of zero workers inside: no second process.
+Results are read from the trials' own folders; Tune only places them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.train
+import ray.train.torch
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+
+from cggr_ray.race import Trial
+from cggr_ray.schema import SUMMARY_FILE
+from cggr_ray.telemetry.tracker import Row
+from trainables.cluster import cluster
+from trainables.scaling import Placement, place
+from trainables.worker import train_in_process, train_worker
+
+Executor = Literal["train", "inprocess"]
+MAX_FAILURES = 2
+
+OnRow = Callable[[Row], None]
+
+
+class Rows(tune.Callback):
+    """Passes every report on, with the trial's id in it."""
+
+    def __init__(self, on_row: OnRow) -> None:
+        self._on_row = on_row
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes its callbacks to disk; the terminal behind this one cannot be written, and need not be."""
+        return {}
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: TuneTrial, result: Row, **_: Any) -> None:
+        self._on_row(result)
+
+
+def trainable(
+    executor: Executor, placement: Placement, storage: Path, trial_of: Callable[[dict[str, Any]], Trial]
+) -> Callable[..., Any]:
+    """A Tune function with its resources attached. `trial_of` makes the trial of a Tune configuration."""
+    if executor == "inprocess":
+        return tune.with_resources(
+            lambda config: _in_process(trial_of(config)), {k.lower(): v for k, v in placement.resources.items()}
+        )
+    # The driver of a nested trial must not hold a core that its worker waits for.
+    head = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+    return tune.with_resources(lambda config: _nested(trial_of(config), placement, storage), head)
+
+
+def run_trials(
+    trials: Sequence[Trial], folder: Path, executor: Executor, address: str | None, on_row: OnRow = lambda row: None
+) -> list[str]:
+    """Runs trials in their order; returns the ids of those that did not end with a summary.
+
+    Raises:
+        ValueError: the resources of a trial are not there; before anything starts.
+    """
+    with cluster(address) as resources:
+        placement = place(trials[0].race.device, resources)
+        session = f"session-{time.time_ns()}"
+        storage = (folder / "ray").resolve()
+        tune.Tuner(
+            trainable(executor, placement, storage / session, lambda config: Trial.from_plain(config["trial"])),
+            param_space={"trial": tune.grid_search([trial.to_plain() for trial in trials])},
+            tune_config=tune.TuneConfig(max_concurrent_trials=placement.concurrent),
+            run_config=tune.RunConfig(
+                name=session,
+                storage_path=str(storage),
+                verbose=0,
+                callbacks=[Rows(on_row)],
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES if executor == "inprocess" else 0),
+            ),
+        ).fit()
+    return [trial.trial_id for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()]
+
+
+def _in_process(trial: Trial) -> None:
+    ray.train.torch.TorchTrainer(
+        train_in_process,
+        train_loop_config={"trial": trial.to_plain()},
+        scaling_config=ray.train.ScalingConfig(num_workers=0),
+    ).fit()
+
+
+def _nested(trial: Trial, placement: Placement, storage: Path) -> None:
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    threads = os.environ.get("OMP_NUM_THREADS", str(placement.cpus))
+    ray.train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={"trial": trial.to_plain()},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=1, use_gpu=placement.gpus > 0, resources_per_worker=placement.resources
+        ),
+        run_config=ray.train.RunConfig(
+            # Train resumes a run of the same name: the name is unique to this session and trial.
+            name=trial.trial_id,
+            storage_path=str(storage),
+            callbacks=[TuneReportCallback()],
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    ).fit()
