@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, written aside, flushed to disk, renamed; the last two are kept.
 
-    checkpoints/step_00000123/model.safetensors      weights by parameter name
-                              optimizer.safetensors  masters and states by stack
-                              state.json             everything else: step, ledgers, loader, parts
+checkpoints/step_00000123/model.safetensors      weights by parameter name
+                          optimizer.safetensors  masters and states by stack
+                          state.json             everything else: step, ledgers, loader, parts
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ recipe_app = typer.Typer(help="Look at recipes. Example: cggr-ray recipe show cg
 app.add_typer(recipe_app, name="recipe")
 
 Sets = Annotated[
-    list[str], typer.Option("--set", help="Dotted recipe key for every arm, e.g. optimizer.matrix.lr=0.002; repeatable.")
+    list[str],
+    typer.Option("--set", help="Dotted recipe key for every arm, e.g. optimizer.matrix.lr=0.002; repeatable."),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder for the results; a new one below outputs/ by default.")]
 Budget = Annotated[float | None, typer.Option(help="Train seconds of every trial.")]
@@ -35,7 +36,9 @@ ExecutorName = Annotated[
 
 @app.command()
 def race(
-    spec: Annotated[str | None, typer.Argument(help="A race file (.toml) or a shipped race; by device if left out.")] = None,
+    spec: Annotated[
+        str | None, typer.Argument(help="A race file (.toml) or a shipped race; by device if left out.")
+    ] = None,
     out: Out = None,
     recipes: Annotated[str | None, typer.Option(help="Comma-separated recipes, the baseline first.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds.")] = None,

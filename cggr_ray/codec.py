@@ -103,7 +103,7 @@ def _hints(cls: type) -> dict[str, Any]:
 def _from_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in choices:
         return None
-    tables = {kind_of(c): c for c in choices if dataclasses.is_dataclass(c)}
+    tables = {kind_of(c): c for c in choices if isinstance(c, type) and dataclasses.is_dataclass(c)}
     if not tables:
         scalars = [c for c in choices if c is not type(None)]
         errors = []

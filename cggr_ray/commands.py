@@ -103,7 +103,9 @@ def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
     console.print(summary_table(read_race(folder)), highlight=False, soft_wrap=True)
     console.print(f"\nreport: {path.resolve()}", soft_wrap=True)
     if failed:
-        console.print(f"did not finish: {', '.join(failed)}; go on with: cggr-ray race --resume {folder}", soft_wrap=True)
+        console.print(
+            f"did not finish: {', '.join(failed)}; go on with: cggr-ray race --resume {folder}", soft_wrap=True
+        )
         sys.exit(1)
 
 
@@ -214,10 +216,16 @@ def show_plan(spec: RaceSpec, trials: Sequence[Trial]) -> None:
     for trial in trials:
         rows = trial.recipe.rows.rows_per_step(spec.global_rows)
         table.add_row(
-            trial.trial_id, trial.recipe.name, str(trial.seed), f"{spec.budget_seconds:g}", f"{rows * spec.data.row_tokens:,}"
+            trial.trial_id,
+            trial.recipe.name,
+            str(trial.seed),
+            f"{spec.budget_seconds:g}",
+            f"{rows * spec.data.row_tokens:,}",
         )
     console.print(table)
-    console.print(f"{len(trials)} trials, {len(trials) * spec.budget_seconds:g} train seconds in all, set-up not counted")
+    console.print(
+        f"{len(trials)} trials, {len(trials) * spec.budget_seconds:g} train seconds in all, set-up not counted"
+    )
     console.print(f"model {spec.model.name}: {parameters:,} parameters with the preset's vocabulary")
     low, high = memory_estimate(spec, parameters)
     console.print(f"memory a trial, estimated from shapes: {low:.1f} to {high:.1f} GiB at {tokens:,} tokens a step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -19,10 +20,13 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that this code runs from, with a + where it has changes; empty outside one."""
+    """The commit of the checkout that this code runs from, with a + where it has changes.
+
+    Outside a checkout (an image, a copy) it is what CGGR_RAY_COMMIT says, or empty.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return ""
+        return os.environ.get("CGGR_RAY_COMMIT", "")
     head = _git(root, "rev-parse", "--short=10", "HEAD")
     return head + ("+" if head and _git(root, "status", "--porcelain", "--untracked-files=no") else "")
 

@@ -86,12 +86,8 @@ class Run:
         self.delayed: deque[tuple[Row, Row]] = deque()
 
     def complete(self) -> Row:
-        with self.clock.ledger("set_up"):
-            self._set_up()
-        with self.clock.ledger("warm_up"):
-            warm_up(self.learner, self.heldout, self.data.order(), self.rows_per_step, self.spec.micro_rows)
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
+        """The whole run; returns its summary."""
+        self.prepare()
         with self.loader:
             status = self._train()
             with self.clock.ledger("evaluation"):
@@ -99,13 +95,20 @@ class Run:
             with self.clock.ledger("reporting"):
                 return self._finish(status, final)
 
-    # Before the first step
+    def prepare(self) -> None:
+        """Everything before the first step: set-up, resuming, warm-up."""
+        with self.clock.ledger("set_up"):
+            self._set_up()
+        with self.clock.ledger("warm_up"):
+            warm_up(self.learner, self.heldout, self.data.order(), self.rows_per_step, self.spec.micro_rows)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
 
     def _set_up(self) -> None:
         spec, recipe = self.spec, self.trial.recipe
         self.folder.mkdir(parents=True, exist_ok=True)
         self.data = open_data(spec.data, Path(self.trial.data_folder))
-        vocabulary = None if spec.model.folder else self.data.vocab_size
+        vocabulary = spec.model.vocabulary(self.data.vocab_size)
         dtype = recipe.execution.dtype(self.device)
         model = spec.model.build(vocabulary, self.trial.seed, self.device, dtype)
         adapter = Adapter(model, recipe.execution.gradient_checkpointing)
@@ -161,29 +164,30 @@ class Run:
             "micro_rows": min(spec.micro_rows, self.rows_per_step),
         }
 
-    # The budget
-
     def _train(self) -> Status:
         used = self.clock.train_seconds
         while not self.budget.spent(used) and self.not_finite < NOT_FINITE_LIMIT:
-            self.clock.switch("data_wait")
-            batch = self.loader.next()
-            self.clock.switch("train")
-            progress = Progress(self.step, used, self.budget.seconds, self.loader.tokens_seen)
-            self.flight.push(self.learner.step(batch, progress))
-            self.step += 1
-            self.rows_trained += batch.rows
-            self.labelled += batch.labelled
-            self.clock.tick()
-            near_end = self.budget.seconds - used < STEPS_NEAR_THE_END * self.last_step_seconds
-            self._land(all_steps=near_end)
-            now = self.clock.train_seconds
-            self.last_step_seconds, used = now - used, now
-            if not self.budget.spent(used):
-                used = self._off_the_budget(used)
+            used = self.advance(used)
         self.clock.switch("idle")
         self._land(all_steps=True)
         return "finished" if self.not_finite < NOT_FINITE_LIMIT else "diverged"
+
+    def advance(self, used: float) -> float:
+        """One step from `used` train seconds, and what is due after it; returns the train seconds then."""
+        self.clock.switch("data_wait")
+        batch = self.loader.next()
+        self.clock.switch("train")
+        progress = Progress(self.step, used, self.budget.seconds, self.loader.tokens_seen)
+        self.flight.push(self.learner.step(batch, progress))
+        self.step += 1
+        self.rows_trained += batch.rows
+        self.labelled += batch.labelled
+        self.clock.tick()
+        near_end = self.budget.seconds - used < STEPS_NEAR_THE_END * self.last_step_seconds
+        self._land(all_steps=near_end)
+        now = self.clock.train_seconds
+        self.last_step_seconds = now - used
+        return now if self.budget.spent(now) else self._off_the_budget(now)
 
     def _land(self, all_steps: bool) -> None:
         """Takes in finished steps: rows for the recorder, the count of bad gradients, measurements for the parts."""
@@ -194,8 +198,6 @@ class Run:
         while self.delayed and self.step - self.delayed[0][1]["step"] >= OBSERVE_DELAY:
             values, progress = self.delayed.popleft()
             self.learner.observe(values, Progress(**progress))
-
-    # Off the budget
 
     def _off_the_budget(self, used: float) -> float:
         """Milestones, reports and checkpoints that are due; returns the train seconds after them."""

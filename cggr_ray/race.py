@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -92,6 +92,10 @@ class Trial:
     race: RaceSpec
     folder: str
     data_folder: str
+
+    def placed(self, folder: Path, data_folder: Path) -> Trial:
+        """The same trial in another folder."""
+        return replace(self, folder=str(folder.resolve()), data_folder=str(data_folder.resolve()))
 
     def to_plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = to_plain(self)

@@ -1,11 +1,11 @@
 """Recipe: five typed parts and an execution. What a run does, in one immutable value, as TOML and JSON both ways.
 
-    rows        which sequences enter the forward?
-    tokens      which positions carry a gradient, with what weight?
-    objective   what is minimised?
-    optimizer   how does a gradient become an update?
-    updates     which layers learn this step?
-    execution   how it runs; recorded, and never branched on by a method
+rows        which sequences enter the forward?
+tokens      which positions carry a gradient, with what weight?
+objective   what is minimised?
+optimizer   how does a gradient become an update?
+updates     which layers learn this step?
+execution   how it runs; recorded, and never branched on by a method
 """
 
 from __future__ import annotations

@@ -56,7 +56,13 @@ class Recorder:
     """
 
     def __init__(
-        self, trial_id: str, trackers: list[Tracker], report: Report, budget: Budget, device: torch.device, start: Position
+        self,
+        trial_id: str,
+        trackers: list[Tracker],
+        report: Report,
+        budget: Budget,
+        device: torch.device,
+        start: Position,
     ) -> None:
         self._trial_id, self._trackers, self._report = trial_id, trackers, report
         self._budget, self._device = budget, device
@@ -98,7 +104,7 @@ class Recorder:
         self._last_report = at
         self._newest |= device_row(self._device)
         self.flush()
-        self._report({"trial_id": self._trial_id, **plain(self._newest)})
+        self._report({"trial": self._trial_id, **plain(self._newest)})
 
     def milestone(self, at: Position, fraction: float, values: Row) -> None:
         """Writes a milestone row and reports it."""
@@ -113,7 +119,7 @@ class Recorder:
             **values,
         }
         self._track(row)
-        self._report({"trial_id": self._trial_id, **plain(self._newest | row)})
+        self._report({"trial": self._trial_id, **plain(self._newest | row)})
 
     def resumed(self, at: Position) -> None:
         """Marks that rows after this step, if there are any, were lost with the process that wrote them."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from cggr_ray.data.store import TokenStore
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedModel
+
+    from cggr_ray.data.store import TokenStore
 
 END = 0
+# The models of the tests are too small to share out; this must be said before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
 def make_store() -> Callable[..., TokenStore]:
     """A store of documents of given lengths (tokens, end markers included): random tokens between end markers."""
+    from cggr_ray.data.store import TokenStore
 
     def make(lengths: Sequence[int], seed: int = 0, vocabulary: int = 128, prompt_share: float = 0.4) -> TokenStore:
         rng = np.random.default_rng(seed)
@@ -26,7 +32,7 @@ def make_store() -> Callable[..., TokenStore]:
             tokens=np.array([t for document in documents for t in document], np.uint16),
             offsets=np.array([sum(lengths[:i]) for i in range(len(lengths) + 1)], np.int64),
             prompts=np.array(prompts, np.int32),
-            text_bytes=np.array([[2 * (p - 1) for p in prompts], [3 * (n - 1 - p) for n, p in zip(lengths, prompts)]]),
+            text_bytes=np.array([[2 * p for p in prompts], [3 * n for n in lengths]], np.int32),
         )
 
     return make
@@ -34,6 +40,8 @@ def make_store() -> Callable[..., TokenStore]:
 
 @pytest.fixture
 def tiny_config() -> LlamaConfig:
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         vocab_size=128,
         hidden_size=32,
@@ -50,6 +58,9 @@ def tiny_config() -> LlamaConfig:
 
 @pytest.fixture
 def tiny_model(tiny_config: LlamaConfig) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return AutoModelForCausalLM.from_config(tiny_config, dtype=torch.float32)

@@ -22,7 +22,13 @@ def test_every_shipped_recipe_round_trips_and_says_what_it_is(name: str) -> None
     recipe = load_recipe(name)
     assert recipe.description
     assert Recipe.from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
-    assert [part for part, _, line in explain(recipe) if line] == ["rows", "tokens", "objective", "optimizer", "updates"]
+    assert [part for part, _, line in explain(recipe) if line] == [
+        "rows",
+        "tokens",
+        "objective",
+        "optimizer",
+        "updates",
+    ]
 
 
 def test_the_baseline_is_neutral() -> None:

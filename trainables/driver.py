@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -25,7 +25,7 @@ from trainables.cluster import cluster
 from trainables.scaling import Placement, place
 from trainables.worker import train_in_process, train_worker
 
-Executor = Literal["train", "inprocess"]
+EXECUTORS = ("train", "inprocess")
 MAX_FAILURES = 2
 
 OnRow = Callable[[Row], None]
@@ -46,20 +46,22 @@ class Rows(tune.Callback):
 
 
 def trainable(
-    executor: Executor, placement: Placement, storage: Path, trial_of: Callable[[dict[str, Any]], Trial]
+    executor: str, placement: Placement, storage: Path, trial_of: Callable[[dict[str, Any]], Trial]
 ) -> Callable[..., Any]:
     """A Tune function with its resources attached. `trial_of` makes the trial of a Tune configuration."""
     if executor == "inprocess":
         return tune.with_resources(
             lambda config: _in_process(trial_of(config)), {k.lower(): v for k, v in placement.resources.items()}
         )
-    # The driver of a nested trial must not hold a core that its worker waits for.
+    # The driver of a nested trial must not hold a core that its worker waits for. Holding none, it is given one thread
+    # by Ray, so the worker's count is settled here.
     head = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
-    return tune.with_resources(lambda config: _nested(trial_of(config), placement, storage), head)
+    threads = os.environ.get("OMP_NUM_THREADS", str(placement.cpus))
+    return tune.with_resources(lambda config: _nested(trial_of(config), placement, storage, threads), head)
 
 
 def run_trials(
-    trials: Sequence[Trial], folder: Path, executor: Executor, address: str | None, on_row: OnRow = lambda row: None
+    trials: Sequence[Trial], folder: Path, executor: str, address: str | None, on_row: OnRow = lambda row: None
 ) -> list[str]:
     """Runs trials in their order; returns the ids of those that did not end with a summary.
 
@@ -93,21 +95,20 @@ def _in_process(trial: Trial) -> None:
     ).fit()
 
 
-def _nested(trial: Trial, placement: Placement, storage: Path) -> None:
+def _nested(trial: Trial, placement: Placement, storage: Path, threads: str) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    threads = os.environ.get("OMP_NUM_THREADS", str(placement.cpus))
     ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"trial": trial.to_plain()},
         scaling_config=ray.train.ScalingConfig(
             num_workers=1, use_gpu=placement.gpus > 0, resources_per_worker=placement.resources
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             # Train resumes a run of the same name: the name is unique to this session and trial.
             name=trial.trial_id,
             storage_path=str(storage),
-            callbacks=[TuneReportCallback()],
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),

@@ -23,7 +23,7 @@ from cggr_ray.schema import RUNS_FOLDER, SUMMARY_FILE, SWEEP_FILE, TOKENS_SEEN, 
 from cggr_ray.telemetry.tracker import Row
 from search_spaces import Space
 from trainables.cluster import cluster
-from trainables.driver import Executor, OnRow, Rows, trainable
+from trainables.driver import OnRow, Rows, trainable
 from trainables.scaling import place
 
 # Rungs of successive halving: the first at this fraction of the budget, each next at twice the one before.
@@ -77,7 +77,7 @@ def run_sweep(
     trials: int,
     seed: int,
     early_stopping: bool,
-    executor: Executor,
+    executor: str,
     address: str | None,
     on_row: OnRow = lambda row: None,
 ) -> None:
@@ -113,7 +113,7 @@ def successive_halving(budget_seconds: float) -> ASHAScheduler:
         time_attr=TRAIN_SECONDS,
         metric=VAL_LOSS,
         mode="min",
-        grace_period=FIRST_RUNG * budget_seconds,
+        grace_period=FIRST_RUNG * budget_seconds,  # type: ignore[arg-type]
         max_t=NEVER,
         reduction_factor=REDUCTION,
     )

@@ -1,0 +1,65 @@
+"""Benchmarks by name. Each measures real objects of the project, after their tests have passed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from cggr_ray.codec import nearest
+
+# The tests of what each benchmark measures.
+TESTS = {
+    "optimizer": ("tests/optim",),
+    "step": ("tests/test_loop.py", "tests/kernels", "tests/optim"),
+}
+
+
+def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, device: str) -> None:
+    """Runs a benchmark, prints its rows and appends them to `out`/NAME.csv.
+
+    Raises:
+        ValueError: unknown benchmark, a shape that does not parse, or tests that fail.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from cggr_ray.benchmarks import optimizer, step
+    from cggr_ray.benchmarks.rows import Shape, append
+    from cggr_ray.loop import pick_device
+
+    benches = {"optimizer": (optimizer.bench_optimizer, optimizer.SHAPES), "step": (step.bench_step, step.SHAPES)}
+    if name not in benches:
+        raise ValueError(f"benchmark {name!r}; {nearest(name, benches)}")
+    pick_device(device)
+    measure, default_shapes = benches[name]
+    parsed = [Shape.parse(text) for text in shapes or default_shapes]
+    check_tests(name)
+    for shape in parsed:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = measure(shape, device, rounds, Path(folder))
+        path = append(out, rows)
+        table = Table("provider", "ms p20", "ms p50", "ms p80", "peak MiB", "value", "unit", title=f"{name} {shape}")
+        for row in rows:
+            numbers = (f"{x:.2f}" for x in (row.ms_p20, row.ms_p50, row.ms_p80, row.peak_mib))
+            table.add_row(row.provider, *numbers, f"{row.value:.4f}", row.unit)
+        Console(width=120).print(table)
+        print(f"rows: {path}")
+
+
+def check_tests(name: str) -> None:
+    """Runs the tests of what a benchmark measures; a figure for something broken is worth nothing."""
+    root = Path(__file__).resolve().parents[2]
+    paths = [str(root / path) for path in TESTS[name]]
+    if not all(Path(path).exists() for path in paths):
+        raise ValueError(f"benchmark {name!r} runs its tests first; accepted: a checkout of the project with tests/")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "4", "-p", "no:cacheprovider", *paths],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ValueError(f"benchmark {name!r} refused, its tests fail:\n{done.stdout[-2000:]}")

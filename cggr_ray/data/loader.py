@@ -29,7 +29,7 @@ ORDER_MARK_ROWS = 64
 def micro_batches(
     rows: Sequence[PackedRow], micro_rows: int, most_documents: int, longest: int, device: torch.device
 ) -> list[MicroBatch]:
-    """Rows as micro-batches on `device`. From pinned memory the copy does not block; shapes do not depend on the data."""
+    """Rows as micro-batches on `device`. Pinned memory does not block; shapes do not depend on data."""
     pin = device.type == "cuda"
     micros = []
     for index, at in enumerate(range(0, len(rows), micro_rows)):

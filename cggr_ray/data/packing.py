@@ -149,7 +149,9 @@ class RowOrder:
         """The row at `state`, and the state after it."""
         rows, after = self._rows(state)
         row = fill_row(rows[state.row], self.stores, self.row_tokens)
-        digest = hashlib.blake2b(bytes.fromhex(state.digest) + row.tokens.tobytes() + row.labels.tobytes(), digest_size=8)
+        digest = hashlib.blake2b(
+            bytes.fromhex(state.digest) + row.tokens.tobytes() + row.labels.tobytes(), digest_size=8
+        )
         done = state.row + 1 == len(rows)
         base = after if done else state
         return row, OrderState(
@@ -187,9 +189,7 @@ class RowOrder:
     def _poorest(self, draws: list[int], tokens: list[int]) -> int:
         """The source furthest behind its share of tokens, among those with epochs left."""
         open_sources = [
-            s
-            for s, limit in enumerate(self.max_epochs)
-            if limit is None or draws[s] < limit * self.stores[s].documents
+            s for s, limit in enumerate(self.max_epochs) if limit is None or draws[s] < limit * self.stores[s].documents
         ]
         return min(open_sources, key=lambda s: (tokens[s] / self.weights[s], s))
 

@@ -177,7 +177,9 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); accepted: one object a line") from None
+        raise ValueError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}); accepted: one object a line"
+        ) from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: {type(row).__name__}; accepted: one JSON object a line")
     return row

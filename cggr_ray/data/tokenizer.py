@@ -1,4 +1,4 @@
-"""Tokenizers: the shipped byte-level BPE, one trained from a race's train split, or a Hugging Face one by folder or name.
+"""Tokenizers: the shipped byte-level BPE, one trained from a race's train split, or a Hugging Face one.
 
 Digits are tokens of their own, so that arithmetic is spelled the same way everywhere. One special token ends and begins
 documents.

@@ -83,7 +83,7 @@ class Adapter:
         """Hidden states of every position. Attention stays inside each document."""
         hidden = self.body.embed_tokens(micro.tokens_BT)
         rotary = self.body.rotary_emb(hidden, position_ids=micro.positions_BT)
-        attention = self._attention(micro)
+        attention = self.attention(micro)
         for layer in self.layers:
             if self._checkpoint and torch.is_grad_enabled():
                 hidden = torch.utils.checkpoint.checkpoint(
@@ -93,7 +93,8 @@ class Adapter:
                 hidden = self._block(layer, hidden, rotary, attention)
         return Stream(self.body.norm(hidden).flatten(0, 1), self.head_VD)
 
-    def _attention(self, micro: MicroBatch) -> dict[str, Any]:
+    def attention(self, micro: MicroBatch) -> dict[str, Any]:
+        """What the layers are told about the documents of a micro-batch."""
         if self.flash:
             return {
                 "attention_mask": None,

@@ -38,8 +38,8 @@ def document_flash(
     assert document_starts is not None and attention_mask is None and dropout == 0.0
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHTE, key_BGTE, value_BGTE))
     # torch 2.13 wants to be told about grouped heads; 2.11 has no such argument and groups by itself.
-    grouped = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
-    out = varlen_attn(
+    grouped: dict[str, Any] = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
+    out: Any = varlen_attn(
         query,
         key,
         value,

@@ -27,13 +27,14 @@ CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "
 class ModelSpec:
     """Which model a race trains: a preset's name, or `folder` with config.json and *.safetensors.
 
-    `tie_embeddings` applies to presets. `max_positions` bounds the row length of a preset.
+    The rest applies to presets: `vocab_size` is the tokenizer's where it is not given, `max_positions` bounds a row.
     """
 
     IS_PART: ClassVar[bool] = False
 
     preset: str = "tiny"
     folder: str | None = None
+    vocab_size: int | None = None
     tie_embeddings: bool = True
     max_positions: int = 4096
 
@@ -46,6 +47,17 @@ class ModelSpec:
     @property
     def name(self) -> str:
         return Path(self.folder).name if self.folder else self.preset
+
+    def vocabulary(self, needed: int) -> int | None:
+        """The vocabulary to build for a tokenizer that needs so many rows; None leaves a folder's own.
+
+        Raises:
+            ValueError: the model has fewer rows than the tokenizer has tokens.
+        """
+        own = self.config().vocab_size if self.folder else self.vocab_size
+        if own is not None and own < needed:
+            raise ValueError(f"model vocabulary of {own}; accepted: at least the tokenizer's {needed}")
+        return None if self.folder else own or needed
 
     def config(self, vocab_size: int | None = None) -> Any:
         """The Hugging Face configuration; `vocab_size` replaces a preset's own (a folder keeps its own)."""
@@ -66,6 +78,7 @@ class ModelSpec:
 
     def build(self, vocab_size: int | None, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model on `device` in `dtype`. Random weights depend on `seed` alone: drawn on the CPU in float32."""
+        model: Any
         if self.folder:
             model = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
@@ -74,7 +87,8 @@ class ModelSpec:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(self.config(vocab_size), dtype=torch.float32)
-        return model.to(device=device, dtype=dtype)
+        moved: PreTrainedModel = model.to(device=device, dtype=dtype)
+        return moved
 
 
 def parameter_count(config: Any) -> int:
@@ -88,12 +102,16 @@ def check_folder(folder: Path) -> None:
     """Refuses what cannot be read safely, before anything is started.
 
     Raises:
-        ValueError: no such folder, no config.json, no *.safetensors, or a config that names code.
+        ValueError: no such folder, no config.json, no *.safetensors, or a config that is no JSON or names code.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {str(folder)!r} has no config.json; accepted: config.json and *.safetensors")
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"model folder {str(folder)!r} has no *.safetensors; accepted: weights in safetensors only")
-    named = [key for key in CODE_KEYS if key in json.loads((folder / "config.json").read_text())]
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; accepted: JSON") from None
+    named = [key for key in CODE_KEYS if key in config]
     if named:
         raise ValueError(f"{folder / 'config.json'} sets {named[0]!r}, which names code; accepted: a config without it")

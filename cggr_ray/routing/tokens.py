@@ -144,7 +144,9 @@ class RatioRouter:
 
 class RandomRouter(RatioRouter):
     def after(self, stream: Stream, micro: MicroBatch, ratio: float, progress: Progress) -> TokenRoute:
-        draw = torch.rand(micro.labels_BT.shape, generator=self.generator(micro, progress), device=micro.labels_BT.device)
+        draw = torch.rand(
+            micro.labels_BT.shape, generator=self.generator(micro, progress), device=micro.labels_BT.device
+        )
         keys = torch.where(micro.labels_BT >= 0, draw, -torch.inf)
         keep_B, labelled_B = counts(micro.labelled_B, ratio, keys.device)
         return route_of(selectors.top_k(keys, keep_B), keep_B, labelled_B, ratio, inverse_probability=False)

@@ -38,7 +38,7 @@ class RaceConsole:
             self._live.stop()
 
     def show(self, row: Row) -> None:
-        trial_id = str(row["trial_id"])
+        trial_id = str(row["trial"])
         known = self._rows.setdefault(trial_id, {})
         known.update({name: value for name, value in row.items() if value is not None})
         if self._console.is_terminal:

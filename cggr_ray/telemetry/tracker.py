@@ -1,4 +1,4 @@
-"""Where rows go. JSONL always; W&B and TensorBoard when asked. A tracker that fails to start is left out, and says so."""
+"""Where rows go: JSONL always; W&B and TensorBoard when asked. One that fails to start is left out, and says so."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ class WandbTracker:
 
 def open_wandb(folder: Path, run: Row, mode: str, project: str) -> WandbTracker | None:
     """A W&B run in `<folder>/wandb`, or None with a warning when W&B cannot be reached in time."""
-    waits = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), WAIT_SECONDS)
+    settings = wandb.Settings(
+        init_timeout=WAIT_SECONDS, login_timeout=WAIT_SECONDS, finish_timeout=WAIT_SECONDS, silent=True, console="off"
+    )
     try:
         opened = wandb.init(
             project=project,
@@ -62,7 +64,7 @@ def open_wandb(folder: Path, run: Row, mode: str, project: str) -> WandbTracker 
             dir=str(folder),
             mode="online" if mode == "online" else "offline",
             resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(**waits, silent=True, console="off"),
+            settings=settings,
         )
         return WandbTracker(opened)
     except (*FAILURES, ValueError) as error:

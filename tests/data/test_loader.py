@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_what_a_micro_batch_says_about_its_rows(order: RowOrder) -> None:
                 assert starts[: len(flat)] == flat
                 assert set(starts[len(flat) :]) == {positions.numel()}
                 assert micro.document_starts.dtype == torch.int32
-                assert micro.longest_document >= max(b - a for a, b in zip(starts, starts[1:], strict=False))
+                assert micro.longest_document >= max(b - a for a, b in pairwise(starts))
                 for row, documents in zip(positions.tolist(), micro.documents_BT.tolist(), strict=True):
                     assert documents == [sum(p == 0 for p in row[: i + 1]) for i in range(len(row))]
                 shapes.add((tuple(labels.shape), len(starts)))

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -181,7 +181,7 @@ def test_best_fit_keeps_the_bound_of_decreasing_fit_on_a_known_optimum(seed: int
     lengths = []
     for _ in range(optimum):
         cuts = sorted({0, 64, *(rng.randint(1, 63) for _ in range(rng.randint(0, 5)))})
-        lengths += [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+        lengths += [b - a for a, b in pairwise(cuts)]
     rng.shuffle(lengths)
     assert optimum <= len(best_fit(lengths, 64, 1000)) <= 11 / 9 * optimum + 6 / 9
 
@@ -199,8 +199,10 @@ def test_little_padding_on_real_documents(make_store: MakeStore) -> None:
     tokenizer = load_tokenizer(SHIPPED)
     texts = [f"{p.question}\n{p.solution}" for p in problems(0, 600)]
     lengths = [2 + len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    for row_tokens in (256, 1024):
+    for row_tokens in (512, 1024):
         assert padding(an_order([make_store(lengths)], row_tokens=row_tokens), 2) < 0.03
+    # Half of them are longer than half a row of 256, so that no packing loses less than 3.8 % there.
+    assert padding(an_order([make_store(lengths)], row_tokens=256), 2) < 0.07
 
 
 def test_little_padding_when_short_documents_meet_long_ones(make_store: MakeStore) -> None:

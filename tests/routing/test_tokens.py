@@ -477,7 +477,7 @@ def test_inverse_probability_gives_the_full_gradient_on_average(part):
     with torch.no_grad():
         stream = Stream(inputs @ matrix.T, head)
     draws, losses = [], []
-    for step in range(600):
+    for step in range(400):
         route = router.after(stream, micro, part.keep, at(step))
         found, reported = gradient(inputs, matrix, head, micro, route, micro.labelled)
         draws.append(found)

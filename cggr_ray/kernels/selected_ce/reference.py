@@ -20,8 +20,9 @@ def chunk_loss(logits_KV: Tensor, labels_K: Tensor, weights_K: Tensor) -> tuple[
     log_p = torch.log_softmax(logits_KV.float(), dim=-1)
     nll = torch.where(labelled, -log_p.gather(-1, target).squeeze(-1), 0.0)
     weight = torch.where(labelled, weights_K, 0.0).unsqueeze(-1)
-    hit = torch.arange(log_p.shape[-1], device=log_p.device) == target
-    slope = log_p.exp() * weight - torch.where(hit, weight, 0.0)
+    # dtotal/dlog_p, then the backward that autograd itself would call, so that the bits are those of plain PyTorch.
+    down = torch.where(torch.arange(log_p.shape[-1], device=log_p.device) == target, -weight, 0.0)
+    slope = torch.ops.aten._log_softmax_backward_data(down, log_p, -1, torch.float32)
     return nll, slope.to(logits_KV.dtype)
 
 

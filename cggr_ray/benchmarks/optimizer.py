@@ -1,0 +1,106 @@
+"""`bench optimizer`: what part of a training step the optimizer takes.
+
+step_fraction = optimizer / (forward + backward + optimizer), medians of interleaved runs. Providers: `muon_compiled` is
+ours as it runs, `muon_eager` the same without the compiler, `muon_torch` torch.optim.Muon and fused AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
+from cggr_ray.benchmarks.timing import interleaved
+from cggr_ray.benchmarks.workload import prepared_run
+from cggr_ray.data.batch import Batch
+from cggr_ray.learner import Learner
+from cggr_ray.loop import Run
+from cggr_ray.optim.optimizer import StackedOptimizer
+from cggr_ray.optim.partition import partition
+from cggr_ray.progress import Progress
+
+Gradients = dict[int, Tensor | None]
+
+SHAPES = ("smollm-135m/32x1024", "llama-113m/32x1024")
+NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
+
+
+def bench_optimizer(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
+    run = prepared_run(shape, device, folder)
+    with run.loader:
+        return _measure(run, shape, rounds)
+
+
+def _measure(run: Run, shape: Shape, rounds: int) -> list[BenchRow]:
+    learner, batch = run.learner, run.loader.next()
+    _forward_backward(learner, batch)
+    gradients = {id(p): p.grad for _, p in learner.adapter.named_parameters()}
+    providers: dict[str, Callable[[], None]] = {
+        "muon_compiled": _ours(learner, learner.optimizer, gradients),
+        "muon_eager": _ours(learner, _eager(learner), gradients),
+        "muon_torch": _torch_optimizers(learner, gradients),
+        "forward_backward": lambda: _forward_backward(learner, batch),
+        "full_step": lambda: _full_step(learner, batch),
+    }
+    times = interleaved(providers, rounds, run.device)
+    dtype = learner.adapter.head_VD.dtype
+    rows = []
+    for name, timing in times.items():
+        muon = name.startswith("muon_")
+        fraction = timing.p50 / (times["forward_backward"].p50 + timing.p50)
+        value, unit = (fraction, "step_fraction") if muon else (timing.p50, "ms")
+        rows.append(bench_row("optimizer", shape, name, dtype, run.device, timing, value, unit))
+    return rows
+
+
+def _forward_backward(learner: Learner, batch: Batch) -> None:
+    for _, parameter in learner.adapter.named_parameters():
+        parameter.grad = None
+    for micro in batch.micros:
+        stream = learner.adapter.forward(micro)
+        learner.recipe.objective.loss(stream, micro, None, batch.labelled).total.backward()
+
+
+def _full_step(learner: Learner, batch: Batch) -> None:
+    learner.step(batch, NOW)
+
+
+def _ours(learner: Learner, optimizer: StackedOptimizer, gradients: Gradients) -> Callable[[], None]:
+    def call() -> None:
+        _give(learner, gradients)
+        optimizer.step(NOW)
+
+    return call
+
+
+def _eager(learner: Learner) -> StackedOptimizer:
+    """Ours without the compiler, on the same parameters."""
+    adapter, config = learner.adapter, learner.recipe.optimizer
+    return StackedOptimizer(config, adapter.named_parameters(), adapter.hidden_names(), torch.device("cpu"))
+
+
+def _torch_optimizers(learner: Learner, gradients: Gradients) -> Callable[[], None]:
+    """torch.optim.Muon, one matrix at a time, with AdamW (fused) for the rest, on copies of the bf16 weights."""
+    matrix, rest = partition(learner.adapter.named_parameters(), learner.adapter.hidden_names())
+    copies = {name: nn.Parameter(p.detach().clone()) for name, p in matrix + rest}
+    sources = {name: gradients[id(p)] for name, p in matrix + rest}
+    fused = learner.adapter.device.type == "cuda"
+    muon = torch.optim.Muon([copies[name] for name, _ in matrix], lr=1e-3, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([copies[name] for name, _ in rest], lr=1e-3, fused=fused)
+
+    def call() -> None:
+        for name, copy in copies.items():
+            copy.grad = sources[name]
+        nn.utils.get_total_norm([copy.grad for copy in copies.values() if copy.grad is not None])
+        muon.step()
+        adamw.step()
+
+    return call
+
+
+def _give(learner: Learner, gradients: Gradients) -> None:
+    for _, parameter in learner.adapter.named_parameters():
+        parameter.grad = gradients[id(parameter)]

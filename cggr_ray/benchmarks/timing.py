@@ -1,0 +1,51 @@
+"""Interleaved timing: every provider once a round, so that a machine that drifts favours nobody; warm-up left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+MIB = 1 << 20
+WARM_UP_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one provider, and MiB that a call allocates at its peak above what was there before it."""
+
+    p20: float
+    p50: float
+    p80: float
+    peak_mib: float
+
+
+def interleaved(providers: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, Timing]:
+    """Times each provider `rounds` times, in turn. Each call is bounded by device synchronisation on both sides."""
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    peaks = dict.fromkeys(providers, 0.0)
+    for number in range(WARM_UP_ROUNDS + rounds):
+        for name, call in providers.items():
+            used, peak = _once(call, device)
+            if number >= WARM_UP_ROUNDS:
+                seconds[name].append(used)
+                peaks[name] = max(peaks[name], peak)
+    quantiles = {name: [float(q) * 1e3 for q in np.quantile(taken, (0.2, 0.5, 0.8))] for name, taken in seconds.items()}
+    return {name: Timing(q[0], q[1], q[2], peaks[name]) for name, q in quantiles.items()}
+
+
+def _once(call: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start, 0.0
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start, (torch.cuda.max_memory_allocated(device) - before) / MIB

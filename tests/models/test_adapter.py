@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+
+from cggr_ray.data.batch import MicroBatch
+from cggr_ray.data.loader import micro_batches
+from cggr_ray.data.packing import RowOrder
+from cggr_ray.data.store import TokenStore
+from cggr_ray.models.adapter import Adapter
+from cggr_ray.models.attention import document_mask
+
+ROW_TOKENS = 40
+
+
+@pytest.fixture
+def micro(make_store: Callable[..., TokenStore]) -> MicroBatch:
+    """Four packed rows of short and long documents, some with padding."""
+    rng = random.Random(1)
+    order = RowOrder([make_store([rng.randint(2, 60) for _ in range(60)])], (1.0,), (None,), ROW_TOKENS, False, 2)
+    state, rows = order.start(), []
+    while len(rows) < 4:
+        row, state = order.next_row(state)
+        if len(row.starts) >= 2:
+            rows.append(row)
+    return micro_batches(rows, 4, order.most_documents, ROW_TOKENS, torch.device("cpu"))[0]
+
+
+def documents(micro: MicroBatch) -> Iterator[tuple[int, slice]]:
+    """(row, columns) of every document of a micro-batch, padding included."""
+    for row, positions in enumerate(micro.positions_BT.tolist()):
+        starts = [i for i, p in enumerate(positions) if p == 0]
+        for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
+            yield row, slice(start, end)
+
+
+def alone(model: PreTrainedModel, micro: MicroBatch, row: int, columns: slice) -> tuple[Tensor, Tensor]:
+    """Last hidden states and logits of one document by the plain Hugging Face forward."""
+    out = model(input_ids=micro.tokens_BT[row, columns].unsqueeze(0), output_hidden_states=True, use_cache=False)
+    return out.hidden_states[-1][0], out.logits[0]
+
+
+def test_packed_rows_equal_each_document_alone(tiny_model: PreTrainedModel, micro: MicroBatch) -> None:
+    reference = copy.deepcopy(tiny_model).eval()
+    stream = Adapter(tiny_model).forward(micro)
+    hidden = stream.hidden_ND.view(4, ROW_TOKENS, -1)
+    logits = hidden @ stream.head_VD.mT
+    found = list(documents(micro))
+    assert len(found) >= 8
+    with torch.no_grad():
+        for row, columns in found:
+            expected_hidden, expected_logits = alone(reference, micro, row, columns)
+            torch.testing.assert_close(hidden[row, columns], expected_hidden, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logits[row, columns], expected_logits, atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_equal_those_of_each_document_alone(tiny_model: PreTrainedModel, micro: MicroBatch) -> None:
+    reference = copy.deepcopy(tiny_model)
+    probe = torch.randn(4, ROW_TOKENS, 32, generator=torch.Generator().manual_seed(0))
+    hidden = Adapter(tiny_model).forward(micro).hidden_ND.view(4, ROW_TOKENS, -1)
+    (hidden * probe).sum().backward()
+    for row, columns in documents(micro):
+        (alone(reference, micro, row, columns)[0] * probe[row, columns]).sum().backward()
+    expected = dict(reference.named_parameters())
+    assert float(tiny_model.get_input_embeddings().weight.grad.abs().max()) > 0.1
+    for name, parameter in tiny_model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=2e-4, rtol=1e-4, msg=name)
+
+
+def test_a_document_does_not_see_its_neighbours(tiny_model: PreTrainedModel, micro: MicroBatch) -> None:
+    adapter = Adapter(tiny_model)
+    hidden = adapter.forward(micro).hidden_ND.view(4, ROW_TOKENS, -1)
+    row, columns = next((r, c) for r, c in documents(micro) if c.start > 0)
+    gradient = torch.autograd.grad(hidden[row, columns].sum(), tiny_model.get_input_embeddings().weight)[0]
+    inside = set(micro.tokens_BT[row, columns].tolist())
+    assert {i for i in range(128) if gradient[i].abs().sum() > 0} == inside
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_model: PreTrainedModel, micro: MicroBatch) -> None:
+    other = copy.deepcopy(tiny_model)
+    for model, checkpointing in ((tiny_model, False), (other, True)):
+        Adapter(model, checkpointing).forward(micro).hidden_ND.square().sum().backward()
+    for a, b in zip(tiny_model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_document_mask_by_hand() -> None:
+    mask = document_mask(torch.tensor([[1, 1, 2], [1, 1, 1]]))
+    assert mask.shape == (2, 1, 3, 3)
+    assert mask[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+    assert mask[1, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_what_the_adapter_says_about_the_model(tiny_model: PreTrainedModel) -> None:
+    adapter = Adapter(tiny_model)
+    assert len(adapter.layers) == 2
+    assert adapter.head_VD is tiny_model.get_input_embeddings().weight
+    names = [name for name, _ in adapter.named_parameters()]
+    assert sorted(set(names) - set(adapter.hidden_names())) == ["model.embed_tokens.weight", "model.norm.weight"]
+    adapter.set_active_layers([False, True])
+    frozen = {name for name, p in adapter.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in names if ".layers.0." in name}
+
+
+def test_an_unsupported_family_is_refused() -> None:
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=16)
+    with pytest.raises(ValueError, match=r"'gpt2'; accepted: .*llama"):
+        Adapter(AutoModelForCausalLM.from_config(config))

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from cggr_ray.models.presets import PRESETS, ModelSpec, check_folder, parameter_count
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"), [("llama-1.5b", 1.56e9), ("llama-113m", 113e6), ("smollm-135m", 134.5e6), ("tiny", 1.05e6)]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_by_hand(preset: str, published: float, tied: bool) -> None:
+    layers, width, heads, kv_heads, ffn, vocabulary = PRESETS[preset]
+    attention = 2 * width * width + 2 * width * (width // heads) * kv_heads
+    block = attention + 3 * width * ffn + 2 * width
+    expected = vocabulary * width * (1 if tied else 2) + layers * block + width
+    assert parameter_count(ModelSpec(preset, tie_embeddings=tied).config()) == expected
+    if tied:
+        assert expected == pytest.approx(published, rel=0.005)
+
+
+def test_a_race_sets_the_vocabulary() -> None:
+    small, large = (parameter_count(ModelSpec("tiny").config(v)) for v in (256, 512))
+    assert large - small == 256 * 128
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_random_weights_depend_on_the_seed_alone() -> None:
+    spec = ModelSpec("tiny")
+    torch.manual_seed(1)
+    first = weights(spec.build(256, 7, CPU, torch.float32))
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    second = weights(spec.build(256, 7, CPU, torch.float32))
+    assert torch.equal(before, torch.random.get_rng_state())
+    half = weights(spec.build(256, 7, CPU, torch.bfloat16))
+    other = weights(spec.build(256, 8, CPU, torch.float32))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+        assert half[name].dtype == torch.bfloat16 and torch.equal(tensor.bfloat16(), half[name])
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(first[name], other[name])
+
+
+@pytest.fixture
+def folder(tiny_model: PreTrainedModel, tmp_path: Path) -> Path:
+    tiny_model.save_pretrained(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_model_comes_back(folder: Path, tiny_model: PreTrainedModel, dtype: torch.dtype) -> None:
+    spec = ModelSpec(folder=str(folder))
+    loaded = spec.build(None, 3, CPU, dtype)
+    assert spec.name == "mine"
+    assert parameter_count(spec.config()) == sum(p.numel() for p in tiny_model.parameters())
+    assert weights(loaded).keys() == weights(tiny_model).keys()
+    for name, tensor in weights(tiny_model).items():
+        assert torch.equal(weights(loaded)[name], tensor.to(dtype))
+
+
+def test_a_folder_that_is_not_safe_is_refused(folder: Path) -> None:
+    check_folder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    with pytest.raises(ValueError, match=r"'auto_map', which names code; accepted"):
+        ModelSpec(folder=str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no \*\.safetensors; accepted"):
+        ModelSpec(folder=str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"no config\.json; accepted"):
+        ModelSpec(folder=str(folder))
+
+
+def test_a_config_that_is_not_json_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        ModelSpec(folder=str(folder))
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'llama-113'; did you mean 'llama-113m'\? accepted: .*tiny"):
+        ModelSpec("llama-113")

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cggr_ray.telemetry.jsonl import JsonlTracker, plain
+from cggr_ray.telemetry.tracker import open_trackers
+
+HISTOGRAM = {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 4.5]}
+ROWS: list[dict[str, Any]] = [
+    {
+        "kind": "step",
+        "step": step,
+        "train_seconds": step / 2,
+        "train/tokens_per_sec": 100.0 * step,
+        "train/grad_norm": 1.5 if step < 3 else math.nan,
+        "router/difficulty_score_dist": HISTOGRAM,
+        "data/order_hash": "ab12",
+    }
+    for step in (1, 2, 3)
+]
+RUN = {"race": "demo", "trial_id": "baseline-s0", "seed": 0, "parts": {"tokens": {"kind": "all_tokens"}}}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_appended_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    for row in ROWS:
+        tracker = JsonlTracker(tmp_path)
+        tracker.log(row)
+        tracker.finish({})
+    assert read(tmp_path) == [*ROWS[:2], {**ROWS[2], "train/grad_norm": None}]
+
+
+def test_null_reaches_into_tables_and_lists() -> None:
+    value = {"a": math.inf, "b": {"c": -math.inf, "d": [1.0, math.nan, {"e": math.nan}]}, "f": "nan", "g": 3}
+    assert plain(value) == {"a": None, "b": {"c": None, "d": [1.0, None, {"e": None}]}, "f": "nan", "g": 3}
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "tr', "x", '{"step": 2}'])
+def test_a_torn_last_line_is_cut(tmp_path: Path, torn: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + torn)
+    JsonlTracker(tmp_path).log({"step": 5})
+    assert read(tmp_path) == [{"step": 1}, {"step": 5}]
+
+
+def test_whole_lines_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for content in ("", '{"step": 1}\n', '{"step": 1}\n{"step": 2}\n'):
+        path.write_text(content)
+        JsonlTracker(tmp_path)
+        assert path.read_text() == content
+
+
+def test_jsonl_alone_unless_more_is_asked_for(tmp_path: Path) -> None:
+    assert [type(t).__name__ for t in open_trackers(tmp_path, RUN, "off", "p", tensorboard=False)] == ["JsonlTracker"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_files_can_be_read_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, tracker = open_trackers(tmp_path, RUN, "off", "p", tensorboard=True)
+    for row in ROWS:
+        tracker.log(row)
+    tracker.finish({"steps": 3})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"train_seconds", "train/tokens_per_sec", "train/grad_norm"}
+    found = [(e.step, e.value) for e in events.Scalars("train/tokens_per_sec")]
+    assert found == [(1, 100.0), (2, 200.0), (3, 300.0)]
+
+
+def with_wandb(folder: Path, script: str, **environment: str) -> str:
+    """Runs a script with a W&B client of its own, without any of this machine's credentials; returns what it prints."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(folder)}
+    header = "import json, os, sys, time\nfrom pathlib import Path\nfrom cggr_ray.telemetry import wandb as ours\n"
+    given = f"FOLDER, RUN, ROWS = Path({str(folder)!r}), {RUN!r}, {ROWS[:2]!r}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", header + given + script],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_wandb_offline_writes_a_run_folder(tmp_path: Path) -> None:
+    with_wandb(
+        tmp_path,
+        """
+tracker = ours.open_wandb(FOLDER, RUN, "offline", "p")
+tracker.log({"kind": "resumed", "step": 0})
+for row in ROWS:
+    tracker.log(row)
+tracker.finish({"steps": 2, "val/loss": 1.25})
+""",
+    )
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/run-demo-baseline-s0.wandb")
+    content = run.read_bytes()
+    names = ("train/tokens_per_sec", "train/grad_norm", "router/difficulty_score_dist", "val/loss", "train_seconds")
+    for name in names:
+        assert name.encode() in content
+    assert b'"histogram"' in content
+    assert b"all_tokens" in content
+
+
+ONLINE = """
+ours.WAIT_SECONDS = 1
+start = time.monotonic()
+tracker = ours.open_wandb(FOLDER, RUN, "online", "p")
+print(json.dumps([tracker is None, time.monotonic() - start]))
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "x" * 40},
+        {"WANDB_BASE_URL": "http://127.0.0.1:9"},
+        {"WANDB_BASE_URL": "no address"},
+    ],
+    ids=["no_server", "no_key", "no_address"],
+)
+def test_a_run_goes_on_when_wandb_cannot_be_reached(tmp_path: Path, environment: dict[str, str]) -> None:
+    absent, seconds = json.loads(with_wandb(tmp_path, ONLINE, **environment))
+    assert absent
+    assert seconds < 8
+
+
+SERVER = """
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Server(BaseHTTPRequestHandler):
+    stalled = False
+    def log_message(self, *_): pass
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        while Server.stalled:
+            time.sleep(0.1)
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+        bucket = {"id": "x", "name": RUN["trial_id"], "displayName": "n", "config": "{}", "project": project}
+        data = {"model": None, "upsertBucket": {"bucket": bucket, "inserted": True}}
+        answer = json.dumps({"data": data if b"RunResumeStatus" in body or b"UpsertBucket" in body else {}}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+    do_GET = do_POST
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "x" * 40}
+ours.WAIT_SECONDS = 2
+tracker = ours.open_wandb(FOLDER, RUN, "online", "p")
+assert tracker is not None
+tracker.log(ROWS[0])
+"""
+STALLED = "Server.stalled = True\n"
+GONE = """
+import signal
+for stat in Path("/proc").glob("[0-9]*/stat"):
+    pid, name, _, parent = stat.read_text().split()[:4]
+    if name.startswith("(wandb") and int(parent) == os.getpid():
+        os.kill(int(pid), signal.SIGKILL)
+time.sleep(0.3)
+"""
+END = """
+start = time.monotonic()
+tracker.log(ROWS[1])
+tracker.log(ROWS[1])
+tracker.finish({"steps": 2})
+print(json.dumps(time.monotonic() - start), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the client's process in /proc")
+@pytest.mark.parametrize("failure", [STALLED, GONE], ids=["server_stalls", "client_process_dies"])
+def test_a_run_goes_on_when_wandb_fails_later(tmp_path: Path, failure: str) -> None:
+    assert json.loads(with_wandb(tmp_path, SERVER + failure + END).splitlines()[-1]) < 8

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from cggr_ray import checkpoint
+from cggr_ray.data.batch import Batch
+from cggr_ray.data.loader import micro_batches
+from cggr_ray.data.packing import RowOrder
+from cggr_ray.data.store import TokenStore
+from cggr_ray.learner import Learner
+from cggr_ray.models.adapter import Adapter
+from cggr_ray.progress import Progress
+from cggr_ray.recipe import Recipe
+
+CPU = torch.device("cpu")
+SELECTING = {"kind": "selected_tokens", "selection": "stratified", "curriculum": {"target_at": 0.0}, "dynamic": {}}
+
+
+@pytest.fixture
+def batches(make_store: Callable[..., TokenStore]) -> list[Batch]:
+    rng = random.Random(0)
+    order = RowOrder([make_store([rng.randint(3, 60) for _ in range(60)])], (1.0,), (None,), 32, False, 2)
+    state, found = order.start(), []
+    for _ in range(6):
+        rows = []
+        for _ in range(4):
+            row, state = order.next_row(state)
+            rows.append(row)
+        micros = micro_batches(rows, 2, order.most_documents, 32, CPU)
+        found.append(Batch(tuple(micros), sum(r.real for r in rows)))
+    return found
+
+
+def learner(model: PreTrainedModel, recipe: Recipe) -> Learner:
+    return Learner(recipe, Adapter(copy.deepcopy(model)), seed=4)
+
+
+def train(learner: Learner, batches: list[Batch], first: int) -> None:
+    for step, batch in enumerate(batches, first):
+        progress = Progress(step, float(step), 20.0, 128 * step)
+        row = learner.step(batch, progress)
+        learner.observe({k: float(v) for k, v in row.device_values.items() if v.ndim == 0}, progress)
+
+
+def everything(learner: Learner) -> dict[str, Tensor]:
+    state = {f"optimizer.{k}": v for k, v in learner.optimizer.state_dict().items()}
+    return {k: v.detach().clone() for k, v in (dict(learner.adapter.named_parameters()) | state).items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("selecting", [False, True])
+def test_training_goes_on_exactly_where_it_was_saved(
+    tmp_path: Path, tiny_model: PreTrainedModel, batches: list[Batch], selecting: bool, dtype: torch.dtype
+) -> None:
+    recipe = Recipe("x").with_values({"tokens": SELECTING} if selecting else {})
+    model = tiny_model.to(dtype)
+    whole = learner(model, recipe)
+    train(whole, batches[:3], 0)
+    saved, router = everything(whole), whole.state_dict()
+    folder = checkpoint.save(tmp_path, 3, whole, {"extra": [1, None, "two"]})
+    train(whole, batches[3:], 3)
+    assert not same(everything(whole), saved)
+
+    resumed = learner(model, recipe)
+    train(resumed, batches[:1], 0)
+    state = checkpoint.load(folder, resumed)
+    assert (state["step"], state["extra"]) == (3, [1, None, "two"])
+    assert same(everything(resumed), saved)
+    assert resumed.state_dict() == router
+    assert selecting == any(v is not None for v in router["router"].values())
+    train(resumed, batches[3:], 3)
+    assert same(everything(resumed), everything(whole))
+
+
+def test_the_last_two_are_kept_and_the_newest_found(tmp_path: Path, tiny_model: PreTrainedModel) -> None:
+    one = learner(tiny_model, Recipe("x"))
+    assert checkpoint.latest(tmp_path) is None
+    for step in (1, 2, 9, 10, 100):
+        checkpoint.save(tmp_path, step, one, {})
+        newest = checkpoint.latest(tmp_path)
+        assert newest is not None and checkpoint.load(newest, one)["step"] == step
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    checkpoint.remove_all(tmp_path)
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_half_written_one_does_not_count(tmp_path: Path, tiny_model: PreTrainedModel) -> None:
+    one = learner(tiny_model, Recipe("x"))
+    whole = checkpoint.save(tmp_path, 1, one, {})
+
+    class Killed(Exception):
+        pass
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", dies)
+        with pytest.raises(Killed):
+            checkpoint.save(tmp_path, 2, one, {})
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert checkpoint.latest(tmp_path) == whole
+    again = checkpoint.save(tmp_path, 2, one, {})
+    assert checkpoint.latest(tmp_path) == again
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == sorted((whole.name, again.name))
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 3}, {"tie_word_embeddings": False}, {"intermediate_size": 64}]
+)
+def test_another_model_is_refused(
+    tmp_path: Path, tiny_model: PreTrainedModel, tiny_config: LlamaConfig, change: dict[str, object]
+) -> None:
+    folder = checkpoint.save(tmp_path, 1, learner(tiny_model, Recipe("x")), {})
+    other = AutoModelForCausalLM.from_config(LlamaConfig(**(tiny_config.to_dict() | change)))
+    with pytest.raises(ValueError, match="holds another model"):
+        checkpoint.load(folder, learner(other, Recipe("x")))
+
+
+def test_nothing_of_it_is_a_pickle(tmp_path: Path, tiny_model: PreTrainedModel) -> None:
+    folder = checkpoint.save(tmp_path, 1, learner(tiny_model, Recipe("x")), {})
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}

@@ -1,0 +1,239 @@
+"""The loop: equal to a loop written by hand, resumed exactly, inside its budget, its ledgers closed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cggr_ray.data.dataset import DataSpec, open_data, prepare
+from cggr_ray.data.sources import Problems
+from cggr_ray.loop import run_race
+from cggr_ray.models.presets import ModelSpec
+from cggr_ray.race import RaceSpec, Trial, plan_trials
+from cggr_ray.recipe import recipe_names
+from cggr_ray.schema import LEDGERS
+
+STEP_SECONDS = 0.5
+ROWS, WIDTH = 4, 64
+
+
+@pytest.fixture(scope="module")
+def spec() -> RaceSpec:
+    return RaceSpec(
+        budget_seconds=20 * STEP_SECONDS,
+        step_seconds=STEP_SECONDS,
+        global_rows=ROWS,
+        micro_rows=ROWS,
+        milestones=(0.5,),
+        model=ModelSpec(preset="tiny"),
+        data=DataSpec(sources=(Problems(count=600),), row_tokens=WIDTH, val_documents=8),
+        values={"optimizer.schedule.warmup_tokens": 1000},
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def data_folder(spec: RaceSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    prepare(spec.data, folder)
+    return folder
+
+
+def trial_of(spec: RaceSpec, recipe: str, folder: Path, data_folder: Path, **values: object) -> Trial:
+    arm = replace(spec, recipes=(recipe,), arms={recipe: values} if values else {})
+    return plan_trials(arm, folder)[0].placed(folder, data_folder)
+
+
+def step_rows(folder: Path) -> dict[int, dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows if row["kind"] == "step"}
+
+
+def losses(folder: Path) -> list[float]:
+    rows = step_rows(folder)
+    return [rows[n].get("train/loss", rows[n].get("train/loss_kept_positions")) for n in sorted(rows)]
+
+
+def hand_written_losses(spec: RaceSpec, data_folder: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training in a page of plain PyTorch: Hugging Face forward, cross-entropy, Muon and AdamW by formula."""
+    data = open_data(spec.data, data_folder)
+    torch.manual_seed(0)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(spec.model.config(data.vocab_size), attn_implementation="sdpa")
+    order, state, seen, found = data.order(), data.order().start(), 0, []
+    names = dict(model.named_parameters())
+    matrices = [n for n in names if names[n].ndim == 2 and ".layers." in n]
+    memory: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    shapes = {tuple(names[n].shape): [m for m in matrices if names[m].shape == names[n].shape] for n in matrices}
+    express = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+               (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+               (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+               (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+               (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))  # fmt: skip
+    for step in range(steps):
+        rows = []
+        for _ in range(spec.global_rows):
+            row, state = order.next_row(state)
+            rows.append(row)
+        seen += sum(row.real for row in rows)
+        tokens, labels, positions = (torch.stack([torch.from_numpy(r[i]) for r in rows]) for i in range(3))
+        document = (positions == 0).cumsum(1)
+        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        logits = model(tokens, attention_mask=mask, position_ids=positions).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (labels >= 0).sum()
+        loss.backward()
+        found.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        fraction = step / steps
+        lr = 3e-3 * min(1, seen / 1000) * (1 - max(0.0, (fraction - 0.6) / 0.4))
+        with torch.no_grad():
+            for name in set(names) - set(matrices):
+                p, g = names[name], names[name].grad
+                m, v = memory.setdefault(name, (torch.zeros_like(p), torch.zeros_like(p)))
+                m.lerp_(g, 1 - 0.9)
+                v.lerp_(g.square(), 1 - 0.95)
+                t = torch.tensor(float(step + 1))
+                direction = (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+                p.sub_(direction * torch.tensor(lr))
+            for shape, members in shapes.items():
+                g = torch.stack([names[n].grad for n in members])
+                m = memory.setdefault(str(shape), (torch.zeros_like(g), g))[0]
+                m.lerp_(g, 1 - 0.95)
+                x = g.lerp(m, 0.95)
+                x = x.mT if shape[0] > shape[1] else x
+                x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02)
+                for a, b, c in express:
+                    s = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+                x = x.mT if shape[0] > shape[1] else x
+                for n, direction in zip(members, x, strict=True):
+                    names[n].sub_(direction * (torch.tensor(lr) * (0.2 * max(shape) ** 0.5)))
+        model.zero_grad()
+    return found, names
+
+
+def test_baseline_is_the_loop_written_by_hand(spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
+    trial = trial_of(replace(spec, save_model=True), "baseline", tmp_path, data_folder)
+    run_race(trial)
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    found, names = hand_written_losses(spec, data_folder, steps=20)
+    assert losses(tmp_path) == pytest.approx(found, rel=1e-6)  # a loss is a sum, in an order of its own
+    for name, value in weights.items():
+        assert torch.equal(value, names[name]), name
+
+
+NEUTRAL = {
+    "cggr_loss": {"tokens.keep": 1.0},
+    "cggr_importance": {"tokens.keep": 1.0},
+    "random_tokens": {"tokens.keep": 1.0},
+    "fewer_rows": {"rows.fraction": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def baseline_rows(spec: RaceSpec, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+    folder = tmp_path_factory.mktemp("baseline")
+    run_race(trial_of(spec, "baseline", folder, data_folder))
+    return step_rows(folder)
+
+
+def test_every_recipe_has_a_neutral_setting_here() -> None:
+    assert set(NEUTRAL) == set(recipe_names()) - {"baseline"}
+
+
+@pytest.mark.parametrize("recipe", sorted(NEUTRAL))
+def test_neutral_settings_are_the_baseline(
+    recipe: str, spec: RaceSpec, data_folder: Path, tmp_path: Path, baseline_rows: dict[int, dict]
+) -> None:
+    run_race(trial_of(spec, recipe, tmp_path, data_folder, **NEUTRAL[recipe]))
+    rows = step_rows(tmp_path)
+    assert rows.keys() == baseline_rows.keys()
+    for step, row in rows.items():
+        for name in ("train/loss", "train/grad_norm", "tokens_seen", "fraction"):
+            assert row[name] == baseline_rows[step][name], (step, name)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_resumes_exactly(recipe: str, spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
+    values = {"tokens.dynamic": {"rule": "corrected"}} if recipe == "cggr_loss" else {}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = run_race(trial_of(spec, recipe, whole, data_folder, **values))
+
+    def kill(row: dict) -> None:
+        if row["train_seconds"] > 12.5 * STEP_SECONDS:
+            raise KilledError
+
+    saving = replace(spec, checkpoint_every_seconds=10 * STEP_SECONDS)
+    with pytest.raises(KilledError):
+        run_race(trial_of(saving, recipe, parts, data_folder, **values), kill)
+    found = run_race(trial_of(saving, recipe, parts, data_folder, **values))
+    kinds = [json.loads(line)["kind"] for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("resumed") == 1
+    assert losses(parts) == losses(whole)
+    for name in ("val/loss", "steps", "tokens_seen", "labelled_tokens", "train_seconds", "best_val_loss", "order"):
+        assert found[name] == expected[name], name
+    assert not (parts / "checkpoints").exists()
+
+
+def test_micro_batches_do_not_change_the_gradient(
+    spec: RaceSpec, data_folder: Path, tmp_path: Path, baseline_rows: dict[int, dict]
+) -> None:
+    run_race(trial_of(replace(spec, micro_rows=1), "baseline", tmp_path, data_folder))
+    expected = [baseline_rows[n]["train/loss"] for n in sorted(baseline_rows)]
+    assert losses(tmp_path) == pytest.approx(expected, rel=2e-4)
+
+
+def test_fewer_rows_reads_the_same_stream(spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
+    long = replace(spec, budget_seconds=40 * STEP_SECONDS)
+    order = {
+        recipe: run_race(trial_of(long, recipe, tmp_path / recipe, data_folder))["order"]
+        for recipe in ("baseline", "fewer_rows")
+    }
+    assert set(order["baseline"]) == {"64", "128"} and set(order["fewer_rows"]) == {"64"}
+    assert order["baseline"]["64"] == order["fewer_rows"]["64"]
+
+
+def test_real_clock_closes_its_ledgers_and_keeps_its_budget(spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
+    real = replace(spec, step_seconds=None, budget_seconds=2.0, checkpoint_every_seconds=0.7)
+    summary = run_race(trial_of(real, "cggr_loss", tmp_path, data_folder))
+    assert set(summary["ledgers"]) == set(LEDGERS)
+    assert sum(summary["ledgers"].values()) == pytest.approx(summary["wall_seconds"], rel=0.005)
+    assert 0 <= summary["overrun_seconds"] <= summary["last_step_seconds"]
+    assert summary["ledgers"]["evaluation"] > 0 and summary["ledgers"]["checkpoint"] > 0
+    fractions = [row["fraction"] for row in step_rows(tmp_path).values()]
+    assert fractions == sorted(fractions) and fractions[0] == 0.0 and fractions[-1] < 1.0
+
+
+def test_a_run_that_diverges_says_so_and_stops(spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
+    long = replace(spec, budget_seconds=1000 * STEP_SECONDS)
+    values = {"optimizer.matrix.lr": 1e30, "optimizer.rest.lr": 1e30}
+    summary = run_race(trial_of(long, "baseline", tmp_path, data_folder, **values))
+    assert summary["status"] == "diverged" and summary["steps"] < 60
+
+
+def test_a_finished_run_is_not_run_again(spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
+    trial = trial_of(spec, "baseline", tmp_path, data_folder)
+    first = run_race(trial)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert run_race(trial)["val/loss"] == first["val/loss"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_gpu_that_is_not_there_is_a_clear_error(
+    spec: RaceSpec, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="accepted: cpu, auto"):
+        run_race(trial_of(replace(spec, device="cuda"), "baseline", tmp_path, data_folder))
