@@ -42,5 +42,5 @@ def first_batch(order: RowOrder, rows: int, micro_rows: int, device: torch.devic
     for _ in range(rows):
         row, state = order.next_row(state)
         packed.append(row)
-    micros = micro_batches(packed, micro_rows, order.most_documents, order.row_tokens, device)
+    micros = micro_batches(packed, micro_rows, order.shape, device)
     return Batch(tuple(micros), sum(row.real for row in packed))

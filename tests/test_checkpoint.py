@@ -34,7 +34,7 @@ def batches(make_store: Callable[..., TokenStore]) -> list[Batch]:
         for _ in range(4):
             row, state = order.next_row(state)
             rows.append(row)
-        micros = micro_batches(rows, 2, order.most_documents, 32, CPU)
+        micros = micro_batches(rows, 2, order.shape, CPU)
         found.append(Batch(tuple(micros), sum(r.real for r in rows)))
     return found
 

@@ -25,8 +25,8 @@ from cggr_ray.progress import Progress
 
 SHAPES = ("smollm-135m/32x1024", "llama-113m/32x1024")
 NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
-# Steps a timed call: our loop overlaps a step with the next, so one step alone would not show it.
-STEPS_A_CALL = 5
+# Steps a timed call: our loop overlaps a step with the next, so a few alone would show its start and end.
+STEPS_A_CALL = 20
 
 
 def bench_step(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:

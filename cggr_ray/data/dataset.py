@@ -92,6 +92,7 @@ class PreparedData:
             spec.row_tokens,
             spec.mask_prompts,
             spec.seed,
+            longest=max(int(store.lengths.max()) - 1 for store in (*self.train, *self.val)),
         )
 
 

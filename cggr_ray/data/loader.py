@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cggr_ray.data.batch import Batch, MicroBatch
-from cggr_ray.data.packing import OrderState, PackedRow, RowOrder
+from cggr_ray.data.packing import OrderState, PackedRow, RowOrder, RowShape
 
 PREFETCH = 3
 # How often a step that waits for data looks whether the thread is still there.
@@ -27,7 +27,7 @@ ORDER_MARK_ROWS = 64
 
 
 def micro_batches(
-    rows: Sequence[PackedRow], micro_rows: int, most_documents: int, longest: int, device: torch.device
+    rows: Sequence[PackedRow], micro_rows: int, shape: RowShape, device: torch.device
 ) -> list[MicroBatch]:
     """Rows as micro-batches on `device`. Pinned memory does not block; shapes do not depend on data."""
     pin = device.type == "cuda"
@@ -35,9 +35,8 @@ def micro_batches(
     for index, at in enumerate(range(0, len(rows), micro_rows)):
         group = rows[at : at + micro_rows]
         fields = np.stack([[r.tokens, r.labels, r.positions, r.position_ids] for r in group], axis=1)
-        width = fields.shape[-1]
-        flat = [row * width + start for row, r in enumerate(group) for start in r.starts]
-        starts = np.full(len(group) * (most_documents + 1) + 1, len(group) * width, np.int32)
+        flat = [row * shape.positions + start for row, r in enumerate(group) for start in r.starts]
+        starts = np.full(len(group) * shape.segments + 1, len(group) * shape.positions, np.int32)
         starts[: len(flat)] = flat
         moved = to_device(torch.from_numpy(fields), device, pin)
         micros.append(
@@ -47,7 +46,7 @@ def micro_batches(
                 positions_BT=moved[2],
                 position_ids_BT=moved[3],
                 document_starts=to_device(torch.from_numpy(starts), device, pin),
-                longest_document=longest,
+                longest_document=shape.longest,
                 labelled_B=np.array([r.labelled for r in group]),
                 index=index,
             )
@@ -145,7 +144,7 @@ class Loader:
             self._queue.put(error)
 
     def _move(self, rows: list[PackedRow]) -> tuple[Batch, torch.cuda.Event | None]:
-        pack = (self._micro_rows, self._order.most_documents, self._order.row_tokens, self._device)
+        pack = (self._micro_rows, self._order.shape, self._device)
         tokens = sum(row.real for row in rows)
         if self._stream is None:
             return Batch(tuple(micro_batches(rows, *pack)), tokens), None

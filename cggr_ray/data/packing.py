@@ -34,6 +34,21 @@ class Piece(NamedTuple):
         return self.stop - self.start - 1
 
 
+class RowShape(NamedTuple):
+    """What all rows of a dataset have in common, so that batches of them have one shape and one graph."""
+
+    positions: int
+    most_documents: int
+    """Pieces in a row, padding not counted."""
+    longest: int
+    """Positions of the longest document in a row; attention is launched for no longer one."""
+
+    @property
+    def segments(self) -> int:
+        """Most starts a row can have: its pieces, and its padding in segments of `longest`."""
+        return self.most_documents + -(-self.positions // self.longest)
+
+
 class PackedRow(NamedTuple):
     """One row: int64 arrays of T, the starts of its documents, and its labelled and real (not padding) positions."""
 
@@ -77,10 +92,11 @@ def best_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]
     return bins
 
 
-def fill_row(pieces: Sequence[Piece], stores: Sequence[TokenStore], row_tokens: int) -> PackedRow:
-    """The arrays of one row; what the pieces leave is padding, a document of its own without labels."""
-    tokens, positions = np.zeros(row_tokens, np.int64), np.zeros(row_tokens, np.int64)
-    labels, ids = np.full(row_tokens, IGNORE, np.int64), np.full(row_tokens, -1, np.int64)
+def fill_row(pieces: Sequence[Piece], stores: Sequence[TokenStore], shape: RowShape) -> PackedRow:
+    """The arrays of one row; what the pieces leave is padding, documents of their own without labels."""
+    width = shape.positions
+    tokens, positions = np.zeros(width, np.int64), np.zeros(width, np.int64)
+    labels, ids = np.full(width, IGNORE, np.int64), np.full(width, -1, np.int64)
     bases = np.cumsum([0, *(len(store.tokens) for store in stores)])
     starts, at, labelled = [], 0, 0
     for piece in pieces:
@@ -92,9 +108,8 @@ def fill_row(pieces: Sequence[Piece], stores: Sequence[TokenStore], row_tokens: 
         starts.append(at)
         labelled += piece.positions - piece.masked
         at = end
-    if at < row_tokens:
-        starts.append(at)
-        positions[at:] = np.arange(row_tokens - at)
+    starts += range(at, width, shape.longest)
+    positions[at:] = np.arange(width - at) % shape.longest
     return PackedRow(tokens, labels, positions, ids, starts, labelled, at)
 
 
@@ -116,6 +131,7 @@ class RowOrder:
     Args:
         stores: one a source. weights: shares of the tokens. max_epochs: per source, None for no limit.
         seed: the data seed, alike for all trials of a race.
+        longest: positions of the longest document that rows of this shape will hold; a whole row by default.
     Raises:
         ValueError: a source is empty, or all of them are limited.
     """
@@ -128,17 +144,19 @@ class RowOrder:
         row_tokens: int,
         mask_prompts: bool,
         seed: int,
+        longest: int | None = None,
     ) -> None:
         if any(store.documents == 0 for store in stores):
             raise ValueError("a source has no training documents; accepted: at least one a source")
         if all(limit is not None for limit in max_epochs):
             raise ValueError("every source has max_epochs; accepted: at least one without, to fill the budget")
         self.stores, self.weights, self.max_epochs = stores, weights, max_epochs
-        self.row_tokens, self.mask_prompts, self.seed = row_tokens, mask_prompts, seed
+        self.mask_prompts, self.seed = mask_prompts, seed
         self._lengths = [store.lengths for store in stores]
         # Of the source with the shortest documents, since rows may hold nothing else.
         mean = min(store.lengths.mean() for store in stores)
-        self.most_documents = max(4, int(3 * row_tokens / mean))
+        most = max(4, int(3 * row_tokens / mean))
+        self.shape = RowShape(row_tokens, most, min(longest or row_tokens, row_tokens))
         self._block: tuple[tuple[int, tuple[int, ...]], list[list[Piece]], OrderState] | None = None
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -148,7 +166,7 @@ class RowOrder:
     def next_row(self, state: OrderState) -> tuple[PackedRow, OrderState]:
         """The row at `state`, and the state after it."""
         rows, after = self._rows(state)
-        row = fill_row(rows[state.row], self.stores, self.row_tokens)
+        row = fill_row(rows[state.row], self.stores, self.shape)
         digest = hashlib.blake2b(
             bytes.fromhex(state.digest) + row.tokens.tobytes() + row.labels.tobytes(), digest_size=8
         )
@@ -172,16 +190,16 @@ class RowOrder:
     def _draw_block(self, state: OrderState) -> tuple[list[list[Piece]], OrderState]:
         draws, tokens = list(state.draws), list(state.tokens)
         pieces: list[Piece] = []
-        wanted = BLOCK_ROWS * self.row_tokens
+        wanted = BLOCK_ROWS * self.shape.positions
         while wanted > 0:
             source = self._poorest(draws, tokens)
             document = self._document(source, draws[source])
-            pieces += (new := cut(self.stores[source], source, document, self.row_tokens, self.mask_prompts))
+            pieces += (new := cut(self.stores[source], source, document, self.shape.positions, self.mask_prompts))
             draws[source] += 1
             length = int(self._lengths[source][document]) - 1
             tokens[source] += length
             wanted -= sum(piece.positions for piece in new) or length
-        bins = best_fit([piece.positions for piece in pieces], self.row_tokens, self.most_documents)
+        bins = best_fit([piece.positions for piece in pieces], self.shape.positions, self.shape.most_documents)
         shuffle = np.random.default_rng((self.seed, state.block, 1)).permutation(len(bins))
         rows = [[pieces[i] for i in bins[b]] for b in shuffle]
         return rows, OrderState(block=state.block + 1, draws=draws, tokens=tokens)

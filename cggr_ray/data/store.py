@@ -36,7 +36,8 @@ class TokenStore:
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
         names = ("tokens", "offsets", "prompts", "text_bytes")
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names))
+        # Plain views of the maps: slicing np.memmap itself costs several times as much.
+        return cls(*(np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray) for n in names))
 
     @property
     def documents(self) -> int:
@@ -63,8 +64,7 @@ def write_store(folder: Path, documents: Iterable[Document], tokenizer: PreTrain
     text_bytes: list[tuple[int, int]] = []
     for group in _groups(documents):
         heads = [f"{d.prompt}\n" if d.prompt else "" for d in group]
-        encoded_heads = tokenizer(heads, add_special_tokens=False)["input_ids"]
-        encoded_tails = tokenizer([d.completion for d in group], add_special_tokens=False)["input_ids"]
+        encoded_heads, encoded_tails = encode(tokenizer, heads), encode(tokenizer, [d.completion for d in group])
         for head, head_ids, tail_ids, document in zip(heads, encoded_heads, encoded_tails, group, strict=True):
             tokens.append(np.array([end, *head_ids, *tail_ids, end], dtype=dtype))
             prompts.append(1 + len(head_ids))
@@ -76,6 +76,14 @@ def write_store(folder: Path, documents: Iterable[Document], tokenizer: PreTrain
     np.save(folder / "text_bytes.npy", np.array(text_bytes, dtype=np.int32).reshape(-1, 2).T)
     np.save(folder / "tokens.npy", np.concatenate(tokens) if tokens else np.zeros(0, dtype))
     return len(tokens)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens. A Rust tokenizer is asked directly: masks and types cost more."""
+    if not tokenizer.is_fast:
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+    return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:

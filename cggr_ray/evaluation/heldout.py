@@ -38,14 +38,14 @@ class HeldOut:
         for number, (source, store) in enumerate(zip(spec.sources, data.val, strict=True)):
             cuts = (cut(store, number, d, spec.row_tokens, spec.mask_prompts) for d in range(store.documents))
             pieces = [piece for pieces in cuts for piece in pieces]
-            bins = best_fit([piece.positions for piece in pieces], spec.row_tokens, order.most_documents)
+            bins = best_fit([piece.positions for piece in pieces], spec.row_tokens, order.shape.most_documents)
             bins += [[] for _ in range(-len(bins) % micro_rows)]
-            rows = [fill_row([pieces[i] for i in chosen], data.val, spec.row_tokens) for chosen in bins]
+            rows = [fill_row([pieces[i] for i in chosen], data.val, order.shape) for chosen in bins]
             bytes_prompt, bytes_completion = (int(x) for x in store.text_bytes.sum(axis=1))
             self._sets.append(
                 HeldOutSet(
                     source.name,
-                    micro_batches(rows, micro_rows, order.most_documents, spec.row_tokens, device),
+                    micro_batches(rows, micro_rows, order.shape, device),
                     sum(row.labelled for row in rows),
                     bytes_completion + (0 if spec.mask_prompts else bytes_prompt),
                 )

@@ -51,6 +51,7 @@ class Adapter:
         model.config._attn_implementation = DOCUMENT_FLASH if self.flash else "sdpa"
         self._block = compiled_on(self.device, _block)
         self._checkpoint = gradient_checkpointing
+        self._active = [True] * len(self.layers)
         model.train()
 
     @property
@@ -76,6 +77,9 @@ class Adapter:
 
     def set_active_layers(self, active: Sequence[bool]) -> None:
         """A layer that does not learn keeps no gradient and no optimizer update."""
+        if list(active) == self._active:
+            return
+        self._active = list(active)
         for layer, learns in zip(self.layers, active, strict=True):
             layer.requires_grad_(learns)
 

@@ -51,10 +51,14 @@ class WandbTracker:
 
 def open_wandb(folder: Path, run: Row, mode: str, project: str) -> WandbTracker | None:
     """A W&B run in `<folder>/wandb`, or None with a warning when W&B cannot be reached in time."""
-    settings = wandb.Settings(
-        init_timeout=WAIT_SECONDS, login_timeout=WAIT_SECONDS, finish_timeout=WAIT_SECONDS, silent=True, console="off"
-    )
     try:
+        settings = wandb.Settings(
+            init_timeout=WAIT_SECONDS,
+            login_timeout=WAIT_SECONDS,
+            finish_timeout=WAIT_SECONDS,
+            silent=True,
+            console="off",
+        )
         opened = wandb.init(
             project=project,
             id=f"{run['race']}-{run['trial_id']}".replace("/", "-"),

@@ -11,7 +11,7 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 
-from cggr_ray.data.packing import OrderState, PackedRow, RowOrder, best_fit, cut, fill_row
+from cggr_ray.data.packing import OrderState, PackedRow, Piece, RowOrder, RowShape, best_fit, cut, fill_row
 from cggr_ray.data.problems import problems
 from cggr_ray.data.store import TokenStore
 from cggr_ray.data.tokenizer import SHIPPED, load_tokenizer
@@ -191,7 +191,7 @@ def padding(order: RowOrder, blocks: int) -> float:
     for row, state in walk(order):
         real, rows = real + row.real, rows + 1
         if state.block == blocks and state.row == 0:
-            return 1 - real / (rows * order.row_tokens)
+            return 1 - real / (rows * order.shape.positions)
     raise AssertionError
 
 
@@ -211,10 +211,18 @@ def test_little_padding_when_short_documents_meet_long_ones(make_store: MakeStor
 
 
 def test_a_row_of_nothing_is_all_padding(make_store: MakeStore) -> None:
-    row = fill_row([], [make_store([5])], 8)
+    row = fill_row([], [make_store([5])], RowShape(8, 4, 8))
     assert row.positions.tolist() == list(range(8))
     assert (row.labels == -100).all() and (row.position_ids == -1).all()
     assert (row.starts, row.labelled, row.real) == ([0], 0, 0)
+
+
+def test_padding_is_cut_to_the_longest_document(make_store: MakeStore) -> None:
+    store = make_store([6])
+    row = fill_row([Piece(0, 0, 6, 0)], [store], RowShape(16, 4, 4))
+    assert row.starts == [0, 5, 9, 13]
+    assert row.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
+    assert len(row.starts) <= RowShape(16, 4, 4).segments
 
 
 def digests(order: RowOrder, rows: int) -> list[str]:
@@ -227,6 +235,14 @@ def test_the_order_is_a_function_of_the_seed(make_store: MakeStore) -> None:
     assert digests(an_order([store], seed=1), 300) == first
     other = digests(an_order([store], seed=2), 300)
     assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_every_epoch_has_an_order_of_its_own(make_store: MakeStore) -> None:
+    order = an_order([make_store([20] * 256)], row_tokens=19)  # a document a row, two blocks an epoch
+    read = [int(row.position_ids[0]) // 20 for row, _ in islice(walk(order), 4 * 128)]
+    first, second, third, fourth = (set(read[128 * i : 128 * (i + 1)]) for i in range(4))
+    assert first | second == third | fourth == set(range(256))
+    assert first not in (third, fourth)
 
 
 def test_the_digest_is_a_hash_chain_over_tokens_and_labels(make_store: MakeStore) -> None:

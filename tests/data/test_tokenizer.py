@@ -40,7 +40,11 @@ def test_spaces_and_accents_survive(shipped: PreTrainedTokenizerFast, text: str)
     assert shipped.decode(encode(shipped, text), clean_up_tokenization_spaces=False) == text
 
 
-def test_every_digit_is_a_token_of_its_own(shipped: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("which", ["shipped", "trained"])
+def test_every_digit_is_a_token_of_its_own(shipped: PreTrainedTokenizerFast, which: str, tmp_path: Path) -> None:
+    if which == "trained":
+        train_bpe(["77 777 1234567890 12 12.50%"] * 50, 300, tmp_path / "t.json")
+        shipped = load_tokenizer(tmp_path / "t.json")
     for text in ("1234567890", "x=12.50%", " 7 77 777", "3/4+100", "a1b22"):
         pieces = [shipped.decode([i]) for i in encode(shipped, text)]
         assert "".join(pieces) == text

@@ -29,7 +29,7 @@ def micro(make_store: Callable[..., TokenStore]) -> MicroBatch:
         row, state = order.next_row(state)
         if len(row.starts) >= 2:
             rows.append(row)
-    return micro_batches(rows, 4, order.most_documents, ROW_TOKENS, torch.device("cpu"))[0]
+    return micro_batches(rows, 4, order.shape, torch.device("cpu"))[0]
 
 
 def documents(micro: MicroBatch) -> Iterator[tuple[int, slice]]:

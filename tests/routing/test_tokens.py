@@ -334,7 +334,7 @@ def test_upstream_router_uses_the_last_confidence():
 
 def test_corrected_router_by_hand():
     dynamic = DynamicThreshold(sensitivity=0.5, smoothing=0.5)
-    router = SelectedTokens(keep=0.4, dynamic=dynamic, curriculum=Curriculum(0.0, 0.2, 1.0)).build(0, CPU)
+    router = SelectedTokens(keep=0.4, dynamic=dynamic, curriculum=Curriculum(0.0, 0.2, 0.9)).build(0, CPU)
     assert router.levels()[:4] == pytest.approx([0.2, 0.25, 0.3, 0.35])
     router.observe({ROUTER_CONFIDENCE: 0.2}, at(fraction=0.1))
     # Before the target is reached nothing is compared with: the curriculum alone decides.
@@ -348,6 +348,8 @@ def test_corrected_router_by_hand():
     router.observe({ROUTER_CONFIDENCE: 1.0}, at(fraction=0.4))
     # 0.75: seven eighths of 0.4 less: 0.4 (1 - 0.5 * 0.875) = 0.225, and the next level is 0.25.
     assert router.ratio(at(fraction=0.5)) == pytest.approx(0.25)
+    # Full steps at the end stay full, however confident the model is.
+    assert router.ratio(at(fraction=0.95)) == 1.0
 
 
 @pytest.mark.parametrize("part", [
