@@ -34,6 +34,11 @@ def _block(layer: nn.Module, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], 
     return out if isinstance(out, Tensor) else out[0]
 
 
+def _norm(norm: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    out: Tensor = norm(hidden_BTD)
+    return out
+
+
 class Adapter:
     """A causal LM of a supported family.
 
@@ -49,7 +54,7 @@ class Adapter:
         self.device = next(model.parameters()).device
         self.flash = self.device.type == "cuda"
         model.config._attn_implementation = DOCUMENT_FLASH if self.flash else "sdpa"
-        self._block = compiled_on(self.device, _block)
+        self._block, self._norm = compiled_on(self.device, _block), compiled_on(self.device, _norm)
         self._checkpoint = gradient_checkpointing
         self._active = [True] * len(self.layers)
         model.train()
@@ -95,7 +100,7 @@ class Adapter:
                 )
             else:
                 hidden = self._block(layer, hidden, rotary, attention)
-        return Stream(self.body.norm(hidden).flatten(0, 1), self.head_VD)
+        return Stream(self._norm(self.body.norm, hidden).flatten(0, 1), self.head_VD)
 
     def attention(self, micro: MicroBatch) -> dict[str, Any]:
         """What the layers are told about the documents of a micro-batch."""

@@ -14,7 +14,7 @@ from cggr_ray.kernels.selected_ce.reference import chunk_loss, chunk_nll
 
 # Bytes of logits in one chunk: on a GPU large enough for full-speed GEMMs and small beside the activations, on a CPU
 # what stays in its cache.
-CHUNK_BYTES = {"cuda": 1 << 29, "cpu": 1 << 22}
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
 
 
 def chunks(hidden_KD: Tensor, head_VD: Tensor) -> Iterator[slice]:
