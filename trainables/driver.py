@@ -11,24 +11,26 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import ray.train.torch
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from cggr_ray.race import Trial
 from cggr_ray.schema import SUMMARY_FILE
-from cggr_ray.telemetry.tracker import Row
 from trainables.cluster import cluster
 from trainables.scaling import Placement, place
 from trainables.worker import train_in_process, train_worker
 
+if TYPE_CHECKING:
+    from cggr_ray.race import Trial
+
 EXECUTORS = ("train", "inprocess")
 MAX_FAILURES = 2
 
-OnRow = Callable[[Row], None]
+OnRow = Callable[[dict[str, Any]], None]
+TrialOf = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Rows(tune.Callback):
@@ -41,14 +43,14 @@ class Rows(tune.Callback):
         """Tune writes its callbacks to disk; the terminal behind this one cannot be written, and need not be."""
         return {}
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: TuneTrial, result: Row, **_: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: TuneTrial, result: dict[str, Any], **_: Any
+    ) -> None:
         self._on_row(result)
 
 
-def trainable(
-    executor: str, placement: Placement, storage: Path, trial_of: Callable[[dict[str, Any]], Trial]
-) -> Callable[..., Any]:
-    """A Tune function with its resources attached. `trial_of` makes the trial of a Tune configuration."""
+def trainable(executor: str, placement: Placement, storage: Path, trial_of: TrialOf) -> Callable[..., Any]:
+    """A Tune function with its resources attached. `trial_of` makes the plain trial of a Tune configuration."""
     if executor == "inprocess":
         return tune.with_resources(
             lambda config: _in_process(trial_of(config)), {k.lower(): v for k, v in placement.resources.items()}
@@ -73,7 +75,7 @@ def run_trials(
         session = f"session-{time.time_ns()}"
         storage = (folder / "ray").resolve()
         tune.Tuner(
-            trainable(executor, placement, storage / session, lambda config: Trial.from_plain(config["trial"])),
+            trainable(executor, placement, storage / session, lambda config: config["trial"]),
             param_space={"trial": tune.grid_search([trial.to_plain() for trial in trials])},
             tune_config=tune.TuneConfig(max_concurrent_trials=placement.concurrent),
             run_config=tune.RunConfig(
@@ -87,26 +89,26 @@ def run_trials(
     return [trial.trial_id for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()]
 
 
-def _in_process(trial: Trial) -> None:
+def _in_process(trial: dict[str, Any]) -> None:
     ray.train.torch.TorchTrainer(
         train_in_process,
-        train_loop_config={"trial": trial.to_plain()},
+        train_loop_config={"trial": trial},
         scaling_config=ray.train.ScalingConfig(num_workers=0),
     ).fit()
 
 
-def _nested(trial: Trial, placement: Placement, storage: Path, threads: str) -> None:
+def _nested(trial: dict[str, Any], placement: Placement, storage: Path, threads: str) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     ray.train.torch.TorchTrainer(
         train_worker,
-        train_loop_config={"trial": trial.to_plain()},
+        train_loop_config={"trial": trial},
         scaling_config=ray.train.ScalingConfig(
             num_workers=1, use_gpu=placement.gpus > 0, resources_per_worker=placement.resources
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             # Train resumes a run of the same name: the name is unique to this session and trial.
-            name=trial.trial_id,
+            name=trial["trial_id"],
             storage_path=str(storage),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),

@@ -87,8 +87,9 @@ def run_sweep(
         placement = place(spec.device, resources)
         storage, spec = (folder / "ray").resolve(), sweep_spec(spec)
 
-        def trial_of(config: dict[str, Any]) -> Trial:
-            return sweep_trial(spec, space.recipe, config["values"], tune.get_context().get_trial_id(), folder)
+        def trial_of(config: dict[str, Any]) -> dict[str, Any]:
+            trial_id = tune.get_context().get_trial_id()
+            return sweep_trial(spec, space.recipe, config["values"], trial_id, folder).to_plain()
 
         tune.Tuner(
             trainable(executor, placement, storage / "trainers", trial_of),

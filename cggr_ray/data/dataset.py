@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
-
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, ClassVar
 
 from cggr_ray.codec import to_plain
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Document, HuggingFace, Jsonl, Parquet, Problems, existing
 from cggr_ray.data.store import TokenStore, held_out, write_store
 from cggr_ray.data.tokenizer import SHIPPED, load_tokenizer, train_bpe
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 # Documents a source gives to the training of a tokenizer.
 TOKENIZER_DOCUMENTS = 50_000

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 SHIPPED = Path(__file__).with_name("tokenizer.json")
@@ -46,6 +48,8 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it declares no end-of-text token, which separates packed documents.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     if str(where).endswith(".json"):
         if not Path(where).is_file():
             raise ValueError(

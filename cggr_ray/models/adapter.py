@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import MicroBatch
-from cggr_ray.models.attention import DOCUMENT_FLASH, document_mask
+from cggr_ray.models.attention import document_mask, register_document_flash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SUPPORTED = ("llama",)
 
@@ -53,7 +55,7 @@ class Adapter:
         self.model, self.body = model, model.model
         self.device = next(model.parameters()).device
         self.flash = self.device.type == "cuda"
-        model.config._attn_implementation = DOCUMENT_FLASH if self.flash else "sdpa"
+        model.config._attn_implementation = register_document_flash() if self.flash else "sdpa"
         self._block, self._norm = compiled_on(self.device, _block), compiled_on(self.device, _norm)
         self._checkpoint = gradient_checkpointing
         self._active = [True] * len(self.layers)

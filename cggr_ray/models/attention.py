@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 DOCUMENT_FLASH = "cggr_document_flash"
 
@@ -54,7 +53,12 @@ def document_flash(
     return out.unflatten(0, (query_BHTE.shape[0], -1)), None
 
 
-AttentionInterface.register(DOCUMENT_FLASH, document_flash)
+def register_document_flash() -> str:
+    """Makes `document_flash` known to Hugging Face's layers; returns its name there."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(DOCUMENT_FLASH, document_flash)
+    return DOCUMENT_FLASH
 
 
 def document_mask(documents_BT: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from cggr_ray.codec import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # layers, width, heads, key-value heads, FFN width, vocabulary (of the published model; a race sets its tokenizer's)
 PRESETS: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -61,6 +63,8 @@ class ModelSpec:
 
     def config(self, vocab_size: int | None = None) -> Any:
         """The Hugging Face configuration; `vocab_size` replaces a preset's own (a folder keeps its own)."""
+        from transformers import AutoConfig, LlamaConfig
+
         if self.folder:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         layers, width, heads, kv_heads, ffn, vocabulary = PRESETS[self.preset]
@@ -78,6 +82,8 @@ class ModelSpec:
 
     def build(self, vocab_size: int | None, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model on `device` in `dtype`. Random weights depend on `seed` alone: drawn on the CPU in float32."""
+        from transformers import AutoModelForCausalLM
+
         model: Any
         if self.folder:
             model = AutoModelForCausalLM.from_pretrained(
@@ -93,6 +99,8 @@ class ModelSpec:
 
 def parameter_count(config: Any) -> int:
     """Parameters of a configuration, a shared one once, without allocating them."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,44 @@
+"""Every draw of every space is a valid recipe of its family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trainables  # noqa: F401 - settles Ray's settings before Ray is imported
+from cggr_ray.race import RaceSpec
+from search_spaces import SPACES
+from trainables.sweep import sweep_spec, sweep_trial
+
+
+@pytest.mark.parametrize("name", sorted(SPACES))
+def test_every_draw_is_a_valid_trial(name: str, tmp_path: Path) -> None:
+    np.random.seed(0)
+    space, spec, seen = SPACES[name], sweep_spec(RaceSpec()), set()
+    for number in range(200):
+        values = {key: domain.sample() for key, domain in space.domains().items()}
+        trial = sweep_trial(spec, space.recipe, values, f"t{number}", tmp_path)
+        assert trial.recipe.optimizer.matrix.lr == values["optimizer.matrix.lr"]
+        seen.add(repr(trial.recipe))
+    assert len(seen) == 200
+
+
+def test_the_cggr_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
+    np.random.seed(1)
+    draws = []
+    for number in range(400):
+        values = {key: domain.sample() for key, domain in SPACES["cggr"].domains().items()}
+        draws.append(sweep_trial(RaceSpec(), "cggr_loss", values, str(number), tmp_path).recipe.tokens)
+    assert {t.score for t in draws} == {"entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm"}
+    assert {t.selection for t in draws} == {"topk", "stratified", "sequence_aware", "importance"}
+    assert {t.weights for t in draws} == {"mean", "inverse_probability"}
+    assert {t.num_strata for t in draws} == {2, 4, 8}
+    assert {t.dynamic and t.dynamic.rule for t in draws} == {None, "corrected", "upstream"}
+    assert {t.dynamic.sensitivity for t in draws if t.dynamic} == {0.25, 0.5, 1.0}
+    assert min(t.keep for t in draws) >= 0.25 and max(t.keep for t in draws) <= 0.75
+
+
+def test_a_sweep_validates_at_every_rung_of_successive_halving() -> None:
+    assert sweep_spec(RaceSpec(milestones=(0.9,))).milestones == (0.125, 0.25, 0.5)
