@@ -20,13 +20,15 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that this code runs from, with a + where it has changes.
+    """The commit of the checkout that this code runs from, with a + where it has changes; empty outside one.
 
-    Outside a checkout (an image, a copy) it is what CGGR_RAY_COMMIT says, or empty.
+    CGGR_RAY_COMMIT says it where git cannot: in an image, in a copy.
     """
+    if told := os.environ.get("CGGR_RAY_COMMIT"):
+        return told
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return os.environ.get("CGGR_RAY_COMMIT", "")
+        return ""
     head = _git(root, "rev-parse", "--short=10", "HEAD")
     return head + ("+" if head and _git(root, "status", "--porcelain", "--untracked-files=no") else "")
 

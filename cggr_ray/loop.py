@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import platform
 import time
 from collections import deque
 from dataclasses import asdict
@@ -157,6 +159,7 @@ class Run:
             "parts": trial.recipe.to_plain(),
             "model": {"name": spec.model.name, "parameters": self.learner.parameters, "dtype": dtype},
             "device": device_info(self.device),
+            "process": {"host": platform.node(), "pid": os.getpid()},
             "execution": adapter.execution_note,
             "versions": fingerprint(),
             "row_tokens": spec.data.row_tokens,

@@ -1,0 +1,37 @@
+# Each target sets up what it needs: a virtual environment with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: race test check bench report tokenizer clean
+
+race: $(READY)            ## the default race: baseline, cggr_loss and two controls, with its report
+	$(BIN)/cggr-ray race
+
+test: $(READY)            ## all tests
+	$(BIN)/python -m pytest -n 4 --dist loadfile
+
+check: $(READY)           ## format, lint, types, layering
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+bench: $(READY)           ## the benchmarks, appended to results/bench
+	$(BIN)/cggr-ray bench optimizer
+	$(BIN)/cggr-ray bench step
+
+report: $(READY)          ## make report RACE=outputs/...
+	$(BIN)/cggr-ray report $(RACE)
+
+tokenizer: $(READY)       ## trains the shipped tokenizer again
+	$(BIN)/python -m cggr_ray.data.make_tokenizer
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
