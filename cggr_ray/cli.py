@@ -22,7 +22,10 @@ app.add_typer(recipe_app, name="recipe")
 
 Sets = Annotated[
     list[str],
-    typer.Option("--set", help="Dotted recipe key for every arm, e.g. optimizer.matrix.lr=0.002; repeatable."),
+    typer.Option(
+        "--set",
+        help="KEY=VALUE for every arm, or RECIPE:KEY=VALUE for one; repeatable. E.g. optimizer.matrix.lr=0.002.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder for the results; a new one below outputs/ by default.")]
 Budget = Annotated[float | None, typer.Option(help="Train seconds of every trial.")]
@@ -120,7 +123,10 @@ def report(
 
 @recipe_app.command("list")
 def recipe_list() -> None:
-    """All shipped recipes, a line each. Example: cggr-ray recipe list"""
+    """All shipped recipes, a line each.
+
+    Example: cggr-ray recipe list
+    """
     from cggr_ray.recipe import load_recipe, recipe_names
 
     for name in recipe_names():
@@ -129,7 +135,10 @@ def recipe_list() -> None:
 
 @recipe_app.command("show")
 def recipe_show(name: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")]) -> None:
-    """A recipe's parts in a line each, then all its values. Example: cggr-ray recipe show cggr_loss"""
+    """A recipe's parts in a line each, then all its values.
+
+    Example: cggr-ray recipe show cggr_loss
+    """
     import json
 
     from cggr_ray.recipe import explain, load_recipe
@@ -143,7 +152,10 @@ def recipe_show(name: Annotated[str, typer.Argument(help="A recipe's name, or th
 
 @recipe_app.command("check")
 def recipe_check(name: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")]) -> None:
-    """Whether a recipe is valid; exit code 2 and one line if not. Example: cggr-ray recipe check mine.toml"""
+    """Whether a recipe is valid; exit code 2 and one line if not.
+
+    Example: cggr-ray recipe check mine.toml
+    """
     from cggr_ray.recipe import load_recipe
 
     typer.echo(f"{load_recipe(name).name}: valid")
@@ -168,7 +180,10 @@ def bench(
 
 @app.command()
 def doctor() -> None:
-    """What is installed, what the device is, and what would go wrong. Example: cggr-ray doctor"""
+    """What is installed, what the device is, and what would go wrong.
+
+    Example: cggr-ray doctor
+    """
     from cggr_ray import commands
 
     commands.doctor()

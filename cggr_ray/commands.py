@@ -159,8 +159,11 @@ def specify(name: str | None, changes: Mapping[str, Any], values: Mapping[str, A
     """The race of a name or file with the command line's changes; the default depends on the device."""
     spec = load_race(name or default_race(str(changes.get("device", "auto"))))
     plain = spec.to_plain() | dict(changes)
-    plain["values"] = {**spec.values, **values}
-    plain["arms"] = {arm: v for arm, v in spec.arms.items() if arm in plain["recipes"]}
+    plain["arms"] = {arm: dict(v) for arm, v in spec.arms.items() if arm in plain["recipes"]}
+    plain["values"] = dict(spec.values)
+    for key, value in values.items():
+        arm, colon, dotted = key.rpartition(":")
+        (plain["arms"].setdefault(arm, {}) if colon else plain["values"])[dotted] = value
     changed = RaceSpec.from_plain(plain)
     for recipe in changed.recipes:
         changed.recipe(recipe)

@@ -1,0 +1,128 @@
+"""The command line: its surface, and every mistake as one line with exit code 2, nothing started or overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cggr_ray import cli, commands
+
+COMMANDS = {"race", "sweep", "report", "recipe", "bench", "doctor"}
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a mistake prints."""
+    monkeypatch.setattr("sys.argv", ["cggr-ray", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_the_commands_are_these_and_each_shows_an_example() -> None:
+    names = {c.name or c.callback.__name__ for c in cli.app.registered_commands} | {"recipe"}
+    assert names == COMMANDS
+    for name in (*(COMMANDS - {"recipe"}), "recipe list", "recipe show", "recipe check"):
+        shown = CliRunner().invoke(cli.app, [*name.split(), "--help"])
+        assert shown.exit_code == 0 and "Example: cggr-ray" in shown.output, name
+
+
+def race_file(folder: Path, data: str) -> Path:
+    (folder / "race.toml").write_text(data)
+    return folder / "race.toml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["race", "--budget", 0], "budget of 0.0 seconds; accepted: a positive number"),
+        (["race", "--recipes", "baseline,cgr_loss"], "unknown recipe 'cgr_loss'; did you mean 'cggr_loss'?"),
+        (["race", "--recipes", "cggr_loss", "--set", "tokens.keep=1.5"], "keep = 1.5; accepted: a ratio in (0, 1]"),
+        (["race", "--set", "optimizer.matrix.rl=1"], "unknown key 'optimizer.matrix.rl'; did you mean 'lr'?"),
+        (["race", "--set", "nobody:tokens.keep=0.5"], "arms.nobody: no such recipe in the race"),
+        (["race", "--set", "tokens.keep"], "accepted: key=value"),
+        (["race", "--seeds", "0,x"], "accepted: whole numbers"),
+        (["race", "nowhere.toml"], "unknown race 'nowhere.toml'"),
+        (["race", "--executor", "magic"], "executor 'magic'"),
+        (["race", "--resume", "nowhere"], "'nowhere' holds no race"),
+        (["sweep", "cgr"], "search space 'cgr'; did you mean 'cggr'?"),
+        (["sweep", "cggr", "--trials", 0], "--trials 0; accepted: at least 1"),
+        (["recipe", "show", "basline"], "did you mean 'baseline'?"),
+        (["bench", "optimiser"], "benchmark 'optimiser'; did you mean 'optimizer'?"),
+        (["bench", "step", "--shapes", "tiny-2x64"], "shape 'tiny-2x64'; accepted: model/ROWSxPOSITIONS"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[object],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in fails(monkeypatch, capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"question": "1", "answer": "2"}\n{"question": ', "train.jsonl:2: not JSON"),
+        ('{"query": "1", "reply": "2"}\n', "accepted: question/answer; problem/solution"),
+        ('{"question": "1", "answer": 2}\n', "train.jsonl:1: column 'answer' is int; accepted: text"),
+        (None, "does not exist; accepted: a .jsonl"),
+    ],
+)
+def test_broken_data_is_named_by_file_and_line(
+    content: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "train.jsonl").write_text(content)
+    spec = race_file(tmp_path, '[[data.sources]]\nkind = "jsonl"\nname = "mine"\npath = "train.jsonl"\n')
+    assert said in fails(monkeypatch, capsys, "race", spec, "--out", tmp_path / "race")
+
+
+def test_a_model_folder_without_safetensors_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    spec = race_file(tmp_path, '[model]\nfolder = "model"\n')
+    assert "has no *.safetensors; accepted" in fails(monkeypatch, capsys, "race", spec)
+
+
+def test_a_folder_that_is_not_a_race_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert "is not empty and holds no race" in fails(monkeypatch, capsys, "race", "--out", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_dry_run_plans_and_takes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(cli.app, ["race", "cpu", "--dry-run", "--seeds", "0,1"])
+    assert shown.exit_code == 0 and "8 trials, 240 train seconds" in shown.output and "GiB" in shown.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_set_reaches_every_arm_or_one() -> None:
+    values = commands.assignments(["optimizer.matrix.lr=0.5", "cggr_loss:tokens.keep=0.5", "tag=word"])
+    assert values == {"optimizer.matrix.lr": 0.5, "cggr_loss:tokens.keep": 0.5, "tag": "word"}
+    values.pop("tag")
+    spec = commands.specify("cpu", {}, values)
+    assert spec.recipe("cggr_loss").tokens.keep == 0.5
+    assert spec.recipe("random_tokens").tokens.keep == 0.25
+    assert {spec.recipe(name).optimizer.matrix.lr for name in spec.recipes} == {0.5}
+
+
+def test_recipe_show_explains_every_part_and_prints_all_values() -> None:
+    shown = CliRunner().invoke(cli.app, ["recipe", "show", "cggr_loss"])
+    assert all(part in shown.output for part in ("rows", "tokens", "objective", "optimizer", "updates"))
+    plain = json.loads(shown.output[shown.output.index("{") :])
+    assert plain["tokens"]["selection"] == "stratified" and plain["optimizer"]["matrix"]["kind"] == "muon"
