@@ -13,9 +13,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any
-
-Plain = dict[str, Any]
+from typing import Any, Self
 
 
 def kind_of(cls: type) -> str:
@@ -148,3 +146,17 @@ def _scalar(annotation: Any, value: Any, where: str) -> Any:
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         raise ValueError(f"{where} = {value!r}; accepted: {annotation.__name__}")
     return value
+
+
+class Plain:
+    """A dataclass that is written to and read from TOML and JSON."""
+
+    def to_plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """Strict: an unknown key, kind or type is a ValueError that names the nearest known one."""
+        instance: Self = from_plain(cls, plain)
+        return instance

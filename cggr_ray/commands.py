@@ -86,6 +86,8 @@ def race(
     left = [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()][:most]
     console = Console()
     prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
+    if address is None and default_race(spec.device) == "cpu":
+        console.print("on the CPU: float32, eager, nothing is compiled", style="dim")
     failed: list[str] = []
     if left:
         from trainables.driver import run_trials

@@ -155,7 +155,7 @@ class Run:
             "seed": trial.seed,
             "data_seed": spec.data.seed,
             "race": spec.name,
-            "values": {**spec.values, **spec.arms.get(trial.recipe.name, {})},
+            "values": trial.values,
             "parts": trial.recipe.to_plain(),
             "model": {"name": spec.model.name, "parameters": self.learner.parameters, "dtype": dtype},
             "device": device_info(self.device),

@@ -6,12 +6,11 @@ A trial is one recipe x one draw of hyperparameters x one seed. `RaceSpec` is a 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from cggr_ray.codec import from_plain, nearest, to_plain
+from cggr_ray.codec import Plain, nearest
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.progress import Budget
@@ -21,15 +20,13 @@ RACES = Path(__file__).with_name("races")
 
 
 @dataclass(frozen=True)
-class RaceSpec:
+class RaceSpec(Plain):
     """All that trials share.
 
     `values` are dotted recipe keys for every arm, `arms` for one recipe by name. `milestones` are fractions of the
     budget at which the clock stops for validation; the end is always one. `step_seconds` replaces the real clock by one
     that advances so much a step: for exact reproduction, never for comparison.
     """
-
-    IS_PART: ClassVar[bool] = False
 
     name: str = "race"
     recipes: tuple[str, ...] = ("baseline", "cggr_loss", "random_tokens", "fewer_rows")
@@ -58,6 +55,10 @@ class RaceSpec:
             raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice, none negative")
         if not 1 <= self.micro_rows <= self.global_rows:
             raise ValueError(f"micro_rows = {self.micro_rows}; accepted: 1 to global_rows = {self.global_rows}")
+        if self.model.folder is None and self.data.row_tokens > self.model.max_positions:
+            raise ValueError(
+                f"row_tokens = {self.data.row_tokens}; accepted: at most {self.model.max_positions} positions"
+            )
         if any(not 0 < m <= 1 for m in self.milestones):
             raise ValueError(f"milestones {list(self.milestones)}; accepted: fractions of the budget in (0, 1]")
         if self.step_seconds is not None and not self.step_seconds > 0:
@@ -66,25 +67,14 @@ class RaceSpec:
             if name not in self.recipes:
                 raise ValueError(f"arms.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
 
-    def to_plain(self) -> dict[str, Any]:
-        plain: dict[str, Any] = to_plain(self)
-        return plain
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> RaceSpec:
-        spec: RaceSpec = from_plain(cls, plain)
-        return spec
-
     def recipe(self, name: str) -> Recipe:
         """A recipe of the race with the race's values, then the arm's own."""
         return load_recipe(name).with_values({**self.values, **self.arms.get(name, {})})
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Plain):
     """One run of a race. `data_folder` holds the prepared data, `folder` is its own."""
-
-    IS_PART: ClassVar[bool] = False
 
     trial_id: str
     recipe: Recipe
@@ -92,19 +82,12 @@ class Trial:
     race: RaceSpec
     folder: str
     data_folder: str
+    values: dict[str, Any] = field(default_factory=dict)
+    """The dotted keys that this trial changed in its recipe, for the record."""
 
     def placed(self, folder: Path, data_folder: Path) -> Trial:
         """The same trial in another folder."""
         return replace(self, folder=str(folder.resolve()), data_folder=str(data_folder.resolve()))
-
-    def to_plain(self) -> dict[str, Any]:
-        plain: dict[str, Any] = to_plain(self)
-        return plain
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Trial:
-        trial: Trial = from_plain(cls, plain)
-        return trial
 
 
 def load_race(name: str) -> RaceSpec:
@@ -142,10 +125,10 @@ def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:
     for number, seed in enumerate(spec.seeds):
         names = spec.recipes if number % 2 == 0 else spec.recipes[::-1]
         for name in names:
-            recipe = spec.recipe(name)
+            recipe, values = spec.recipe(name), {**spec.values, **spec.arms.get(name, {})}
             trial_id = f"{recipe.name.replace('/', '-')}-s{seed}"
             if any(trial.trial_id == trial_id for trial in trials):
                 raise ValueError(f"two trials {trial_id!r}; accepted: recipes with a name of their own")
             where = (folder / "runs" / trial_id).resolve()
-            trials.append(Trial(trial_id, recipe, seed, spec, str(where), str((folder / "data").resolve())))
+            trials.append(Trial(trial_id, recipe, seed, spec, str(where), str((folder / "data").resolve()), values))
     return trials

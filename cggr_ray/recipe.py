@@ -14,11 +14,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
-from cggr_ray.codec import from_plain, kind_of, nearest, to_plain, with_values
+from cggr_ray.codec import Plain, kind_of, nearest, with_values
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.routing.rows import AllRows, FewerRows
@@ -32,8 +32,6 @@ RECIPES = Path(__file__).with_name("recipes")
 class Execution:
     """How a step runs. `precision`: `auto` is bf16 with float32 masters on a GPU and float32 elsewhere."""
 
-    IS_PART: ClassVar[bool] = False
-
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
 
@@ -44,10 +42,8 @@ class Execution:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Plain):
     """A way to train. Every part has a neutral default, so `Recipe(name)` is the baseline."""
-
-    IS_PART: ClassVar[bool] = False
 
     name: str
     description: str = ""
@@ -61,16 +57,6 @@ class Recipe:
     def with_values(self, values: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced, for example `{"tokens.keep": 0.5, "optimizer.matrix.lr": 1e-3}`."""
         recipe: Recipe = with_values(self, values)
-        return recipe
-
-    def to_plain(self) -> dict[str, Any]:
-        plain: dict[str, Any] = to_plain(self)
-        return plain
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Recipe:
-        """Strict: an unknown key, kind or type is a ValueError that names the nearest known one."""
-        recipe: Recipe = from_plain(cls, plain)
         return recipe
 
 

@@ -67,7 +67,7 @@ def sweep_trial(spec: RaceSpec, recipe_name: str, values: Mapping[str, Any], tri
     ordered = dict(sorted(values.items(), key=lambda item: item[0].count(".")))
     recipe = load_recipe(recipe_name).with_values({**spec.values, **ordered})
     where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / "data").resolve()
-    return Trial(trial_id, recipe, spec.seeds[0], spec, str(where), str(data))
+    return Trial(trial_id, recipe, spec.seeds[0], spec, str(where), str(data), {**spec.values, **ordered})
 
 
 def run_sweep(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from cggr_ray.codec import to_plain
 from cggr_ray.data.packing import RowOrder
@@ -35,8 +35,6 @@ class DataSpec:
     `tokenizer`: `shipped`, `train` (a BPE of `vocab_size` from the train split), or a folder or name of a Hugging Face
     one. `val_per_mille` of the documents of every source are held out by a hash of their text.
     """
-
-    IS_PART: ClassVar[bool] = False
 
     sources: tuple[AnySource, ...] = field(default_factory=lambda: (Problems(),))
     row_tokens: int = 256

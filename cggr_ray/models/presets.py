@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,8 +31,6 @@ class ModelSpec:
 
     The rest applies to presets: `vocab_size` is the tokenizer's where it is not given, `max_positions` bounds a row.
     """
-
-    IS_PART: ClassVar[bool] = False
 
     preset: str = "tiny"
     folder: str | None = None

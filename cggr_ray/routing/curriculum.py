@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from cggr_ray.progress import Progress, ramp
 
@@ -40,8 +40,6 @@ class DynamicThreshold:
     grows confident. `corrected`: base (1 + sensitivity (c_ref - c) / c_ref), where c is a running mean and c_ref its
     value when the curriculum reached its target.
     """
-
-    IS_PART: ClassVar[bool] = False
 
     rule: Literal["corrected", "upstream"] = "corrected"
     sensitivity: float = 0.5

@@ -46,7 +46,7 @@ class RaceConsole:
         fraction = float(known.get(FRACTION, 0.0))
         if fraction >= 1 or fraction - self._printed.get(trial_id, -1.0) >= PLAIN_EVERY:
             self._printed[trial_id] = fraction
-            self._console.print(f"{trial_id:24} {' '.join(self._cells(known))}", highlight=False)
+            self._console.print(f"{trial_id:24} {' '.join(self._cells(known))}", highlight=False, soft_wrap=True)
 
     def _cells(self, row: Row) -> list[str]:
         if FRACTION not in row:
