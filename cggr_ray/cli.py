@@ -46,6 +46,7 @@ def race(
     recipes: Annotated[str | None, typer.Option(help="Comma-separated recipes, the baseline first.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds.")] = None,
     budget: Budget = None,
+    data: Annotated[str | None, typer.Option(help="problems or numinamath, instead of the race's sources.")] = None,
     sets: Sets = [],  # noqa: B006 - typer reads the default
     device: Device = None,
     executor: ExecutorName = None,
@@ -68,6 +69,7 @@ def race(
         recipes=recipes.split(",") if recipes else None,
         seeds=commands.integers(seeds),
         budget_seconds=budget,
+        data=data,
         device=device,
         wandb=wandb,
         wandb_project=wandb_project,

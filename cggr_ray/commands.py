@@ -14,9 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cggr_ray.codec import nearest
-from cggr_ray.data.dataset import prepare
+from cggr_ray.codec import nearest, to_plain
+from cggr_ray.data.dataset import AnySource, prepare
+from cggr_ray.data.sources import DATA_PRESETS
 from cggr_ray.environment import PACKAGES, fingerprint, version
+from cggr_ray.loop import pick_device
 from cggr_ray.models.presets import parameter_count
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
 from cggr_ray.schema import RACE_FILE, SUMMARY_FILE
@@ -78,7 +80,7 @@ def race(
         spec = specify(name, changes, values)
         folder = out or Path("outputs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     trials = plan_trials(spec, folder)
-    spec.data.check()
+    check(spec, address)
     if dry_run:
         show_plan(spec, trials)
         return
@@ -95,6 +97,13 @@ def race(
         with RaceConsole(spec.budget_seconds, [trial.trial_id for trial in left], console) as live:
             failed = run_trials(left, folder, executor, address, live.show)
     finish(folder, failed, console)
+
+
+def check(spec: RaceSpec, address: str | None) -> None:
+    """Looks at the data's files and, on a local machine, for the device that is asked for, before anything starts."""
+    spec.data.check()
+    if address is None:
+        pick_device(spec.device)
 
 
 def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
@@ -136,7 +145,7 @@ def sweep(
     space = SPACES[space_name]
     changes = dict(changes) | {"recipes": [space.recipe], "name": f"sweep-{space_name}"}
     spec = specify(race_name, changes, values)
-    spec.data.check()
+    check(spec, address)
     folder = out or Path("outputs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     console = Console()
     if dry_run:
@@ -160,7 +169,9 @@ def sweep(
 def specify(name: str | None, changes: Mapping[str, Any], values: Mapping[str, Any]) -> RaceSpec:
     """The race of a name or file with the command line's changes; the default depends on the device."""
     spec = load_race(name or default_race(str(changes.get("device", "auto"))))
-    plain = spec.to_plain() | dict(changes)
+    plain = spec.to_plain() | {key: value for key, value in changes.items() if key != "data"}
+    if "data" in changes:
+        plain["data"]["sources"] = to_plain(data_preset(str(changes["data"])))
     plain["arms"] = {arm: dict(v) for arm, v in spec.arms.items() if arm in plain["recipes"]}
     plain["values"] = dict(spec.values)
     for key, value in values.items():
@@ -170,6 +181,13 @@ def specify(name: str | None, changes: Mapping[str, Any], values: Mapping[str, A
     for recipe in changed.recipes:
         changed.recipe(recipe)
     return changed
+
+
+def data_preset(name: str) -> tuple[AnySource, ...]:
+    """Sources by a short name."""
+    if name not in DATA_PRESETS:
+        raise ValueError(f"data {name!r}; {nearest(name, DATA_PRESETS)}")
+    return DATA_PRESETS[name]
 
 
 def default_race(device: str) -> str:

@@ -49,6 +49,8 @@ def race_file(folder: Path, data: str) -> Path:
         (["race", "--seeds", "0,x"], "accepted: whole numbers"),
         (["race", "nowhere.toml"], "unknown race 'nowhere.toml'"),
         (["race", "--executor", "magic"], "executor 'magic'"),
+        (["race", "--data", "numina"], "data 'numina'; did you mean 'numinamath'?"),
+        (["race", "cpu", "--device", "tpu"], "device = 'tpu'"),
         (["race", "--resume", "nowhere"], "'nowhere' holds no race"),
         (["sweep", "cgr"], "search space 'cgr'; did you mean 'cggr'?"),
         (["sweep", "cggr", "--trials", 0], "--trials 0; accepted: at least 1"),
@@ -119,6 +121,11 @@ def test_set_reaches_every_arm_or_one() -> None:
     assert spec.recipe("cggr_loss").tokens.keep == 0.5
     assert spec.recipe("random_tokens").tokens.keep == 0.25
     assert {spec.recipe(name).optimizer.matrix.lr for name in spec.recipes} == {0.5}
+
+
+def test_data_by_a_short_name() -> None:
+    sources = commands.specify("cpu", {"data": "numinamath"}, {}).data.sources
+    assert [(s.name, s.dataset) for s in sources] == [("numinamath", "AI-MO/NuminaMath-1.5")]
 
 
 def test_recipe_show_explains_every_part_and_prints_all_values() -> None:

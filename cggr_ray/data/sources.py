@@ -160,7 +160,7 @@ class HuggingFace(Source):
 
 
 # `--data NAME` on the command line: sources by a short name.
-DATA_PRESETS: dict[str, tuple[Source, ...]] = {
+DATA_PRESETS: dict[str, tuple[Problems | HuggingFace, ...]] = {
     "problems": (Problems(),),
     "numinamath": (HuggingFace(name="numinamath", dataset="AI-MO/NuminaMath-1.5"),),
 }
