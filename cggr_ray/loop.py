@@ -29,7 +29,7 @@ from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Budget, Progress
 from cggr_ray.race import Trial
 from cggr_ray.recorder import Position, Recorder, Report
-from cggr_ray.schema import GRAD_NORM, RUN_FILE, SUMMARY_FILE, VAL_LOSS, Status
+from cggr_ray.schema import GRAD_NORM, METRICS_FILE, RUN_FILE, SUMMARY_FILE, VAL_LOSS, Status
 from cggr_ray.telemetry.gpu import MIB, device_info
 from cggr_ray.telemetry.jsonl import plain
 from cggr_ray.telemetry.tracker import Row, open_trackers
@@ -126,11 +126,13 @@ class Run:
         self.flight = Flight(self.device)
         run = self._run_file()
         (self.folder / RUN_FILE).write_text(json.dumps(run, indent=1))
+        had_rows = (self.folder / METRICS_FILE).is_file()
         trackers = open_trackers(self.folder, run, spec.wandb, spec.wandb_project, spec.tensorboard)
         start = self._position()
         self.recorder = Recorder(self.trial.trial_id, trackers, self.report, self.budget, self.device, start)
         self._saved_at = start.train_seconds
-        if state:
+        # Without a checkpoint, rows that a killed process left belong to no run: it begins again at step 0.
+        if state or had_rows:
             self.recorder.resumed(start)
 
     def _restore(self, folder: Path) -> Row:
@@ -171,9 +173,10 @@ class Run:
         used = self.clock.train_seconds
         while not self.budget.spent(used) and self.not_finite < NOT_FINITE_LIMIT:
             used = self.advance(used)
+        diverged = self.not_finite >= NOT_FINITE_LIMIT
         self.clock.switch("idle")
         self._land(all_steps=True)
-        return "finished" if self.not_finite < NOT_FINITE_LIMIT else "diverged"
+        return "diverged" if diverged else "finished"
 
     def advance(self, used: float) -> float:
         """One step from `used` train seconds, and what is due after it; returns the train seconds then."""
@@ -269,7 +272,9 @@ class Run:
         }
         self.recorder.finish(summary)
         summary |= {"wall_seconds": self._wall(), "ledgers": self.clock.ledgers}
-        (self.folder / SUMMARY_FILE).write_text(json.dumps(plain(summary), indent=1))
+        aside = self.folder / f".{SUMMARY_FILE}.partial"
+        aside.write_text(json.dumps(plain(summary), indent=1))
+        aside.replace(self.folder / SUMMARY_FILE)
         checkpoint.remove_all(self.folder)
         return summary
 

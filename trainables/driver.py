@@ -26,7 +26,6 @@ from trainables.worker import train_in_process, train_worker
 if TYPE_CHECKING:
     from cggr_ray.race import Trial
 
-EXECUTORS = ("train", "inprocess")
 MAX_FAILURES = 2
 
 OnRow = Callable[[dict[str, Any]], None]

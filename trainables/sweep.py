@@ -39,8 +39,8 @@ class SweepRows(tune.Callback):
         self._folder = folder
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: TuneTrial, **_: Any) -> None:
-        finished = (self._folder / RUNS_FOLDER / trial.trial_id / SUMMARY_FILE).is_file()
-        self._write(trial, "finished" if finished else "stopped")
+        summary = self._folder / RUNS_FOLDER / trial.trial_id / SUMMARY_FILE
+        self._write(trial, json.loads(summary.read_text())["status"] if summary.is_file() else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: TuneTrial, **_: Any) -> None:
         self._write(trial, "failed")
@@ -65,9 +65,10 @@ def sweep_spec(spec: RaceSpec) -> RaceSpec:
 def sweep_trial(spec: RaceSpec, recipe_name: str, values: Mapping[str, Any], trial_id: str, folder: Path) -> Trial:
     """The trial of one draw. A part that is replaced whole comes before the keys inside it."""
     ordered = dict(sorted(values.items(), key=lambda item: item[0].count(".")))
-    recipe = load_recipe(recipe_name).with_values({**spec.values, **ordered})
+    changed = {**spec.values, **spec.arms.get(recipe_name, {}), **ordered}
+    recipe = load_recipe(recipe_name).with_values(changed)
     where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / "data").resolve()
-    return Trial(trial_id, recipe, spec.seeds[0], spec, str(where), str(data), {**spec.values, **ordered})
+    return Trial(trial_id, recipe, spec.seeds[0], spec, str(where), str(data), changed)
 
 
 def run_sweep(

@@ -45,16 +45,20 @@ class Adapter:
     """A causal LM of a supported family.
 
     Raises:
-        ValueError: the model's family is not supported.
+        ValueError: the model's family is not supported, it has dropout, or it is float32 on a GPU.
     """
 
     def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
         family = model.config.model_type
         if family not in SUPPORTED:
             raise ValueError(f"model family {family!r}; accepted: {', '.join(SUPPORTED)}")
+        if getattr(model.config, "attention_dropout", 0.0):
+            raise ValueError(f"attention_dropout = {model.config.attention_dropout}; accepted: 0, runs repeat exactly")
         self.model, self.body = model, model.model
         self.device = next(model.parameters()).device
         self.flash = self.device.type == "cuda"
+        if self.flash and model.dtype == torch.float32:
+            raise ValueError("precision 'fp32' on a GPU; accepted: bf16 or auto, FlashAttention has no float32")
         model.config._attn_implementation = register_document_flash() if self.flash else "sdpa"
         self._block, self._norm = compiled_on(self.device, _block), compiled_on(self.device, _norm)
         self._checkpoint = gradient_checkpointing
