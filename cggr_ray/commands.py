@@ -70,8 +70,6 @@ def race(
     dry_run: bool,
 ) -> None:
     """Plans a race, or takes one up again, runs what is left of it and writes the report."""
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor {executor!r}; {nearest(executor, EXECUTORS)}")
     if resume is not None:
         if name or out or changes or values:
             raise ValueError("--resume with other settings; accepted: --resume alone, a race keeps what it began with")
@@ -80,7 +78,7 @@ def race(
         spec = specify(name, changes, values)
         folder = out or Path("outputs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     trials = plan_trials(spec, folder)
-    check(spec, address)
+    check(spec, executor, address)
     if dry_run:
         show_plan(spec, trials)
         return
@@ -99,8 +97,10 @@ def race(
     finish(folder, failed, console)
 
 
-def check(spec: RaceSpec, address: str | None) -> None:
-    """Looks at the data's files and, on a local machine, for the device that is asked for, before anything starts."""
+def check(spec: RaceSpec, executor: str, address: str | None) -> None:
+    """Before anything starts: the executor, the data's files and, on a local machine, the device that is asked for."""
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor {executor!r}; {nearest(executor, EXECUTORS)}")
     spec.data.check()
     if address is None:
         pick_device(spec.device)
@@ -136,8 +136,6 @@ def sweep(
     """Runs a sweep and prints its best trials."""
     from search_spaces import SPACES
 
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor {executor!r}; {nearest(executor, EXECUTORS)}")
     if space_name not in SPACES:
         raise ValueError(f"search space {space_name!r}; {nearest(space_name, SPACES)}")
     if trials < 1:
@@ -145,7 +143,7 @@ def sweep(
     space = SPACES[space_name]
     changes = dict(changes) | {"recipes": [space.recipe], "name": f"sweep-{space_name}"}
     spec = specify(race_name, changes, values)
-    check(spec, address)
+    check(spec, executor, address)
     folder = out or Path("outputs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     console = Console()
     if dry_run:

@@ -52,7 +52,7 @@ class _SelectedCrossEntropy(torch.autograd.Function):
         for part in parts:
             nll, slope = loss(hidden_KD[part] @ head_VD.mT, labels_K[part], weights_K[part])
             torch.mm(slope, head_VD, out=hidden_grad[part])
-            head_grad = _accumulate(head_grad, slope, hidden_KD[part], last=len(parts) == 1)
+            head_grad = _accumulate(head_grad, slope, hidden_KD[part], only=len(parts) == 1)
             nlls.append(nll)
         assert head_grad is not None, "no rows"
         ctx.save_for_backward(hidden_grad, head_grad.to(head_VD.dtype))
@@ -66,9 +66,9 @@ class _SelectedCrossEntropy(torch.autograd.Function):
         return hidden_grad * grads[0], head_grad * grads[0], None, None
 
 
-def _accumulate(total: Tensor | None, slope_KV: Tensor, hidden_KD: Tensor, last: bool) -> Tensor:
+def _accumulate(total: Tensor | None, slope_KV: Tensor, hidden_KD: Tensor, only: bool) -> Tensor:
     """Adds a chunk's head gradient, in float32 where there are several chunks."""
-    if last:
+    if only:
         return torch.mm(slope_KV.mT, hidden_KD)
     if slope_KV.is_cuda and slope_KV.dtype != torch.float32:
         part = torch.mm(slope_KV.mT, hidden_KD, out_dtype=torch.float32)
