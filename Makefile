@@ -20,7 +20,7 @@ check: $(READY)           ## format, lint, types, layering
 
 bench: $(READY)           ## the benchmarks, appended to results/bench
 	$(BIN)/cggr-ray bench optimizer
-	$(BIN)/cggr-ray bench step
+	$(BIN)/cggr-ray bench loop
 
 report: $(READY)          ## make report RACE=outputs/...
 	$(BIN)/cggr-ray report $(RACE)

@@ -2,6 +2,7 @@
 
 checkpoints/step_00000123/model.safetensors      weights by parameter name
                           optimizer.safetensors  masters and states by stack
+                          router.safetensors     what the router has learned, where it learns
                           state.json             everything else: step, ledgers, loader, parts
 """
 
@@ -31,6 +32,7 @@ def save(run_folder: Path, step: int, learner: Learner, state: dict[str, Any]) -
     aside.mkdir(parents=True)
     save_file(_weights(learner), aside / "model.safetensors")
     save_file({k: v.contiguous() for k, v in learner.optimizer.state_dict().items()}, aside / "optimizer.safetensors")
+    save_file({k: v.contiguous() for k, v in learner.router.tensors().items()}, aside / "router.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": step, "learner": learner.state_dict(), **state}))
     for file in aside.iterdir():
         _flush(file)
@@ -62,6 +64,9 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
         for name, parameter in mine.items():
             parameter.copy_(weights[name])
     learner.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors", device=str(device)))
+    routing = load_file(folder / "router.safetensors", device=str(device))
+    for name, tensor in learner.router.tensors().items():
+        tensor.copy_(routing[name])
     learner.load_state_dict(state["learner"])
     return state
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cggr_ray.data.batch import Batch
+from cggr_ray.data.batch import Batch, MicroBatch
+from cggr_ray.graphs import Graphs
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
+from cggr_ray.routing.scorers import Setting
 from cggr_ray.schema import (
     GRAD_NORM,
-    KEPT_LOSS,
     LEARNING_RATE,
     ROUTER_ACTIVE_PARAMS,
     ROUTER_KEPT_FRACTION,
     TRAIN_LOSS,
 )
+from cggr_ray.sparse.plan import Dense
 
 
 @dataclass(frozen=True)
@@ -31,57 +34,112 @@ class StepRow:
     host_values: dict[str, float]
 
 
-class Learner:
-    """The running parts of a recipe on one model."""
+class Levels(NamedTuple):
+    """Kept ratios of a step: of the rows of a micro-batch, and of the labelled positions of a row."""
 
-    def __init__(self, recipe: Recipe, adapter: Adapter, seed: int) -> None:
+    rows: float
+    tokens: float
+
+
+class Pass:
+    """Forward, route, loss and backward of one micro-batch. The gradients stay with the parameters."""
+
+    def __init__(self, recipe: Recipe, adapter: Adapter, seed: int, num_positions: int) -> None:
+        setting = Setting(adapter.device, len(adapter.layers), adapter.head_VD.shape[1], num_positions)
+        self.adapter, self.objective = adapter, recipe.objective
+        self.router = recipe.tokens.build(seed, setting)
+        self.plan, self.full = recipe.tokens.plan_for(adapter), Dense(adapter)
+
+    def __call__(
+        self, micro: MicroBatch, scale: Tensor, ratio: float, compare: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(this micro-batch's part of the loss, what was seen on the way).
+
+        Args:
+            scale: 1 / labelled positions of the global batch. compare: show the router the model's own scores.
+        """
+        plan = self.plan if ratio < 1 else self.full
+        planned = plan.forward(micro, self.router.reads(ratio), partial(self.router.route, micro=micro, ratio=ratio))
+        loss = self.objective.loss(planned.stream, micro, planned.route, scale)
+        loss.total.backward()
+        self.router.learn(micro, loss.index_K, loss.nll_K)
+        seen = planned.statistics
+        if compare and planned.final is not None:
+            seen = seen | self.router.agreement(planned.final(), self.adapter.head_VD.detach(), micro, ratio)
+        return loss.reported, seen
+
+
+class Learner:
+    """The running parts of a recipe on one model. `num_positions`: of the whole data set."""
+
+    def __init__(self, recipe: Recipe, adapter: Adapter, seed: int, num_positions: int) -> None:
         self.recipe, self.adapter = recipe, adapter
-        self.router = recipe.tokens.build(seed, adapter.device)
         named = adapter.named_parameters()
+        self.rows = recipe.rows.build(seed, adapter)
+        self.run_pass = Pass(recipe, adapter, seed, num_positions)
+        self.router = self.run_pass.router
         self.optimizer = recipe.optimizer.build(named, adapter.hidden_names(), adapter.device)
         self.parameters = sum(p.numel() for _, p in named)
+        self.graphs: Graphs | None = None
+        if recipe.execution.cuda_graphs and adapter.device.type == "cuda":
+            self.graphs = Graphs([p for _, p in named], self.router.generators())
 
-    def step(self, batch: Batch, progress: Progress, ratio: float | None = None) -> StepRow:
+    def levels(self) -> list[Levels]:
+        """All combinations of ratios that a step may run at; each is a graph of its own."""
+        return [Levels(r, t) for r in self.rows.levels() for t in self.router.levels()]
+
+    def step(self, batch: Batch, progress: Progress, levels: Levels | None = None) -> StepRow:
         """One optimizer update. Queues work on the device and returns; nothing is read back.
 
         Args:
-            ratio: kept ratio to use instead of the router's own; only warm-up asks for one.
+            levels: kept ratios to use instead of the parts' own; only warm-up asks for them.
         """
         layers = len(self.adapter.layers)
         self.adapter.set_active_layers(self.recipe.updates.active_layers(layers, progress))
-        ratio = self.router.ratio(progress) if ratio is None else ratio
+        rows, ratio = levels or Levels(self.rows.ratio(progress), self.router.ratio(progress))
+        micros = [self.rows.pick(micro, rows, progress) for micro in batch.micros]
+        scale, compare = _one_over_labelled(micros), self.router.compares(ratio, progress)
+        micro_step = partial(self.run_pass, ratio=ratio, compare=compare)
         losses, statistics = [], []
-        for micro in batch.micros:
-            stream = self.adapter.forward(micro)
-            route = self.router.after(stream, micro, ratio, progress) if ratio < 1 else None
-            loss = self.recipe.objective.loss(stream, micro, route, batch.labelled)
-            loss.total.backward()
-            if len(batch.micros) > 1:
+        for micro in micros:
+            self.router.begin(micro, progress)
+            if self.graphs is None or compare:
+                loss, seen = micro_step(micro, scale)
+            else:
+                loss, seen = self.graphs.run((ratio, micro.tokens_BT.shape), micro_step, micro, scale)
+            if len(micros) > 1:
                 self.optimizer.accumulate()
-            losses.append(loss.reported)
-            statistics.append(route.statistics if route else {})
+                loss, seen = loss.clone(), {name: value.clone() for name, value in seen.items()}
+            losses.append(loss)
+            statistics.append(seen)
         norm = self.optimizer.step(progress)
-        loss_name = TRAIN_LOSS if ratio == 1 else KEPT_LOSS
+        loss_name = TRAIN_LOSS if rows == ratio == 1 else self.run_pass.plan.LOSS
         device_values = {loss_name: torch.stack(losses).sum(), GRAD_NORM: norm, **_merge(statistics)}
-        return StepRow(progress, device_values, self._host_values(progress, ratio))
+        return StepRow(progress, device_values, self._host_values(progress, rows * ratio))
 
     def observe(self, values: dict[str, float], progress: Progress) -> None:
         """Gives the parts what an earlier step measured, two steps late."""
         self.router.observe(values, progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """Host state of the parts. Weights and optimizer tensors are saved beside it."""
+        """Host state of the parts. Weights, optimizer and router tensors are saved beside it."""
         return {"router": self.router.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
 
-    def _host_values(self, progress: Progress, ratio: float) -> dict[str, float]:
+    def _host_values(self, progress: Progress, kept: float) -> dict[str, float]:
         return {
             LEARNING_RATE: self.optimizer.learning_rate(progress),
-            ROUTER_KEPT_FRACTION: ratio,
+            ROUTER_KEPT_FRACTION: kept,
             ROUTER_ACTIVE_PARAMS: float(self.parameters),
         }
+
+
+def _one_over_labelled(micros: list[MicroBatch]) -> Tensor:
+    """1 / labelled positions of all micro-batches, 0-d float32, rounded once."""
+    labelled = torch.stack([(micro.labels_BT >= 0).sum() for micro in micros]).sum()
+    return (1 / labelled.clamp_min(1).double()).float()
 
 
 def _merge(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:

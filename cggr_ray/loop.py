@@ -115,7 +115,7 @@ class Run:
         model = spec.model.build(vocabulary, self.trial.seed, self.device, dtype)
         adapter = Adapter(model, recipe.execution.gradient_checkpointing)
         log.info("%s: %s", self.trial.trial_id, adapter.execution_note)
-        self.learner = Learner(recipe, adapter, self.trial.seed)
+        self.learner = Learner(recipe, adapter, self.trial.seed, self.data.num_positions)
         order = self.data.order()
         self.heldout = HeldOut(self.data, order, spec.micro_rows, self.device)
         self.rows_per_step = recipe.rows.rows_per_step(spec.global_rows)

@@ -21,8 +21,9 @@ import torch
 from cggr_ray.codec import Plain, kind_of, nearest, with_values
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.optimizer import Optimizer
-from cggr_ray.routing.rows import AllRows, FewerRows
-from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens
+from cggr_ray.routing.buckets import DepthBuckets
+from cggr_ray.routing.rows import AllRows, FewerRows, HardestRows, RandomRows
+from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens, SkippedTokens
 from cggr_ray.updates.full import FullUpdate
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -30,10 +31,15 @@ RECIPES = Path(__file__).with_name("recipes")
 
 @dataclass(frozen=True)
 class Execution:
-    """How a step runs. `precision`: `auto` is bf16 with float32 masters on a GPU and float32 elsewhere."""
+    """How a step runs. `precision`: `auto` is bf16 with float32 masters on a GPU and float32 elsewhere.
+
+    `cuda_graphs`: on a GPU, forward and backward of a micro-batch are one launch; for small models. Each kept ratio
+    holds gradients of its own.
+    """
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = False
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of weights and activations on `device`."""
@@ -47,8 +53,8 @@ class Recipe(Plain):
 
     name: str
     description: str = ""
-    rows: AllRows | FewerRows = field(default_factory=AllRows)
-    tokens: AllTokens | SelectedTokens | RandomTokens = field(default_factory=AllTokens)
+    rows: AllRows | FewerRows | HardestRows | RandomRows = field(default_factory=AllRows)
+    tokens: AllTokens | SelectedTokens | RandomTokens | SkippedTokens | DepthBuckets = field(default_factory=AllTokens)
     objective: NextToken = field(default_factory=NextToken)
     optimizer: Optimizer = field(default_factory=Optimizer)
     updates: FullUpdate = field(default_factory=FullUpdate)

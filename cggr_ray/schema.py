@@ -46,6 +46,7 @@ TOKENS_SEEN: Final = "tokens_seen"
 # A training loss of selected positions is not comparable between recipes; only val/* is.
 TRAIN_LOSS: Final = "train/loss"
 KEPT_LOSS: Final = "train/loss_kept_positions"
+SKIP_LOSS: Final = "train/loss_thinned_forward"
 TOKENS_PER_SEC: Final = "train/tokens_per_sec"
 SAMPLES_PER_SEC: Final = "train/samples_per_sec"
 LEARNING_RATE: Final = "train/learning_rate"
@@ -61,6 +62,8 @@ ROUTER_ENTROPY: Final = "router/entropy"
 ROUTER_CONFIDENCE: Final = "router/confidence"
 ROUTER_KEPT_FRACTION: Final = "router/kept_fraction"
 ROUTER_SCORES: Final = "router/difficulty_score_dist"
+ROUTER_SPEARMAN: Final = "router/spearman"
+ROUTER_RECALL: Final = "router/recall_at_k"
 ROUTER_ACTIVE_PARAMS: Final = "router/active_params"
 ORDER_ROWS: Final = "data/order_rows"
 ORDER_HASH: Final = "data/order_hash"
@@ -76,6 +79,7 @@ METRICS: Final = tuple(
         (TOKENS_SEEN, "tokens", "positions read from the stream, padding left out"),
         (TRAIN_LOSS, "nats/token", "mean negative log-likelihood of all labelled positions of the step; full recipes"),
         (KEPT_LOSS, "nats/token", "the same, weighted, over kept positions alone; recipes that select"),
+        (SKIP_LOSS, "nats/token", "mean over all labelled positions, most of which skipped layers; recipes that skip"),
         (TOKENS_PER_SEC, "tokens/s", "tokens seen per train second since the last row"),
         (SAMPLES_PER_SEC, "rows/s", "packed rows per train second since the last row"),
         (LEARNING_RATE, "1", "learning rate of the hidden matrices"),
@@ -89,8 +93,18 @@ METRICS: Final = tuple(
         (GPU_UTILIZATION, "%", "share of the last sample period with a kernel running, as NVML says"),
         (ROUTER_ENTROPY, "nats", "mean entropy of the scored positions"),
         (ROUTER_CONFIDENCE, "1", "mean largest probability of the scored positions"),
-        (ROUTER_KEPT_FRACTION, "1", "kept positions / labelled positions"),
+        (
+            ROUTER_KEPT_FRACTION,
+            "1",
+            "kept / labelled positions; with buckets of depth, of (position, layer) pairs",
+        ),
         (ROUTER_SCORES, "score", "histogram of the difficulty scores: [edges, counts]"),
+        (ROUTER_SPEARMAN, "1", "rank correlation of a router's scores with the model's own, on steps that compare"),
+        (
+            ROUTER_RECALL,
+            "1",
+            "share of the positions that top-k of the model's own scores keeps, found by the router's",
+        ),
         (ROUTER_ACTIVE_PARAMS, "parameters", "parameters that get a gradient this step"),
         (ORDER_ROWS, "rows", "rows read when data/order_hash was taken"),
         (ORDER_HASH, "hex", "chained hash of the first data/order_rows rows: equal for all trials of a race"),

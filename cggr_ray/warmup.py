@@ -22,16 +22,19 @@ def warm_up(learner: Learner, heldout: HeldOut, order: RowOrder, rows: int, micr
     device = learner.adapter.device
     weights = {name: p.detach().to("cpu", copy=True) for name, p in learner.adapter.named_parameters()}
     tensors = {name: t.to("cpu", copy=True) for name, t in learner.optimizer.state_dict().items()}
+    routing = {name: t.to("cpu", copy=True) for name, t in learner.router.tensors().items()}
     host = learner.state_dict()
     batch = first_batch(order, rows, min(rows, micro_rows), device)
-    levels = learner.router.levels() if device.type == "cuda" else learner.router.levels()[:1]
-    for ratio in levels:
+    levels = learner.levels() if device.type == "cuda" else learner.levels()[:1]
+    for level in levels:
         for step in range(STEPS_PER_GRAPH):
-            learner.step(batch, Progress(step, 0.0, 1.0, 1), ratio)
+            learner.step(batch, Progress(step, 0.0, 1.0, 1), level)
     heldout.evaluate(learner.adapter)
     with torch.no_grad():
         for name, parameter in learner.adapter.named_parameters():
             parameter.copy_(weights[name])
+        for name, tensor in learner.router.tensors().items():
+            tensor.copy_(routing[name])
     learner.optimizer.load_state_dict(tensors)
     learner.load_state_dict(host)
 

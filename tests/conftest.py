@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 END = 0
 # The models of the tests are too small to share out; this must be said before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads this when a kernel is defined. Without a GPU the kernels run in its interpreter, on CPU tensors.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> str:
+    """Where a Triton kernel runs in this session: the GPU, or the CPU through the interpreter."""
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 @pytest.fixture

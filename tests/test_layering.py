@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.kernels": ("torch", "triton", "cggr_ray.kernels", "cggr_ray.compiling"),
     "cggr_ray.models": ("torch", "transformers", "cggr_ray.models", "cggr_ray.data.batch", *BELOW_METHODS),
     "cggr_ray.routing": ("torch", "numpy", *BELOW_METHODS, *METHODS),
+    "cggr_ray.sparse": ("torch", "cggr_ray.sparse", "cggr_ray.models", *BELOW_METHODS, *METHODS),
     "cggr_ray.objectives": ("torch", "cggr_ray.objectives", *BELOW_METHODS, *METHODS),
     "cggr_ray.optim": ("torch", "cggr_ray.optim", *BELOW_METHODS),
     "cggr_ray.updates": ("torch", "cggr_ray.updates", "cggr_ray.models.adapter", *BELOW_METHODS),
@@ -38,6 +39,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.evaluation": (
         *("torch", "numpy", "transformers", "cggr_ray.evaluation", "cggr_ray.data", "cggr_ray.models.adapter"),
         *BELOW_METHODS,
+    ),
+    "cggr_ray.api": (
+        *("torch", "numpy", "transformers", "cggr_ray.api", "cggr_ray.models", "cggr_ray.objectives"),
+        *BELOW_METHODS,
+        *METHODS,
     ),
     "cggr_ray.telemetry": ("torch", "wandb", "rich", "cggr_ray.telemetry", "cggr_ray.schema"),
     "trainables": ("ray", "cggr_ray", "search_spaces", "trainables"),
@@ -143,6 +149,7 @@ def test_nobody_catches_everything(module: str) -> None:
     [
         ("cggr_ray.schema", ("torch", "ray", "numpy", "pandas")),
         ("cggr_ray.clock", ("torch", "ray", "numpy", "pandas")),
+        ("cggr_ray.api", ("ray", "pandas", "cggr_ray.recipe", "cggr_ray.learner")),
         ("cggr_ray.cli", ("torch", "ray", "pandas")),
         ("analysis", ("torch", "ray", "transformers")),
     ],

@@ -134,8 +134,23 @@ def test_baseline_is_the_loop_written_by_hand(spec: RaceSpec, data_folder: Path,
 NEUTRAL = {
     "cggr_loss": {"tokens.keep": 1.0},
     "cggr_importance": {"tokens.keep": 1.0},
+    "cggr_model": {"tokens.keep": 1.0},
+    "cggr_model_sequence": {"rows.keep": 1.0},
+    "cggr_seed": {"tokens.keep": 1.0},
+    "cggr_skip": {"tokens.keep": 1.0},
+    "cggr_wrapper": {"tokens.num_buckets": 1},
+    "random_rows": {"rows.keep": 1.0},
     "random_tokens": {"tokens.keep": 1.0},
     "fewer_rows": {"rows.fraction": 1.0},
+}
+
+
+# What a recipe needs on a model of four layers.
+SMALL = {
+    "cggr_model": {"tokens.router.layers": 1},
+    "cggr_model_sequence": {"rows.layers": 1},
+    "cggr_seed": {"tokens.router.layers": 1},
+    "cggr_skip": {"tokens.entry": 1, "tokens.exit": 1},
 }
 
 
@@ -154,7 +169,7 @@ def test_every_recipe_has_a_neutral_setting_here() -> None:
 def test_neutral_settings_are_the_baseline(
     recipe: str, spec: RaceSpec, data_folder: Path, tmp_path: Path, baseline_rows: dict[int, dict]
 ) -> None:
-    run_race(trial_of(spec, recipe, tmp_path, data_folder, **NEUTRAL[recipe]))
+    run_race(trial_of(spec, recipe, tmp_path, data_folder, **NEUTRAL[recipe], **SMALL.get(recipe, {})))
     rows = step_rows(tmp_path)
     assert rows.keys() == baseline_rows.keys()
     for step, row in rows.items():
@@ -168,7 +183,9 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_resumes_exactly(recipe: str, spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
-    values = {"tokens.dynamic": {"rule": "corrected"}} if recipe == "cggr_loss" else {}
+    values = dict(SMALL.get(recipe, {}))
+    if recipe == "cggr_loss":
+        values["tokens.dynamic"] = {"rule": "corrected"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = run_race(trial_of(spec, recipe, whole, data_folder, **values))
 

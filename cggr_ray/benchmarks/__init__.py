@@ -12,7 +12,10 @@ from cggr_ray.codec import nearest
 # The tests of what each benchmark measures.
 TESTS = {
     "optimizer": ("tests/optim",),
-    "step": ("tests/test_loop.py", "tests/kernels", "tests/optim"),
+    "loop": ("tests/test_loop.py", "tests/optim"),
+    "step": ("tests/sparse", "tests/kernels", "tests/routing"),
+    "head-stats": ("tests/kernels/test_head_stats.py", "tests/kernels/test_head_stats_kernel.py"),
+    "logit-stats": ("tests/kernels/test_logit_stats.py",),
 }
 
 
@@ -25,11 +28,17 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     from rich.console import Console
     from rich.table import Table
 
-    from cggr_ray.benchmarks import optimizer, step
+    from cggr_ray.benchmarks import head_stats, logit_stats, loop, optimizer, step
     from cggr_ray.benchmarks.rows import Shape, append
     from cggr_ray.loop import pick_device
 
-    benches = {"optimizer": (optimizer.bench_optimizer, optimizer.SHAPES), "step": (step.bench_step, step.SHAPES)}
+    benches = {
+        "optimizer": (optimizer.bench_optimizer, optimizer.SHAPES),
+        "loop": (loop.bench_loop, loop.SHAPES),
+        "step": (step.bench_step, step.SHAPES),
+        "head-stats": (head_stats.bench_head_stats, head_stats.SHAPES),
+        "logit-stats": (logit_stats.bench_logit_stats, logit_stats.SHAPES),
+    }
     if name not in benches:
         raise ValueError(f"benchmark {name!r}; {nearest(name, benches)}")
     pick_device(device)

@@ -61,7 +61,8 @@ def _forward_backward(learner: Learner, batch: Batch) -> None:
         parameter.grad = None
     for micro in batch.micros:
         stream = learner.adapter.forward(micro)
-        learner.recipe.objective.loss(stream, micro, None, batch.labelled).total.backward()
+        scale = torch.tensor(1 / batch.labelled, device=learner.adapter.device)
+        learner.recipe.objective.loss(stream, micro, None, scale).total.backward()
 
 
 def _full_step(learner: Learner, batch: Batch) -> None:

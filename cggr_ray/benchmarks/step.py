@@ -1,109 +1,226 @@
-"""`bench step`: a step of our loop against a bare hand-written loop on the same model shape, data and optimizer.
+"""`bench step`: forward and backward with kept positions against the best full-token baseline, in one run.
 
-`ours` is everything a run does for a step: loader, routes, chunked loss, clip, optimizer, clock, rows. `bare_blocks`
-compiles the decoder block and plain cross-entropy on whole logits; `bare_whole` compiles the whole forward with its
-loss. Both have no loader (one batch stays on the device), no clock and no rows.
+Baselines (`full_*`): compiled blocks or the whole forward compiled, FlashAttention, plain cross-entropy on whole logits
+or ours in chunks, and Liger's fused one where it is installed. Ours (`kept_RATIO_ROUTER_DETACH`): `own` scores by the
+model's own loss after the forward, `router` by a probe on the first layers, `random` by chance. Providers run launch by
+launch, and again as a CUDA graph where they can; `upstream_cggr` is the PyPI package as it is, in eager mode.
+
+The value is the fastest baseline's time over this provider's. No optimizer, no loader.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.timing import Timing, interleaved
-from cggr_ray.benchmarks.workload import prepared_run
 from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import MicroBatch
-from cggr_ray.loop import Run
+from cggr_ray.graphs import Graphs
+from cggr_ray.learner import Pass
+from cggr_ray.loop import pick_device
 from cggr_ray.models.adapter import Adapter
+from cggr_ray.models.presets import ModelSpec
+from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.progress import Progress
+from cggr_ray.recipe import Recipe
+from cggr_ray.routing.scorers import Probe
+from cggr_ray.routing.tokens import RandomTokens, SelectedTokens
+from cggr_ray.sparse.layers import Detach
 
-SHAPES = ("smollm-135m/32x1024", "llama-113m/32x1024")
+SHAPES = ("smollm-135m/32x1024", "llama-1.5b/4x2048", "gemma-3-4b/2x2048")
+RATIOS = (0.25, 0.5)
+DETACH: tuple[Detach, ...] = ("const", "live")
 NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
-# Steps a timed call: our loop overlaps a step with the next, so a few alone would show its start and end.
-STEPS_A_CALL = 20
+Call = Callable[[], None]
 
 
 def bench_step(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
-    run = prepared_run(shape, device, folder)
-    with run.loader:
-        micro = run.loader.next().micros[0]
-        bare = Bare(run, micro)
-        providers: dict[str, Callable[[], None]] = {
-            "ours": lambda: _ours(run),
-            "bare_blocks": lambda: bare.steps(bare.loss_by_blocks),
-            "bare_whole": lambda: bare.steps(bare.loss_whole),
-        }
-        times = {name: _per_step(t) for name, t in interleaved(providers, rounds, run.device).items()}
-        ledgers = run.clock.ledgers
-    rows = []
-    dtype = run.learner.adapter.head_VD.dtype
-    for name, timing in times.items():
-        ratio = times["ours"].p50 / timing.p50
-        rows.append(bench_row("step", shape, name, dtype, run.device, timing, ratio, "ours_over_this"))
-    waited = ledgers["data_wait"] / (ledgers["train"] + ledgers["data_wait"])
-    rows.append(bench_row("step", shape, "ours_data_wait", dtype, run.device, times["ours"], waited, "budget_fraction"))
-    return rows
+    found = pick_device(device)
+    work = Work(shape, found)
+    providers = work.full() | work.kept() | work.upstream()
+    times = interleaved(providers, rounds, found)
+    best = min(timing.p50 for name, timing in times.items() if name.startswith("full_"))
+    return [work.row(name, timing, best) for name, timing in times.items()] + work.not_installed()
 
 
-def _ours(run: Run) -> None:
-    used = run.clock.train_seconds
-    for _ in range(STEPS_A_CALL):
-        used = run.advance(used)
-    run.clock.switch("idle")
+class Work:
+    """One model and one micro-batch of random tokens, on which all providers run."""
 
-
-def _per_step(timing: Timing) -> Timing:
-    return Timing(timing.p20 / STEPS_A_CALL, timing.p50 / STEPS_A_CALL, timing.p80 / STEPS_A_CALL, timing.peak_mib)
-
-
-class Bare:
-    """A loop written by hand: forward, cross-entropy, backward, clip, our compiled optimizer, nothing else."""
-
-    def __init__(self, run: Run, micro: MicroBatch) -> None:
-        self.micro, spec, device = micro, run.spec, run.device
-        recipe = run.trial.recipe
-        model = spec.model.build(spec.model.vocab_size, run.trial.seed, device, recipe.execution.dtype(device))
-        self.adapter = Adapter(model)
-        self.optimizer = recipe.optimizer.build(self.adapter.named_parameters(), self.adapter.hidden_names(), device)
-        self.attention: dict[str, Any] = self.adapter.attention(micro)
-        self._block = compiled_on(
-            device, lambda layer, hidden, rotary, kw: layer(hidden, position_embeddings=rotary, **kw)
-        )
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = random_model(shape.model, device, self.dtype)
+        self.adapter = Adapter(self.model)
+        self.parameters = list(self.model.parameters())
+        self.micro = random_micro(shape, self.adapter.head_VD.shape[0], device)
+        self.scale = torch.tensor(1 / self.micro.labelled, device=device)
         self._tail = compiled_on(device, _tail_loss)
         self._whole = compiled_on(device, self._forward_whole)
+        self._missing: list[str] = []
+        self._passes = self._build_passes()
+        generators = [g for run_pass, _ in self._passes.values() for g in run_pass.router.generators()]
+        self.graphs = Graphs(self.parameters, generators) if device.type == "cuda" else None
 
-    def steps(self, loss: Callable[[], Tensor]) -> None:
-        for _ in range(STEPS_A_CALL):
-            loss().backward()
-            self.optimizer.step(NOW)
+    def full(self) -> dict[str, Call]:
+        """Baselines, each with and without a graph."""
+        plain = {
+            "full_blocks": self._blocks,
+            "full_blocks_chunked": lambda *_: self._chunked().backward(),
+            "full_whole": lambda *_: self._whole().backward(),
+        }
+        calls = self._both(plain)
+        if installed("liger_kernel"):
+            # It waits for the device in every call, which no graph can hold.
+            calls["full_blocks_liger"] = partial(self._launched, self._liger)
+        else:
+            self._missing.append("full_blocks_liger")
+        return calls
 
-    def loss_by_blocks(self) -> Tensor:
-        return self._forward(self._block, self._tail)
+    def kept(self) -> dict[str, Call]:
+        """Every router, ratio and kind of constant."""
+        calls: dict[str, Call] = {}
+        for name, (run_pass, ratio) in self._passes.items():
+            run_pass.router.begin(self.micro, NOW)
+            calls |= self._both({name: partial(run_pass, ratio=ratio)})
+        return calls
 
-    def loss_whole(self) -> Tensor:
-        loss: Tensor = self._whole()
-        return loss
+    def _build_passes(self) -> dict[str, tuple[Pass, float]]:
+        passes = {}
+        probe = Probe(layers=min(4, len(self.adapter.layers) - 1))
+        for ratio, detach in product(RATIOS, DETACH):
+            parts: dict[str, SelectedTokens | RandomTokens] = {
+                "own": SelectedTokens(ratio, "loss", plan="after", detach=detach),
+                "router": SelectedTokens(ratio, "loss", plan="before", detach=detach, router=probe),
+                "random": RandomTokens(ratio, "before", detach),
+            }
+            for name, part in parts.items():
+                run_pass = Pass(Recipe(name, tokens=part), self.adapter, 0, self.micro.tokens_BT.numel())
+                passes[f"kept_{ratio}_{name}_{detach}"] = run_pass, ratio
+        return passes
+
+    def upstream(self) -> dict[str, Call]:
+        """The package as it is: its router, its model, a clone of ours in plain eager mode with labels of its own."""
+        if self.device.type != "cuda" or not installed("cggr"):
+            self._missing.append("upstream_cggr")
+            return {}
+        from cggr import CGGRModel, create_truncated_router
+
+        model = random_model(self.shape.model, self.device, self.dtype)
+        model.config.get_text_config()._attn_implementation = "sdpa"
+        wrapped = CGGRModel(model, router=create_truncated_router(model, num_layers=4), min_tokens_ratio=0.25)
+        tokens = self.micro.tokens_BT
+        # Behind its curriculum, whose first step keeps everything.
+        for _ in range(2000):
+            wrapped.step()
+
+        def call() -> None:
+            wrapped(tokens, labels=tokens).backward()
+            model.zero_grad(set_to_none=True)
+
+        return {"upstream_cggr": call}
+
+    def row(self, name: str, timing: Timing, best: float) -> BenchRow:
+        return bench_row("step", self.shape, name, self.dtype, self.device, timing, best / timing.p50, "speedup")
+
+    def not_installed(self) -> list[BenchRow]:
+        nothing = Timing(0.0, 0.0, 0.0, 0.0)
+        return [
+            bench_row("step", self.shape, name, self.dtype, self.device, nothing, 0.0, "not_installed")
+            for name in self._missing
+        ]
+
+    def _both(self, steps: dict[str, Any]) -> dict[str, Call]:
+        """Each step launch by launch, and as a graph where there are graphs."""
+        calls: dict[str, Call] = {}
+        for name, step in steps.items():
+            calls[name] = partial(self._launched, step)
+            if self.graphs is not None:
+                calls[f"{name}_graph"] = partial(self._replayed, name, step, self.graphs)
+        return calls
+
+    def _launched(self, step: Any) -> None:
+        step(self.micro, self.scale)
+        self._drop_gradients()
+
+    def _replayed(self, name: str, step: Any, graphs: Graphs) -> None:
+        graphs.run(name, step, self.micro, self.scale)
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _hidden(self) -> Tensor:
+        adapter, micro = self.adapter, self.micro
+        return adapter.run_layers(adapter.embed(micro), micro.positions_BT, adapter.documents(micro))
+
+    def _blocks(self, micro: MicroBatch, scale: Tensor) -> None:
+        self._tail(self.adapter.family.norm, self._hidden(), self.adapter.head_VD, micro.labels_BT).backward()
+
+    def _chunked(self) -> Tensor:
+        return NextToken().loss(self.adapter.forward(self.micro), self.micro, None, self.scale).total
+
+    def _liger(self, micro: MicroBatch, scale: Tensor) -> None:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        hidden = self.adapter.finish(self._hidden()).hidden_RD
+        LigerFusedLinearCrossEntropyLoss()(self.adapter.head_VD, hidden, micro.labels_BT.flatten()).backward()
 
     def _forward_whole(self) -> Tensor:
-        return self._forward(
-            lambda layer, hidden, rotary, kw: layer(hidden, position_embeddings=rotary, **kw), _tail_loss
-        )
-
-    def _forward(self, block: Callable[..., Tensor], tail: Callable[..., Tensor]) -> Tensor:
-        body = self.adapter.body
-        hidden = body.embed_tokens(self.micro.tokens_BT)
-        rotary = body.rotary_emb(hidden, position_ids=self.micro.positions_BT)
-        for layer in body.layers:
-            hidden = block(layer, hidden, rotary, self.attention)
-        return tail(body.norm, hidden, self.adapter.head_VD, self.micro.labels_BT)
+        """What one compiled graph of the whole model runs: Hugging Face's layers one after the other."""
+        adapter, micro = self.adapter, self.micro
+        hidden = adapter.embed(micro)
+        keywords = adapter.keywords(hidden, micro.positions_BT, adapter.documents(micro))
+        for layer, shape in zip(adapter.layers, adapter.shapes, strict=True):
+            out = layer(hidden, **keywords[shape.window, shape.rotary])
+            hidden = out if isinstance(out, Tensor) else out[0]
+        return _tail_loss(adapter.family.norm, hidden, adapter.head_VD, micro.labels_BT)
 
 
 def _tail_loss(norm: nn.Module, hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
     logits = norm(hidden_BTD) @ head_VD.mT
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=-100)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels_BT.flatten())
+
+
+def random_model(preset: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of a preset's shape, drawn on the device: the large ones take minutes elsewhere."""
+    from transformers import AutoModelForCausalLM
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(ModelSpec(preset=preset).config())
+    torch.set_default_dtype(before)
+    return model.to(dtype)
+
+
+def random_micro(shape: Shape, vocabulary: int, device: torch.device) -> MicroBatch:
+    """Rows of random tokens, one document each, every position labelled."""
+    rows, width = shape.rows, shape.positions
+    tokens = torch.randint(vocabulary, (2, rows, width), device=device)
+    positions = torch.arange(width, device=device).repeat(rows, 1)
+    return MicroBatch(
+        tokens_BT=tokens[0],
+        labels_BT=tokens[1],
+        positions_BT=positions,
+        position_ids_BT=torch.arange(rows * width, device=device).view(rows, width),
+        document_starts=torch.arange(0, rows * width + 1, width, device=device, dtype=torch.int32),
+        longest_document=width,
+        labelled_B=np.full(rows, width),
+        index=0,
+    )
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

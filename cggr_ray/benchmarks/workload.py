@@ -24,7 +24,9 @@ def prepared_run(shape: Shape, device: str, folder: Path, recipe: str = "baselin
         global_rows=shape.rows,
         micro_rows=shape.rows,
         milestones=(1.0,),
-        model=ModelSpec(preset=shape.model, vocab_size=PRESETS[shape.model][-1] if shape.model in PRESETS else None),
+        model=ModelSpec(
+            preset=shape.model, vocab_size=PRESETS[shape.model].vocabulary if shape.model in PRESETS else None
+        ),
         data=DataSpec(sources=(Problems(count=20_000),), row_tokens=shape.positions, val_documents=50),
         device="cpu" if device == "cpu" else "auto",
         checkpoint_every_seconds=BUDGET_SECONDS,

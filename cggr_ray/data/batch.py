@@ -27,7 +27,7 @@ class MicroBatch:
     """int32, offsets of documents in the flattened rows, the total last and repeated."""
     longest_document: int
     labelled_B: np.ndarray
-    """Labelled positions of each row, on the host."""
+    """Labelled positions of each row as it was read, on the host."""
     index: int
 
     @property

@@ -68,4 +68,4 @@ class HeldOut:
 
     def _nll(self, adapter: Adapter, micro: MicroBatch) -> torch.Tensor:
         stream = adapter.forward(micro)
-        return position_nll(stream.hidden_ND, stream.head_VD, micro.labels_BT.flatten()).double().sum()
+        return position_nll(stream.hidden_RD, stream.head_VD, micro.labels_BT.flatten()).double().sum()

@@ -1,12 +1,13 @@
 """All that a method may ask of a model: hidden states, the head, its layers and their parameters.
 
-Runs the layers of a Hugging Face causal LM itself (so that later plans can treat positions differently), one compiled
-block for all layers on a GPU. Shapes: B rows, T positions, D width, V vocabulary, N = B T.
+Runs the layers of a Hugging Face causal LM itself, one compiled block for all layers on a GPU; `cggr_ray.sparse` runs
+the same layers piece by piece. Shapes: B rows, T positions, D width, V vocabulary, N = B T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,29 +16,34 @@ from torch import Tensor, nn
 
 from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import MicroBatch
-from cggr_ray.models.attention import document_mask, register_document_flash
+from cggr_ray.models.attention import Documents, document_mask, documents_of, register_document_flash
+from cggr_ray.models.families import Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SUPPORTED = ("llama",)
 
 
 @dataclass(frozen=True)
 class Stream:
     """What a forward leaves behind: final hidden states (after the last norm) and the head that reads them."""
 
-    hidden_ND: Tensor
+    hidden_RD: Tensor
     head_VD: Tensor
+    index_R: Tensor | None = None
+    """Flat positions of the rows; None when they are all positions of the micro-batch."""
+
+    def at(self, index_K: Tensor) -> Tensor:
+        """The rows of some positions; of a stream that holds kept rows only, exactly these."""
+        return self.hidden_RD if self.index_R is not None else self.hidden_RD.index_select(0, index_K)
 
 
-def _block(layer: nn.Module, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor], attention: dict[str, Any]) -> Tensor:
-    out = layer(hidden_BTD, position_embeddings=rotary, **attention)
+def _block(layer: nn.Module, hidden_BTD: Tensor, keywords: dict[str, Any]) -> Tensor:
+    out = layer(hidden_BTD, **keywords)
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _norm(norm: nn.Module, hidden_BTD: Tensor) -> Tensor:
-    out: Tensor = norm(hidden_BTD)
+def _norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    out: Tensor = norm(hidden)
     return out
 
 
@@ -49,19 +55,17 @@ class Adapter:
     """
 
     def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
-        family = model.config.model_type
-        if family not in SUPPORTED:
-            raise ValueError(f"model family {family!r}; accepted: {', '.join(SUPPORTED)}")
-        if getattr(model.config, "attention_dropout", 0.0):
-            raise ValueError(f"attention_dropout = {model.config.attention_dropout}; accepted: 0, runs repeat exactly")
-        self.model, self.body = model, model.model
+        self.model, self.family = model, Family(model)
         self.device = next(model.parameters()).device
         self.flash = self.device.type == "cuda"
         if self.flash and model.dtype == torch.float32:
             raise ValueError("precision 'fp32' on a GPU; accepted: bf16 or auto, FlashAttention has no float32")
-        model.config._attn_implementation = register_document_flash() if self.flash else "sdpa"
+        self._attention = register_document_flash() if self.flash else "sdpa"
+        self.family.config._attn_implementation = self._attention
         self._block, self._norm = compiled_on(self.device, _block), compiled_on(self.device, _norm)
-        self._checkpoint = gradient_checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
+        self.layers: Sequence[nn.Module] = self.family.layers
+        self.shapes = [self.family.shape(i) for i in range(len(self.layers))]
         self._active = [True] * len(self.layers)
         model.train()
 
@@ -71,12 +75,8 @@ class Adapter:
         return "compiled blocks, FlashAttention by document" if self.flash else "eager on the CPU, SDPA with a mask"
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
-        return list(self.body.layers)
-
-    @property
     def head_VD(self) -> Tensor:
-        return self.model.get_output_embeddings().weight
+        return self.family.head_VD
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.model.named_parameters())
@@ -85,6 +85,23 @@ class Adapter:
         """Names of the parameters inside decoder layers."""
         inside = {id(p) for layer in self.layers for p in layer.parameters()}
         return [name for name, p in self.named_parameters() if id(p) in inside]
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Inside, the model's layers attend as this adapter needs; afterwards as before, for others who use the model."""
+        config = self.family.config
+        before = config._attn_implementation
+        if before != self._attention:
+            config._attn_implementation = self._attention
+        try:
+            yield
+        finally:
+            if before != self._attention:
+                config._attn_implementation = before
+
+    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a checkpointed block: its forward, and its second forward inside the backward."""
+        return nullcontext(), self.attention()
 
     def set_active_layers(self, active: Sequence[bool]) -> None:
         """A layer that does not learn keeps no gradient and no optimizer update."""
@@ -96,24 +113,53 @@ class Adapter:
 
     def forward(self, micro: MicroBatch) -> Stream:
         """Hidden states of every position. Attention stays inside each document."""
-        hidden = self.body.embed_tokens(micro.tokens_BT)
-        rotary = self.body.rotary_emb(hidden, position_ids=micro.positions_BT)
-        attention = self.attention(micro)
-        for layer in self.layers:
-            if self._checkpoint and torch.is_grad_enabled():
-                hidden = torch.utils.checkpoint.checkpoint(
-                    self._block, layer, hidden, rotary, attention, use_reentrant=False
+        hidden = self.embed(micro)
+        return self.finish(self.run_layers(hidden, micro.positions_BT, self.documents(micro)))
+
+    def embed(self, micro: MicroBatch) -> Tensor:
+        """(B, T, D), what enters the first layer."""
+        return self.family.embed(micro.tokens_BT, micro.positions_BT)
+
+    def finish(self, hidden_BTD: Tensor) -> Stream:
+        """The last norm, and the head that reads it."""
+        return Stream(self.final_norm(hidden_BTD).flatten(0, 1), self.head_VD)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self._norm(self.family.norm, hidden)
+        return out
+
+    def documents(self, micro: MicroBatch) -> Documents:
+        return documents_of(micro.positions_BT, micro.document_starts, micro.longest_document)
+
+    def run_layers(
+        self, hidden_BTD: Tensor, positions_BT: Tensor, documents: Documents, span: slice = slice(None)
+    ) -> Tensor:
+        """Hidden states after the layers of `span`."""
+        keywords = self.keywords(hidden_BTD, positions_BT, documents)
+        for layer, shape in list(zip(self.layers, self.shapes, strict=True))[span]:
+            own = keywords[shape.window, shape.rotary]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_BTD = torch.utils.checkpoint.checkpoint(
+                    self._block, layer, hidden_BTD, own, use_reentrant=False, context_fn=self._recomputing
                 )
             else:
-                hidden = self._block(layer, hidden, rotary, attention)
-        return Stream(self._norm(self.body.norm, hidden).flatten(0, 1), self.head_VD)
+                hidden_BTD = self._block(layer, hidden_BTD, own)
+        return hidden_BTD
 
-    def attention(self, micro: MicroBatch) -> dict[str, Any]:
-        """What the layers are told about the documents of a micro-batch."""
-        if self.flash:
-            return {
-                "attention_mask": None,
-                "document_starts": micro.document_starts,
-                "longest_document": micro.longest_document,
-            }
-        return {"attention_mask": document_mask(micro.documents_BT)}
+    def keywords(
+        self, hidden: Tensor, positions_BT: Tensor, documents: Documents
+    ) -> dict[tuple[int | None, str | None], dict[str, Any]]:
+        """What a layer is told about positions and documents, by its window and its kind of rotary embedding."""
+        rotary = self.family.rotary(hidden, positions_BT)
+        found = {}
+        for window, kind in {(shape.window, shape.rotary) for shape in self.shapes}:
+            if self.flash:
+                own: dict[str, Any] = {
+                    "attention_mask": None,
+                    "document_starts": documents.starts,
+                    "longest_document": documents.longest,
+                }
+            else:
+                own = {"attention_mask": document_mask(documents.first_BT, window)}
+            found[window, kind] = own if kind is None else own | {"position_embeddings": rotary[kind]}
+        return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -14,13 +14,28 @@ from cggr_ray.codec import nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# layers, width, heads, key-value heads, FFN width, vocabulary (of the published model; a race sets its tokenizer's)
-PRESETS: dict[str, tuple[int, int, int, int, int, int]] = {
-    "tiny": (4, 128, 4, 2, 384, 2048),
-    "llama-113m": (16, 768, 12, 4, 2048, 16384),
-    "smollm-135m": (30, 576, 9, 3, 1536, 49152),
-    "llama-1.5b": (24, 2048, 32, 8, 8192, 49152),
+
+class Preset(NamedTuple):
+    """A model's shape. `vocabulary` is the published model's; a race sets its tokenizer's."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocabulary: int
+    family: Literal["llama", "gemma3"] = "llama"
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(4, 128, 4, 2, 384, 2048),
+    "llama-113m": Preset(16, 768, 12, 4, 2048, 16384),
+    "smollm-135m": Preset(30, 576, 9, 3, 1536, 49152),
+    "llama-1.5b": Preset(24, 2048, 32, 8, 8192, 49152),
+    "gemma-3-4b": Preset(34, 2560, 8, 4, 10240, 262144, "gemma3"),
 }
+# Gemma 3's heads are wider than width / heads; one layer in six sees the whole document.
+GEMMA_HEAD, GEMMA_WINDOW = 256, 1024
 # Keys of a config.json that name code to be imported; a model folder with one of them is refused.
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
 
@@ -61,21 +76,26 @@ class ModelSpec:
 
     def config(self, vocab_size: int | None = None) -> Any:
         """The Hugging Face configuration; `vocab_size` replaces a preset's own (a folder keeps its own)."""
-        from transformers import AutoConfig, LlamaConfig
+        from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 
         if self.folder:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        layers, width, heads, kv_heads, ffn, vocabulary = PRESETS[self.preset]
-        return LlamaConfig(
-            num_hidden_layers=layers,
-            hidden_size=width,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            intermediate_size=ffn,
-            vocab_size=vocab_size or vocabulary,
-            tie_word_embeddings=self.tie_embeddings,
-            max_position_embeddings=self.max_positions,
-            use_cache=False,
+        shape = PRESETS[self.preset]
+        common: dict[str, Any] = {
+            "num_hidden_layers": shape.layers,
+            "hidden_size": shape.width,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "intermediate_size": shape.ffn,
+            "vocab_size": vocab_size or shape.vocabulary,
+            "tie_word_embeddings": self.tie_embeddings,
+            "max_position_embeddings": self.max_positions,
+            "use_cache": False,
+        }
+        if shape.family == "llama":
+            return LlamaConfig(**common)
+        return Gemma3TextConfig(
+            **common, head_dim=GEMMA_HEAD, sliding_window=GEMMA_WINDOW, query_pre_attn_scalar=GEMMA_HEAD
         )
 
     def build(self, vocab_size: int | None, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -19,6 +19,10 @@ class Loss(NamedTuple):
     """What is differentiated: weighted NLL summed over kept positions, over the labelled count of the global batch."""
     reported: Tensor
     """The same number, detached: this micro-batch's part of the step's training loss."""
+    index_K: Tensor
+    """Flat positions whose loss was computed."""
+    nll_K: Tensor
+    """Their NLL in nats, float32, 0 without a label. No gradient."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +31,15 @@ class NextToken:
 
     IS_PART: ClassVar[bool] = True
 
-    def loss(self, stream: Stream, micro: MicroBatch, route: TokenRoute | None, labelled: int) -> Loss:
-        """`labelled` counts the labelled positions of the global batch, over all micro-batches."""
+    def loss(self, stream: Stream, micro: MicroBatch, route: TokenRoute | None, scale: Tensor) -> Loss:
+        """`scale`: 1 / labelled positions of the global batch, 0-d float32, so that micro-batches add up."""
         labels = micro.labels_BT.flatten()
         if route is None:
-            weights = torch.full(labels.shape, 1 / labelled, device=labels.device)
-            hidden = stream.hidden_ND
+            index = torch.arange(len(labels), device=labels.device)
+            hidden, weights = stream.hidden_RD, scale.expand(len(labels))
         else:
-            index = route.flat_index(micro.labels_BT.numel() // len(route.index_BK))
-            hidden, labels = stream.hidden_ND.index_select(0, index), labels.index_select(0, index)
-            weights = route.weights_BK.flatten() / labelled
-        total, _ = selected_cross_entropy(hidden, stream.head_VD, labels, weights)
-        return Loss(total, total.detach())
+            index = route.flat_index(len(labels) // len(route.index_BK))
+            hidden, labels = stream.at(index), labels.index_select(0, index)
+            weights = route.weights_BK.flatten() * scale
+        total, nll = selected_cross_entropy(hidden, stream.head_VD, labels, weights)
+        return Loss(total, total.detach(), index, nll)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Depth(NamedTuple):
+    """How far down the gradient of a position goes: as far as its bucket's, 0 the whole way; see `depth`."""
+
+    bucket_BT: Tensor
+    last: int
+    """The easiest bucket that is told apart, known on the host. Unlabelled positions are in it."""
 
 
 @dataclass(frozen=True)
 class TokenRoute:
     """Kept positions of a micro-batch of B rows, K slots each.
 
-    A row with fewer than K positions to keep leaves slots empty: weight 0, so they count for nothing.
+    A row with fewer than K positions to keep leaves slots empty: at its end, repeating its last position, with weight
+    0, so they count for nothing.
     """
 
     index_BK: Tensor
@@ -21,6 +31,13 @@ class TokenRoute:
     """float32. labelled / kept on every kept position makes the loss a mean over them; 1/pi makes it unbiased."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """What was seen on the way, by schema name: 0-d means over labelled positions, a 1-d histogram of the scores."""
+    depth: Depth | None = None
+    """None: through all layers."""
+
+    @property
+    def filled_BK(self) -> Tensor:
+        """False for an empty slot."""
+        return self.weights_BK > 0
 
     def flat_index(self, row_tokens: int) -> Tensor:
         """Positions in the flattened rows, of length B K."""

@@ -1,9 +1,33 @@
-"""The `rows` parts: which sequences enter the forward. Neutral: `AllRows`."""
+"""The `rows` parts: which sequences enter the forward. Neutral: `AllRows`.
+
+Shapes: B rows of T positions, N = B T, K kept rows.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cggr_ray.data.batch import MicroBatch
+from cggr_ray.kernels.head_stats.op import head_stats
+from cggr_ray.kernels.select.op import compact
+from cggr_ray.models.adapter import Adapter
+from cggr_ray.progress import Progress
+from cggr_ray.routing.curriculum import Curriculum, ratio_levels, snap
+from cggr_ray.routing.scores import ScoreName, score
+
+
+class RowPicker(Protocol):
+    """The running object of a `rows` part."""
+
+    def levels(self) -> tuple[float, ...]: ...
+    def ratio(self, progress: Progress) -> float: ...
+    def pick(self, micro: MicroBatch, ratio: float, progress: Progress) -> MicroBatch: ...
 
 
 @dataclass(frozen=True)
@@ -14,6 +38,9 @@ class AllRows:
 
     def rows_per_step(self, global_rows: int) -> int:
         return global_rows
+
+    def build(self, seed: int, adapter: Adapter) -> RowPicker:
+        return EveryRow()
 
 
 @dataclass(frozen=True)
@@ -34,3 +61,142 @@ class FewerRows:
 
     def rows_per_step(self, global_rows: int) -> int:
         return max(1, round(self.fraction * global_rows))
+
+    def build(self, seed: int, adapter: Adapter) -> RowPicker:
+        return EveryRow()
+
+
+@dataclass(frozen=True)
+class HardestRows:
+    """CGGRModel's sequence mode: of every micro-batch, the rows with the largest mean score of a truncated router.
+
+    The kept rows get full training. Differs from upstream (git 1762989): labels are those of the scored positions, and
+    the router is the model's own first `layers`, whatever the family.
+    """
+
+    IS_PART: ClassVar[bool] = True
+
+    keep: float = 0.25
+    score: ScoreName = "combined"
+    layers: int = 4
+    curriculum: Curriculum = Curriculum()
+
+    def __post_init__(self) -> None:
+        check_rows_keep(self.keep)
+        if self.layers < 1:
+            raise ValueError(f"layers = {self.layers}; accepted: at least 1")
+
+    def rows_per_step(self, global_rows: int) -> int:
+        return global_rows
+
+    def build(self, seed: int, adapter: Adapter) -> RowPicker:
+        if self.layers >= len(adapter.layers):
+            raise ValueError(f"layers = {self.layers} of a model with {len(adapter.layers)}; accepted: fewer")
+        return HardPicker(self, adapter)
+
+
+@dataclass(frozen=True)
+class RandomRows:
+    """Control of `HardestRows`: as many rows, chosen by chance, no router."""
+
+    IS_PART: ClassVar[bool] = True
+
+    keep: float = 0.25
+    curriculum: Curriculum = Curriculum()
+
+    def __post_init__(self) -> None:
+        check_rows_keep(self.keep)
+
+    def rows_per_step(self, global_rows: int) -> int:
+        return global_rows
+
+    def build(self, seed: int, adapter: Adapter) -> RowPicker:
+        return ChancePicker(self.keep, self.curriculum, seed, adapter.device)
+
+
+def check_rows_keep(keep: float) -> None:
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep = {keep}; accepted: a ratio in (0, 1]")
+
+
+class EveryRow:
+    """Nothing is left out."""
+
+    def levels(self) -> tuple[float, ...]:
+        return (1.0,)
+
+    def ratio(self, progress: Progress) -> float:
+        return 1.0
+
+    def pick(self, micro: MicroBatch, ratio: float, progress: Progress) -> MicroBatch:
+        return micro
+
+
+class RatioPicker:
+    """Rows by a key: ceil(ratio B) of them, in their order."""
+
+    def __init__(self, keep: float, curriculum: Curriculum) -> None:
+        self.keep, self.curriculum = keep, curriculum
+
+    def levels(self) -> tuple[float, ...]:
+        return ratio_levels(self.keep, below=False)
+
+    def ratio(self, progress: Progress) -> float:
+        return snap(self.curriculum.ratio(self.keep, progress), self.levels())
+
+    def pick(self, micro: MicroBatch, ratio: float, progress: Progress) -> MicroBatch:
+        rows = math.ceil(ratio * len(micro.tokens_BT) - 1e-9)
+        if rows == len(micro.tokens_BT):
+            return micro
+        return rows_of(micro, self.keys(micro, progress).topk(rows).indices.sort().values)
+
+    def keys(self, micro: MicroBatch, progress: Progress) -> Tensor:
+        raise NotImplementedError
+
+
+class ChancePicker(RatioPicker):
+    def __init__(self, keep: float, curriculum: Curriculum, seed: int, device: torch.device) -> None:
+        super().__init__(keep, curriculum)
+        self._seed, self._generator = seed, torch.Generator(device)
+
+    def keys(self, micro: MicroBatch, progress: Progress) -> Tensor:
+        words = np.random.SeedSequence((self._seed, progress.step, micro.index)).generate_state(1, np.uint64)
+        generator = self._generator.manual_seed(int(words[0] >> np.uint64(1)))
+        return torch.rand(len(micro.tokens_BT), generator=generator, device=micro.tokens_BT.device)
+
+
+class HardPicker(RatioPicker):
+    def __init__(self, config: HardestRows, adapter: Adapter) -> None:
+        super().__init__(config.keep, config.curriculum)
+        self.config, self.adapter = config, adapter
+
+    @torch.no_grad()
+    def keys(self, micro: MicroBatch, progress: Progress) -> Tensor:
+        """Mean score of each row's labelled positions; a row without any comes last."""
+        adapter, documents = self.adapter, self.adapter.documents(micro)
+        first = slice(0, self.config.layers)
+        hidden = adapter.run_layers(adapter.embed(micro), micro.positions_BT, documents, first)
+        final = adapter.final_norm(hidden).flatten(0, 1)
+        stats = head_stats(final, adapter.head_VD, micro.labels_BT.flatten())
+        return row_means(score(self.config.score, stats).view(micro.labels_BT.shape), micro.labels_BT)
+
+
+def row_means(scores_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean score of each row's labelled positions; a row without any comes last."""
+    labelled = labels_BT >= 0
+    total = torch.where(labelled, scores_BT, 0.0).sum(1)
+    return torch.where(labelled.any(1), total / labelled.sum(1).clamp_min(1), -torch.inf)
+
+
+def rows_of(micro: MicroBatch, rows_K: Tensor) -> MicroBatch:
+    """A micro-batch of some rows, without asking the device how many documents they hold."""
+    positions = micro.positions_BT.index_select(0, rows_K)
+    starts = compact((positions == 0).view(1, -1), len(micro.document_starts), positions.numel())[0]
+    return replace(
+        micro,
+        tokens_BT=micro.tokens_BT.index_select(0, rows_K),
+        labels_BT=micro.labels_BT.index_select(0, rows_K),
+        positions_BT=positions,
+        position_ids_BT=micro.position_ids_BT.index_select(0, rows_K),
+        document_starts=starts.int(),
+    )

@@ -12,22 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cggr_ray.kernels.select.op import rank_classes
+
 
 class Selection(NamedTuple):
     mask_BT: Tensor
     probability_BT: Tensor | None
 
 
-def rank(keys_BT: Tensor) -> Tensor:
-    """Rank of every position in its row, 0 for the largest key; ties go to the lower index."""
-    order = keys_BT.sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(keys_BT.shape[1], device=keys_BT.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
-
-
 def top_k(scores_BT: Tensor, keep_B: Tensor) -> Selection:
     """The keep_B hardest positions of each row."""
-    return Selection(rank(scores_BT) < keep_B.unsqueeze(1), None)
+    return Selection(rank_classes(scores_BT, keep_B.unsqueeze(1)) == 0, None)
 
 
 def sequence_aware(scores_BT: Tensor, keep_B: Tensor, documents_BT: Tensor, minimum: int) -> Selection:
@@ -45,30 +40,51 @@ def sequence_aware(scores_BT: Tensor, keep_B: Tensor, documents_BT: Tensor, mini
     within = torch.empty_like(order).scatter_(1, order, places - first)
     reserved = (within < minimum) & (scores_BT > -torch.inf)
     # Reserved positions come before all others; among themselves, and among the rest, the score decides.
-    return Selection(_two_keys(reserved, rank(scores_BT)) < keep_B.unsqueeze(1), None)
+    others = (~reserved).to(torch.int32)
+    return Selection(rank_classes(scores_BT, keep_B.unsqueeze(1), others, num_groups=2) == 0, None)
 
 
 def stratified(
-    scores_BT: Tensor, keep_B: Tensor, labelled_B: Tensor, strata: int, generator: torch.Generator
+    scores_BT: Tensor,
+    keep_B: Tensor,
+    labelled_B: Tensor,
+    strata: int,
+    generator: torch.Generator,
+    every_stratum: bool = False,
 ) -> Selection:
     """Uniform draws from quantiles of difficulty; the hardest of S strata gets S parts, the easiest one part.
 
     Quotas are whole numbers (largest remainder); what a stratum cannot hold flows to the next easier one, then back.
+    Weights of 1/pi are unbiased only if every position can be drawn, which short rows break: `every_stratum` gives each
+    stratum that has members at least one draw, and a row that keeps fewer than it has strata is drawn from as a whole.
     Differs from upstream, which takes the top of each stratum, loses what overflows, and never reads the easiest one.
     """
-    ranks, count, keep = rank(scores_BT), labelled_B.unsqueeze(1), keep_B.unsqueeze(1)
-    stratum = (ranks * strata).div(count.clamp_min(1), rounding_mode="floor").clamp_max(strata - 1)
-    edges = torch.arange(strata + 1, device=scores_BT.device)
-    starts = (edges * count + strata - 1).div(strata, rounding_mode="floor")
-    size_BS = starts[:, 1:] - starts[:, :-1]
-    quota_BS = fill_quotas(strata_quotas(keep, strata), size_BS)
-    draw = torch.rand(scores_BT.shape, generator=generator, device=scores_BT.device)
-    # Unlabelled positions rank last; pushing them past the last stratum keeps them out of every quota.
+    starts_BS, quota_BS = strata_plan(keep_B, labelled_B, strata, every_stratum)
+    size_BS = starts_BS.diff(dim=1)
+    stratum = rank_classes(scores_BT, starts_BS[:, 1:-1])
+    # Unlabelled positions are a last group of their own, past every quota.
     labelled = scores_BT > -torch.inf
-    key = torch.where(labelled, stratum + draw.clamp_max(0.999), float(strata + 1))
-    within = rank(-key) - starts.gather(1, stratum)
-    quota, size = quota_BS.gather(1, stratum), size_BS.gather(1, stratum)
-    return Selection((within < quota) & labelled, quota / size.clamp_min(1))
+    groups = torch.where(labelled, stratum, strata)
+    # Two equal draws (24 bits each) go to the lower index, which moves pi by less than 1e-7.
+    draw = torch.rand(scores_BT.shape, generator=generator, device=scores_BT.device)
+    # Ranks by stratum, then by draw: between the bounds of a stratum's quota the class is odd.
+    bounds = torch.stack([starts_BS[:, :-1], starts_BS[:, :-1] + quota_BS], dim=2).flatten(1)
+    kept = rank_classes(-draw, bounds, groups, num_groups=strata + 1) % 2 == 1
+    quota, size = quota_BS.gather(1, stratum.long()), size_BS.gather(1, stratum.long())
+    return Selection(kept & labelled, quota / size.clamp_min(1))
+
+
+def strata_plan(keep_B: Tensor, labelled_B: Tensor, strata: int, every_stratum: bool) -> tuple[Tensor, Tensor]:
+    """(first rank of every stratum and the end of the last, (B, S + 1); draws from each, (B, S))."""
+    keep, count = keep_B.unsqueeze(1), labelled_B.unsqueeze(1)
+    edges = torch.arange(strata + 1, device=keep.device)
+    starts_BS = (edges * count + strata - 1).div(strata, rounding_mode="floor")
+    if every_stratum:
+        whole = keep < count.clamp_max(strata)
+        starts_BS = torch.where(whole & (edges > 0), count, starts_BS)
+    size_BS = starts_BS.diff(dim=1)
+    quota_BS = fill_quotas(strata_quotas(keep, strata), size_BS)
+    return starts_BS, one_each(quota_BS, size_BS) if every_stratum else quota_BS
 
 
 def strata_quotas(keep_B1: Tensor, strata: int) -> Tensor:
@@ -78,7 +94,10 @@ def strata_quotas(keep_B1: Tensor, strata: int) -> Tensor:
     scaled = keep_B1 * parts
     floor = scaled.div(total, rounding_mode="floor")
     missing = keep_B1 - floor.sum(dim=1, keepdim=True)
-    return floor + (rank((scaled - floor * total).float()) < missing)
+    # Of equal remainders the harder stratum's is the larger, so no two are equal.
+    remainder = (scaled - floor * total) * strata + parts
+    larger = (remainder.unsqueeze(1) > remainder.unsqueeze(2)).sum(dim=2)
+    return floor + (larger < missing)
 
 
 def fill_quotas(quota_BS: Tensor, size_BS: Tensor) -> Tensor:
@@ -90,6 +109,21 @@ def fill_quotas(quota_BS: Tensor, size_BS: Tensor) -> Tensor:
         columns[s] = torch.minimum(wanted, size_BS[:, s])
         excess = wanted - columns[s]
     return torch.stack(columns, dim=1)
+
+
+def one_each(quota_BS: Tensor, size_BS: Tensor) -> Tensor:
+    """Lifts the quota of every stratum with members to one, each time at the cost of the largest (easiest of equals).
+
+    The sum stays what it was where it is at least the number of such strata.
+    """
+    strata = quota_BS.shape[1]
+    lifted = torch.maximum(quota_BS, size_BS.clamp_max(1))
+    surplus = (lifted - quota_BS).sum(dim=1, keepdim=True)
+    places = torch.arange(strata, device=quota_BS.device)
+    for taken in range(strata - 1):
+        largest = (lifted * strata + places).argmax(dim=1, keepdim=True)
+        lifted = lifted - ((places == largest) & (surplus > taken)).long()
+    return lifted
 
 
 def inclusion_probabilities(importance_BT: Tensor, keep_B: Tensor, smallest: float) -> Tensor:
@@ -140,9 +174,3 @@ def systematic(probability_BT: Tensor, keep_B: Tensor, generator: torch.Generato
     kept_in_order.scatter_(1, torch.where(valid, limited, limited[:, :1]).clamp(0, shape[1] - 1), True)
     kept_in_order &= count > 0
     return Selection(torch.zeros_like(kept_in_order).scatter_(1, order, kept_in_order), probability_BT)
-
-
-def _two_keys(first_BT: Tensor, rank_BT: Tensor) -> Tensor:
-    """Rank by a boolean (true first), then by an existing rank."""
-    width = rank_BT.shape[1]
-    return rank(-(rank_BT + torch.where(first_BT, 0, width)).float())

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_by_hand(preset: str, published: float, tied: bool) -> None:
-    layers, width, heads, kv_heads, ffn, vocabulary = PRESETS[preset]
+    layers, width, heads, kv_heads, ffn, vocabulary, _ = PRESETS[preset]
     attention = 2 * width * width + 2 * width * (width // heads) * kv_heads
     block = attention + 3 * width * ffn + 2 * width
     expected = vocabulary * width * (1 if tied else 2) + layers * block + width

@@ -9,8 +9,9 @@ import torch
 from cggr_ray.routing.selectors import (
     fill_quotas,
     inclusion_probabilities,
-    rank,
+    one_each,
     sequence_aware,
+    strata_plan,
     strata_quotas,
     stratified,
     systematic,
@@ -55,6 +56,7 @@ SELECTORS = {
     "top_k": lambda s, n, k, seed: top_k(s, k),
     "sequence_aware": lambda s, n, k, seed: sequence_aware(s, k, random_documents(*s.shape, seed), 2),
     "stratified": lambda s, n, k, seed: stratified(s, k, n, 4, generator(seed)),
+    "every_stratum": lambda s, n, k, seed: stratified(s, k, n, 4, generator(seed), every_stratum=True),
     "systematic": lambda s, n, k, seed: systematic(
         inclusion_probabilities(importance_of(s), k, 0.01), k, generator(seed)
     ),
@@ -79,11 +81,6 @@ def test_equal_seeds_draw_equally(name):
     scores, count, keep = random_rows(4, 64, seed=3)
     first, again, other = (SELECTORS[name](scores, count, keep, seed).mask_BT for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-def test_rank_by_hand():
-    keys = torch.tensor([[2.0, 5.0, 2.0, -torch.inf, 5.0, 9.0]])
-    assert rank(keys).tolist() == [[3, 1, 4, 5, 2, 0]]
 
 
 @pytest.mark.parametrize("rows, width", SIZES)
@@ -368,6 +365,48 @@ def test_stratified_estimates_the_full_sum(width, keep):
     wanted, labelled = torch.full((DRAWS,), keep), torch.full((DRAWS,), width)
     selection = stratified(repeated(scores), wanted, labelled, 4, generator(16))
     assert_unbiased(horvitz_thompson(selection, values), values.sum())
+
+
+@pytest.mark.parametrize(
+    "quotas, sizes, expected",
+    [
+        # Nothing to lift; then one from the largest; then one from the easier of two equals.
+        ([4, 3, 2, 1], [5, 5, 5, 5], [4, 3, 2, 1]),
+        ([4, 1, 1, 0], [5, 5, 5, 5], [3, 1, 1, 1]),
+        ([2, 2, 1, 0], [5, 5, 5, 5], [2, 1, 1, 1]),
+        ([4, 0, 0, 0], [4, 4, 4, 4], [1, 1, 1, 1]),
+        ([5, 0, 0, 0], [5, 4, 0, 4], [3, 1, 0, 1]),
+        ([0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]),
+    ],
+)
+def test_one_each_by_hand(quotas, sizes, expected):
+    assert one_each(torch.tensor([quotas]), torch.tensor([sizes])).tolist() == [expected]
+
+
+@pytest.mark.parametrize("strata", [1, 2, 3, 4, 7])
+def test_every_labelled_position_can_be_drawn(strata):
+    labelled, keep = torch.tensor([(n, k) for n in range(1, 40) for k in range(1, n + 1)]).unbind(1)
+    starts, quota = strata_plan(keep, labelled, strata, every_stratum=True)
+    size = starts.diff(dim=1)
+    assert torch.equal(size.sum(1), labelled) and torch.equal(quota.sum(1), keep)
+    assert torch.equal(quota > 0, size > 0) and (quota <= size).all()
+    plain_starts, plain_quota = strata_plan(keep, labelled, strata, every_stratum=False)
+    fine = ((plain_quota > 0) | (plain_starts.diff(dim=1) == 0)).all(1)
+    assert torch.equal(quota[fine], plain_quota[fine]) and torch.equal(starts[fine], plain_starts[fine])
+
+
+@pytest.mark.parametrize("width, keep", [(1, 1), (3, 1), (3, 2), (6, 2), (7, 3), (8, 4), (9, 5), (17, 4), (30, 1)])
+def test_stratified_estimates_the_full_sum_of_a_short_row(width, keep):
+    scores = torch.randn(1, width + 2, generator=generator(18)).round()
+    scores[0, [0, -1]] = -torch.inf
+    values = torch.randn(width + 2, generator=generator(19), dtype=torch.float64) + 1
+    wanted, labelled = torch.full((DRAWS,), keep), torch.full((DRAWS,), width)
+    selection = stratified(repeated(scores), wanted, labelled, 4, generator(20), every_stratum=True)
+    assert (selection.mask_BT.sum(1) == keep).all() and not selection.mask_BT[:, [0, -1]].any()
+    assert_unbiased(horvitz_thompson(selection, values), values[1:-1].sum())
+    pi = torch.where(scores[0] > -torch.inf, selection.probability_BT[0], 0.0).double()
+    assert (z_scores(selection.mask_BT, pi).abs() < 4).all()
+    assert selection.mask_BT.any(0)[1:-1].all()
 
 
 def test_selection_does_not_depend_on_the_other_rows():

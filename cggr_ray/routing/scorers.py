@@ -1,0 +1,251 @@
+"""Where difficulty scores come from: the model's own forward, its first layers, a probe on them, or the last epoch.
+
+    OwnScores        every layer and the head of this very forward: exact, known when the forward is over
+    TruncatedRouter  the first layers, the last norm and the head; the layers' work is shared with the main forward
+    Probe            a small MLP on the first layers' hidden states, trained online to predict the loss; reads no head
+    StaleScores      the loss that a position had when it was last trained on; the first epoch keeps everything
+
+A scorer `reads` so many layers before it scores. What kept positions turn out to lose teaches those that learn.
+Shapes: B rows, T positions, N = B T, K kept slots, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cggr_ray.data.batch import MicroBatch
+from cggr_ray.kernels.head_stats.op import HeadStats, head_stats
+from cggr_ray.routing.scores import ScoreName, score
+from cggr_ray.sparse.plan import Seen
+
+
+class Setting(NamedTuple):
+    """What a router may know of the run it is built for."""
+
+    device: torch.device
+    num_layers: int
+    width: int
+    num_positions: int
+    """Positions of the whole data set: ids are below it."""
+
+
+class Scored(NamedTuple):
+    """Higher is harder, -inf without a label; the statistics behind the scores where there are any."""
+
+    scores_BT: Tensor
+    stats: HeadStats | None
+
+
+class Scorer(Protocol):
+    reads: int
+    learns: bool
+    first_full_tokens: int
+    """Everything is kept until so many tokens have been seen."""
+
+    def score(self, seen: Seen | None, micro: MicroBatch) -> Scored: ...
+    def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class OwnScores:
+    """The model's own scores: exact, after the whole forward."""
+
+    IS_PART: ClassVar[bool] = True
+    EARLY: ClassVar[bool] = False
+
+    def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
+        return HeadScorer(name, setting.num_layers)
+
+
+@dataclass(frozen=True)
+class TruncatedRouter:
+    """Scores by the model cut off after `layers`: their hidden states through the last norm and the head."""
+
+    IS_PART: ClassVar[bool] = True
+    EARLY: ClassVar[bool] = True
+
+    layers: int = 4
+
+    def __post_init__(self) -> None:
+        check_layers(self.layers)
+
+    def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
+        check_depth(self.layers, setting)
+        return HeadScorer(name, self.layers)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Predicts the loss by RMSNorm, D -> hidden -> 1 with ReLU, on the hidden states after `layers`. Scores are `loss`.
+
+    Trained on the positions that a step trains on, by AdamW on the squared error of the standardised loss.
+    """
+
+    IS_PART: ClassVar[bool] = True
+    EARLY: ClassVar[bool] = True
+
+    layers: int = 4
+    hidden: int = 64
+    lr: float = 3e-3
+
+    def __post_init__(self) -> None:
+        check_layers(self.layers)
+        if self.hidden < 1 or not self.lr > 0:
+            raise ValueError(f"hidden = {self.hidden}, lr = {self.lr}; accepted: at least 1, a positive rate")
+
+    def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
+        check_depth(self.layers, setting)
+        if name != "loss":
+            raise ValueError(f"score {name!r} by a probe; accepted: 'loss', it predicts nothing else")
+        return ProbeScorer(self, setting, seed)
+
+
+@dataclass(frozen=True)
+class StaleScores:
+    """The loss of the last visit. Positions never seen count as hardest; needs a first epoch at ratio 1."""
+
+    IS_PART: ClassVar[bool] = True
+    EARLY: ClassVar[bool] = True
+
+    def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
+        if name != "loss":
+            raise ValueError(f"score {name!r} from the last epoch; accepted: 'loss', nothing else is kept")
+        return StaleScorer(setting)
+
+
+def check_layers(layers: int) -> None:
+    if layers < 1:
+        raise ValueError(f"layers = {layers}; accepted: at least 1")
+
+
+def check_depth(layers: int, setting: Setting) -> None:
+    if layers >= setting.num_layers:
+        raise ValueError(f"layers = {layers} of a model with {setting.num_layers}; accepted: fewer than it has")
+
+
+def own_scores(name: ScoreName, final_ND: Tensor, head_VD: Tensor, micro: MicroBatch) -> Scored:
+    """Scores from final hidden states and the head."""
+    stats = head_stats(final_ND, head_VD, micro.labels_BT.flatten())
+    return Scored(score(name, stats).view(micro.labels_BT.shape), stats)
+
+
+class HeadScorer:
+    """Scores through the head, from the hidden states after some layers."""
+
+    learns = False
+    first_full_tokens = 0
+
+    def __init__(self, name: ScoreName, reads: int) -> None:
+        self.name, self.reads = name, reads
+
+    def score(self, seen: Seen | None, micro: MicroBatch) -> Scored:
+        assert seen is not None
+        return own_scores(self.name, seen.final_ND, seen.head_VD, micro)
+
+    def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
+        """Nothing to learn."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+class ProbeScorer:
+    """The running probe. Its hidden states of a micro-batch are those it scored, so `learn` follows `score`."""
+
+    learns = True
+    first_full_tokens = 0
+
+    def __init__(self, config: Probe, setting: Setting, seed: int) -> None:
+        self.reads = config.layers
+        generator = torch.Generator().manual_seed(seed)
+        self._into = nn.Parameter(_init(config.hidden, setting.width, generator).to(setting.device))
+        self._bias = nn.Parameter(torch.zeros(config.hidden, device=setting.device))
+        self._out = nn.Parameter(_init(1, config.hidden, generator).to(setting.device))
+        # Mean and second moment of the loss, and how many steps they have seen.
+        self._moments = torch.zeros(3, device=setting.device)
+        parameters = [self._into, self._bias, self._out]
+        self._optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, capturable=self._into.is_cuda)
+        for parameter in parameters:
+            self._optimizer.state[parameter] = {
+                "step": torch.zeros((), device=setting.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        self._hidden_ND: Tensor
+
+    def score(self, seen: Seen | None, micro: MicroBatch) -> Scored:
+        assert seen is not None
+        self._hidden_ND = seen.hidden_ND
+        with torch.no_grad():
+            predicted = self._predict(seen.hidden_ND).view(micro.labels_BT.shape)
+        return Scored(torch.where(micro.labels_BT >= 0, predicted, -torch.inf), None)
+
+    @torch.enable_grad()
+    def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
+        """One update on what the kept slots lost; unlabelled ones (nll 0, label -100) weigh nothing."""
+        labelled = (micro.labels_BT.flatten().index_select(0, index_K) >= 0).float()
+        count = labelled.sum().clamp_min(1)
+        with torch.no_grad():
+            mean, square = ((x * labelled).sum() / count for x in (nll_K, nll_K.square()))
+            keep = torch.where(self._moments[2] > 0, 0.99, 0.0)
+            self._moments.copy_(torch.stack((mean, square, self._moments.new_ones(()))).lerp(self._moments, keep))
+            spread = (self._moments[1] - self._moments[0].square()).clamp_min(1e-6).sqrt()
+            target = (nll_K - self._moments[0]) / spread
+        error = self._predict(self._hidden_ND.index_select(0, index_K)) - target
+        self._optimizer.zero_grad(set_to_none=True)
+        ((error.square() * labelled).sum() / count).backward()
+        self._optimizer.step()
+
+    def _predict(self, hidden_RD: Tensor) -> Tensor:
+        """Standardised loss, one a row."""
+        x = hidden_RD.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return (torch.relu(x @ self._into.mT + self._bias) @ self._out.mT).squeeze(-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"into": self._into.data, "bias": self._bias.data, "out": self._out.data, "moments": self._moments}
+        for name, parameter in (("into", self._into), ("bias", self._bias), ("out", self._out)):
+            found |= {f"{name}.{key}": value for key, value in self._optimizer.state[parameter].items()}
+        return found
+
+
+class StaleScorer:
+    """A table of losses by position id."""
+
+    reads, learns = 0, True
+
+    def __init__(self, setting: Setting) -> None:
+        self.first_full_tokens = setting.num_positions
+        # One entry more than there are positions, for slots that hold none.
+        self._losses = torch.full((setting.num_positions + 1,), math.inf, device=setting.device)
+
+    def score(self, seen: Seen | None, micro: MicroBatch) -> Scored:
+        losses = self._losses[micro.position_ids_BT]
+        # Finite, so that a position never seen is kept rather than taken for one without a label.
+        finite = losses.clamp_max(torch.finfo(torch.float32).max)
+        return Scored(torch.where(micro.labels_BT >= 0, finite, -torch.inf), None)
+
+    def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
+        ids = micro.position_ids_BT.flatten().index_select(0, index_K)
+        labelled = micro.labels_BT.flatten().index_select(0, index_K) >= 0
+        # An empty slot repeats a position with that position's own loss, so whichever write lands last is right.
+        self._losses.index_copy_(0, torch.where(labelled, ids, len(self._losses) - 1), nll_K)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"losses": self._losses}
+
+
+def _init(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+
+
+Router = OwnScores | TruncatedRouter | Probe | StaleScores
+"""The choices of `SelectedTokens.router`."""
+
+__all__ = ["OwnScores", "Probe", "Router", "Scored", "Scorer", "Setting", "StaleScores", "TruncatedRouter"]

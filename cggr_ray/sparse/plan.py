@@ -1,0 +1,230 @@
+"""Plans: how a step with a route is executed. A plan runs the forward, asks for the route where its router can see
+enough, and returns what the objective needs.
+
+    Dense     ordinary forward and backward; the route only weighs the loss: the exact gradient of the selected loss
+    KeptRows  layers below the decision leave all rows, layers above it kept rows alone; backward on kept rows. Called
+              `after` where the model's own loss decides (all layers are below), `before` where a router does
+    TwoPass   the first forward leaves keys and values alone; the kept rows are computed again, with gradient
+    Skip      kept positions alone pass the middle layers, attending to one another; the loss is of all positions
+
+Dropped positions are constants in KeptRows and TwoPass; `layers.Detach` says of what. Token filtering of the backward
+pass: arXiv 2502.00340; random layerwise dropping: arXiv 2211.11586. Differs from 2502.00340: rows are never saved and
+then filtered where the decision comes first, and attention's backward runs on kept queries by construction.
+Shapes: B rows of T positions, N = B T, D width, K kept slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cggr_ray.data.batch import MicroBatch
+from cggr_ray.models.adapter import Adapter, Stream
+from cggr_ray.models.attention import Documents
+from cggr_ray.routing.route import TokenRoute
+from cggr_ray.schema import KEPT_LOSS, SKIP_LOSS
+from cggr_ray.sparse.block import Rotary
+from cggr_ray.sparse.kept import Kept, kept_rows
+from cggr_ray.sparse.layers import Detach, SparseLayers, Trace
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a router sees: hidden states after its layers, and what the last norm makes of them. No gradient."""
+
+    hidden_ND: Tensor
+    final_ND: Tensor
+    head_VD: Tensor
+
+
+Decide = Callable[[Seen | None], TokenRoute | None]
+"""None keeps everything, which is the plan `Dense` alone."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A forward under a plan: the stream and the route by which the objective reads it (None: every position)."""
+
+    stream: Stream
+    route: TokenRoute | None
+    statistics: dict[str, Tensor]
+    final: Callable[[], Tensor] | None = None
+    """Final hidden states of all positions by the whole model, without gradient, where the plan has them."""
+
+
+class Plan(Protocol):
+    LOSS: str
+    """The schema's name of the loss that a step under this plan reports."""
+
+    def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
+        """`reads`: layers that the router wants to have run before it decides; 0 shows it nothing."""
+        ...
+
+
+class Dense:
+    """The ordinary forward and backward. Without a route it is full training."""
+
+    LOSS = KEPT_LOSS
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
+        adapter, documents = self.adapter, self.adapter.documents(micro)
+        hidden = adapter.run_layers(adapter.embed(micro), micro.positions_BT, documents, slice(0, reads))
+        route = decide(seen(adapter, hidden.detach().flatten(0, 1)) if reads else None)
+        hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(reads, None))
+        stream = adapter.finish(hidden)
+        return Planned(stream, route, route.statistics if route else {}, stream.hidden_RD.detach)
+
+
+@torch.no_grad()
+def seen(adapter: Adapter, hidden_ND: Tensor) -> Seen:
+    return Seen(hidden_ND, adapter.final_norm(hidden_ND), adapter.head_VD.detach())
+
+
+class KeptRows:
+    """Backward on kept rows alone."""
+
+    LOSS = KEPT_LOSS
+
+    def __init__(self, adapter: Adapter, detach: Detach) -> None:
+        self.adapter = adapter
+        self.layers = SparseLayers(adapter.device, detach, adapter.gradient_checkpointing)
+
+    def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
+        run = Rows(self.adapter, self.layers, micro)
+        traces = [run.capture(i) for i in range(reads)]
+        route = run.keep(decide(seen(self.adapter, run.hidden_ND) if reads else None))
+        for i, trace in enumerate(traces):
+            traces[i] = trace.rows(run.kept.index_K)
+        traces.reverse()
+        for i in range(len(self.adapter.layers)):
+            run.replay(i, traces.pop() if traces else run.capture(i))
+        return run.finish(route)
+
+
+class TwoPass:
+    """The least memory: nothing but what is lent survives the first forward."""
+
+    LOSS = KEPT_LOSS
+
+    def __init__(self, adapter: Adapter, detach: Detach) -> None:
+        self.adapter = adapter
+        self.layers = SparseLayers(adapter.device, detach, adapter.gradient_checkpointing)
+
+    def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
+        run = Rows(self.adapter, self.layers, micro)
+        traces = [run.capture(i, products=False) for i in range(len(self.adapter.layers))]
+        route = run.keep(decide(seen(self.adapter, run.hidden_ND)))
+        for i, trace in enumerate(traces):
+            run.replay(i, trace)
+        return run.finish(route)
+
+
+class Rows:
+    """One micro-batch on its way through the layers: all rows without gradient, then the kept rows with it."""
+
+    def __init__(self, adapter: Adapter, layers: SparseLayers, micro: MicroBatch) -> None:
+        self.adapter, self.layers, self.micro = adapter, layers, micro
+        self.documents = adapter.documents(micro)
+        with torch.no_grad():
+            hidden = adapter.embed(micro)
+            rotary = adapter.family.rotary(hidden, micro.positions_BT)
+        self.rotary: dict[str, Rotary] = {
+            kind: (cos.flatten(0, 1), sin.flatten(0, 1)) for kind, (cos, sin) in rotary.items()
+        }
+        self.hidden_ND = hidden.flatten(0, 1)
+        self.kept: Kept
+        self.hidden_KD: Tensor
+
+    def rotary_of(self, layer: int) -> Rotary:
+        kind = self.adapter.shapes[layer].rotary
+        return None if kind is None else self.rotary[kind]
+
+    def capture(self, layer: int, products: bool = True) -> Trace:
+        """Runs a layer on all rows. Leaves the kept rows' products, or everybody's while nobody has been chosen."""
+        shape, weights = self.adapter.shapes[layer], self.adapter.family.weights(layer)
+        index = self.kept.index_K if hasattr(self, "kept") else None
+        self.hidden_ND, trace = self.layers.capture(
+            shape, weights, self.hidden_ND, self.rotary_of(layer), self.documents, index, products
+        )
+        return trace
+
+    def keep(self, route: TokenRoute | None) -> TokenRoute:
+        """From here on there are kept rows: their embeddings, with gradient."""
+        assert route is not None, "a plan for kept rows, and no route"
+        micro = self.micro
+        index = route.flat_index(micro.tokens_BT.numel() // len(route.index_BK))
+        self.start(index, route.filled_BK.flatten())
+        return route
+
+    def start(self, index: Tensor, filled: Tensor) -> None:
+        """The embeddings of the kept slots, with gradient."""
+        micro = self.micro
+        self.kept = kept_rows(index, filled, micro, self.adapter.shapes, self.rotary)
+        tokens, positions = (x.flatten().index_select(0, index) for x in (micro.tokens_BT, micro.positions_BT))
+        self.hidden_KD = self.adapter.family.embed(tokens, positions)
+
+    def replay(self, layer: int, trace: Trace) -> None:
+        """Runs a layer on the kept rows, with gradient."""
+        shape, weights = self.adapter.shapes[layer], self.adapter.family.weights(layer)
+        self.hidden_KD = self.layers.replay(shape, weights, self.hidden_KD, self.rotary_of(layer), self.kept, trace)
+
+    def finish(self, route: TokenRoute) -> Planned:
+        hidden_KD = self.adapter.final_norm(self.hidden_KD)
+        stream = Stream(hidden_KD, self.adapter.head_VD, self.kept.index_K)
+        return Planned(stream, route, route.statistics, self._final)
+
+    @torch.no_grad()
+    def _final(self) -> Tensor:
+        return self.adapter.final_norm(self.hidden_ND)
+
+
+class Skip:
+    """Kept positions alone pass the layers between the first `entry` and the last `exit`; the rest rejoin behind them.
+
+    Kept positions keep their place for the rotary embedding and see the kept positions of their document. Differs from
+    arXiv 2211.11586: one draw serves all middle layers. A sliding window counts kept keys.
+    """
+
+    LOSS = SKIP_LOSS
+
+    def __init__(self, adapter: Adapter, entry: int, exit: int) -> None:
+        if entry < 0 or exit < 0 or entry + exit >= len(adapter.layers):
+            raise ValueError(f"skip after {entry} and before the last {exit} of {len(adapter.layers)} layers; "
+                             "accepted: at least one layer between")  # fmt: skip
+        self.adapter, self.entry, self.exit = adapter, entry, exit
+
+    def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
+        adapter, documents = self.adapter, self.adapter.documents(micro)
+        assert reads in (0, self.entry)
+        hidden = adapter.run_layers(adapter.embed(micro), micro.positions_BT, documents, slice(0, self.entry))
+        route = decide(seen(adapter, hidden.detach().flatten(0, 1)) if reads else None)
+        assert route is not None, "a plan for kept rows, and no route"
+        middle = slice(self.entry, len(adapter.layers) - self.exit)
+        index = route.flat_index(micro.tokens_BT.shape[1])
+        kept = hidden.flatten(0, 1).index_select(0, index).unflatten(0, route.index_BK.shape)
+        positions = micro.positions_BT.gather(1, route.index_BK)
+        kept = adapter.run_layers(kept, positions, among_kept(documents, route, micro), middle)
+        # An empty slot repeats a position: it is written behind the end, and dropped there.
+        target = torch.where(route.filled_BK.flatten(), index, micro.tokens_BT.numel())
+        padded = torch.cat((hidden.flatten(0, 1), hidden.new_zeros(1, hidden.shape[-1])))
+        joined = padded.index_copy(0, target, kept.flatten(0, 1))[:-1].view_as(hidden)
+        joined = adapter.run_layers(joined, micro.positions_BT, documents, slice(middle.stop, None))
+        return Planned(adapter.finish(joined), None, route.statistics)
+
+
+def among_kept(documents: Documents, route: TokenRoute, micro: MicroBatch) -> Documents:
+    """The documents of the rows that consist of kept slots alone. A document of which nothing is kept has length 0."""
+    rows, slots = route.index_BK.shape
+    index = route.flat_index(micro.tokens_BT.shape[1])
+    starts = torch.searchsorted(index, documents.starts.long(), out_int32=True)
+    own_start = index - micro.positions_BT.flatten().index_select(0, index)
+    first = torch.searchsorted(index, own_start).view(rows, slots)
+    offset = torch.arange(rows, device=index.device).unsqueeze(1) * slots
+    return Documents(starts, min(documents.longest, slots), first - offset)
