@@ -6,8 +6,13 @@ Public names resolve on first use, so that `import cggr_ray.schema` needs nothin
 from importlib import import_module
 
 _PUBLIC = {
+    "CGGRLoss": "cggr_ray.api",
+    "CGGRModel": "cggr_ray.api",
+    "CGGRScorer": "cggr_ray.api",
+    "CGGRWrapper": "cggr_ray.api",
     "RaceSpec": "cggr_ray.race",
     "Recipe": "cggr_ray.recipe",
+    "create_truncated_router": "cggr_ray.api",
     "load_race": "cggr_ray.race",
     "load_recipe": "cggr_ray.recipe",
     "plan_trials": "cggr_ray.race",

@@ -88,7 +88,7 @@ class Adapter:
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """Inside, the model's layers attend as this adapter needs; afterwards as before, for others who use the model."""
+        """Inside, the model's layers attend as this adapter needs; afterwards as before, for others who use them."""
         config = self.family.config
         before = config._attn_implementation
         if before != self._attention:

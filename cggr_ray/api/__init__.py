@@ -1,0 +1,17 @@
+"""For other people's training loops: selective losses and models around an ordinary causal LM.
+
+    CGGRLoss                  the loss of the hardest positions, from logits or from hidden states
+    CGGRScorer                how hard each position is
+    CGGRModel                 a causal LM whose backward pass runs on the hardest positions alone
+    create_truncated_router   decides which, by the model's own first layers
+    CGGRWrapper               the easier a position, the fewer layers learn from it
+
+Schedules count steps here, as such loops do; `step()` is to be called once an optimizer step.
+"""
+
+from cggr_ray.api.loss import CGGRLoss, CGGRScorer
+from cggr_ray.api.model import CGGRModel
+from cggr_ray.api.router import TruncatedModel, create_truncated_router
+from cggr_ray.api.wrapper import CGGRWrapper
+
+__all__ = ["CGGRLoss", "CGGRModel", "CGGRScorer", "CGGRWrapper", "TruncatedModel", "create_truncated_router"]

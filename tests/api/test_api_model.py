@@ -1,0 +1,424 @@
+"""CGGRModel and its router against plain Hugging Face models, hooks and brute force."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import CONFIGS, small_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PreTrainedModel
+
+from cggr_ray import CGGRModel, create_truncated_router
+from cggr_ray.api.batches import prepare
+from cggr_ray.schema import KEPT_LOSS, ROUTER_KEPT_FRACTION, TRAIN_LOSS
+
+ROTARY = [name for name in CONFIGS if name != "gpt2"]
+ROWS, WIDTH, VOCABULARY = 3, 17, 96
+Batch = dict[str, Tensor]
+
+
+def batch(padding: str = "none", seed: int = 0) -> Batch:
+    """Input ids, mask and labels as a collator makes them; a left-padded row has no label for its first token."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (ROWS, WIDTH), generator=g)
+    labels = torch.where(torch.rand(ROWS, WIDTH, generator=g) < 0.15, -100, tokens)
+    if padding == "none":
+        return {"input_ids": tokens, "labels": labels}
+    mask = torch.ones_like(tokens)
+    for row, pads in enumerate((4, 0, 9)):
+        places = slice(0, pads) if padding == "left" else slice(WIDTH - pads, WIDTH)
+        mask[row, places] = 0
+        labels[row, places] = -100
+        if padding == "left":
+            labels[row, pads] = -100
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def packed() -> Batch:
+    """Rows of documents; the first label of each is left out, as collators of packed rows do."""
+    found = batch()
+    positions = torch.cat([torch.arange(n) for n in (5, 11, 1)]), torch.arange(17), torch.arange(17) % 6
+    found["position_ids"] = torch.stack(positions)
+    found["labels"] = torch.where(found["position_ids"] == 0, -100, found["labels"])
+    return found
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    largest = max(gradient.norm().item() for gradient in expected.values())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm().item()
+        assert error <= 1e-5 * max(gradient.norm().item(), 0.05 * largest), name
+
+
+def keep_all(model: PreTrainedModel, **options: Any) -> CGGRModel:
+    return CGGRModel(model, **{"dynamic_threshold": False} | options)
+
+
+def selecting(model: PreTrainedModel, ratio: float = 0.3, **options: Any) -> CGGRModel:
+    return CGGRModel(model, **{"dynamic_threshold": False, "warmup_steps": 0, "min_tokens_ratio": ratio} | options)
+
+
+CASES = [(family, padding) for family in CONFIGS for padding in ("none", "right", "packed")]
+CASES += [(family, "left") for family in ROTARY]
+
+
+@pytest.mark.parametrize(("family", "padding"), CASES)
+def test_before_the_warm_up_it_is_the_model_s_own_loss(family: str, padding: str) -> None:
+    inputs = packed() if padding == "packed" else batch(padding)
+    model = small_model(family)
+    expected = copy.deepcopy(model)(**inputs).loss
+    expected_model = copy.deepcopy(model)
+    expected_model(**inputs).loss.backward()
+    cggr = keep_all(model)
+    loss = cggr(**inputs)
+    loss.backward()
+    assert loss.ndim == 0
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_close(gradients(model), gradients(expected_model))
+    assert cggr.metrics() == {TRAIN_LOSS: pytest.approx(expected.item(), rel=1e-5), ROUTER_KEPT_FRACTION: 1.0}
+
+
+def labels_by_hand(inputs: Batch) -> list[list[int]]:
+    rows = []
+    for b, labels in enumerate(inputs["labels"].tolist()):
+        mask = inputs["attention_mask"][b].tolist() if "attention_mask" in inputs else [1] * WIDTH
+        places = inputs["position_ids"][b].tolist() if "position_ids" in inputs else [1] * WIDTH
+        row = [-100] * WIDTH
+        for t in range(WIDTH - 1):
+            if mask[t] and mask[t + 1] and places[t + 1] != 0:
+                row[t] = labels[t + 1]
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "left", "packed"])
+def test_labels_documents_and_positions_of_a_batch(kind: str) -> None:
+    inputs = packed() if kind == "packed" else batch(kind)
+    masked = dict(inputs, labels=inputs["input_ids"])
+    for given in (inputs, masked):
+        micro, faults = prepare(
+            given["input_ids"], given.get("attention_mask"), given["labels"], given.get("position_ids"), False
+        )
+        assert micro.labels_BT.tolist() == labels_by_hand(given) and not faults.any()
+    starts = (micro.positions_BT.flatten() == 0).nonzero().flatten().tolist()
+    offsets = micro.document_starts.tolist()
+    assert offsets[: len(starts)] == starts and set(offsets[len(starts) :]) == {ROWS * WIDTH}
+    if kind == "left":
+        assert micro.positions_BT[0].tolist() == [*range(4), *range(13)]
+    if kind == "packed":
+        assert torch.equal(micro.positions_BT, inputs["position_ids"])
+
+
+def combined(logits: Tensor, labels: Tensor) -> Tensor:
+    """Scores by the definition, in float64; -inf without a label."""
+    p = logits.double().softmax(-1)
+    top = p.topk(2).values
+    nll = -p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).log()
+    found = -(p * p.log()).sum(-1) - top[..., 0] + 1 - (top[..., 0] - top[..., 1]) + nll
+    return torch.where(labels >= 0, found, -torch.inf)
+
+
+def kept_by_hand(logits: Tensor, labels: Tensor, ratio: float) -> Tensor:
+    count = round(ratio * int((labels >= 0).sum()))
+    kept = combined(logits, labels).flatten().topk(count).indices
+    return torch.zeros(labels.numel(), dtype=torch.bool).index_fill_(0, kept, True).view(labels.shape)
+
+
+def detached_loss(model: PreTrainedModel, inputs: Batch, kept_BT: Tensor) -> Tensor:
+    """The loss of the kept positions by the model itself; at every layer's input the others are constants."""
+
+    def pre(module: nn.Module, args: Any, keywords: Any) -> Any:
+        hidden = args[0] if args else keywords["hidden_states"]
+        hidden = torch.where(kept_BT.unsqueeze(-1), hidden, hidden.detach())
+        return ((hidden, *args[1:]), keywords) if args else (args, keywords | {"hidden_states": hidden})
+
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    handles = [layer.register_forward_pre_hook(pre, with_kwargs=True) for layer in layers]
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits
+    for handle in handles:
+        handle.remove()
+    return F.cross_entropy(logits[kept_BT], torch.tensor(labels_by_hand(inputs))[kept_BT])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_token_mode_is_the_gradient_of_the_hardest_positions(family: str) -> None:
+    inputs = batch("right")
+    model = small_model(family)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        logits = plain(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    labels = torch.tensor(labels_by_hand(inputs))
+    kept = kept_by_hand(logits, labels, 0.3)
+    expected = detached_loss(plain, inputs, kept)
+    expected.backward()
+    cggr = selecting(model, detach="live")
+    loss = cggr(**inputs)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert_close(gradients(model), gradients(plain))
+    found = cggr.metrics()
+    assert found[KEPT_LOSS] == pytest.approx(expected.item(), rel=1e-5)
+    assert found[ROUTER_KEPT_FRACTION] == pytest.approx(int(kept.sum()) / int((labels >= 0).sum()))
+
+
+@pytest.mark.parametrize("options", [{"plan": "two_pass"}, {"gradient_checkpointing": True}, {"plan": "dense"}])
+def test_other_plans_have_the_same_loss(options: dict[str, Any]) -> None:
+    inputs, model = batch("left"), small_model("qwen3")
+    expected = selecting(model)(**inputs)
+    expected.backward()
+    one = gradients(model)
+    found = selecting(model, **options)(**inputs)
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    if "plan" not in options or options["plan"] == "two_pass":
+        assert_close(gradients(model), one)
+
+
+def truncated(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A copy with fewer layers."""
+    found = copy.deepcopy(model)
+    if hasattr(found, "transformer"):
+        found.transformer.h = found.transformer.h[:layers]
+    else:
+        found.model.layers = found.model.layers[:layers]
+        found.config.num_hidden_layers = layers
+    return found
+
+
+@pytest.mark.parametrize(("family", "padding"), [case for case in CASES if case[1] in ("right", "left")])
+def test_a_truncated_router_is_the_model_cut_off(family: str, padding: str) -> None:
+    inputs, model = batch(padding), small_model(family)
+    mask, labels = inputs["attention_mask"], torch.tensor(labels_by_hand(inputs))
+    before = dict(model.named_parameters())
+    router = create_truncated_router(model, num_layers=2)
+    expected = truncated(model, 2)(input_ids=inputs["input_ids"], attention_mask=mask).logits
+    found = router(inputs["input_ids"], mask)
+    torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-4)
+    scores = router.scores(**inputs)
+    assert scores.dtype == torch.float32 and not found.requires_grad and not isinstance(router, nn.Module)
+    torch.testing.assert_close(scores.double(), combined(expected, labels), rtol=1e-4, atol=1e-4)
+    assert dict(model.named_parameters()).keys() == before.keys()
+
+
+def test_a_router_decides_and_shares_its_layers() -> None:
+    inputs, model = batch("right"), small_model("llama")
+    router = create_truncated_router(model, num_layers=1)
+    kept = kept_by_hand(
+        router(inputs["input_ids"], inputs["attention_mask"]), torch.tensor(labels_by_hand(inputs)), 0.3
+    )
+    plain = copy.deepcopy(model)
+    expected = detached_loss(plain, inputs, kept)
+    expected.backward()
+    cggr = selecting(model, router=router, detach="live")
+    calls: list[int] = []
+    handle = model.model.norm.register_forward_hook(lambda *_: calls.append(0))
+    loss = cggr(**inputs)
+    handle.remove()
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert_close(gradients(model), gradients(plain))
+    assert len(calls) == 2, "one norm for the router, one for the loss"
+    own = {f"model.{name}" for name in model.state_dict()}
+    assert set(cggr.state_dict()) == own | {"curriculum.num_steps", "curriculum.confidence"}
+    assert [id(p) for p in cggr.parameters()] == [id(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+def test_sequence_mode_trains_the_hardest_rows(layers: int | None) -> None:
+    inputs, model = batch("right", seed=4), small_model("qwen2")
+    inputs["labels"][2] = -100
+    plain, labels = copy.deepcopy(model), torch.tensor(labels_by_hand(inputs))
+    scorer = plain if layers is None else truncated(plain, layers)
+    scores = combined(scorer(input_ids=inputs["input_ids"]).logits, labels)
+    means = torch.stack([row[row > -torch.inf].mean() for row in scores[:2]])
+    row = int(means.argmax())
+    expected = plain(**{name: value[row : row + 1] for name, value in inputs.items()}).loss
+    expected.backward()
+    router = None if layers is None else create_truncated_router(model, layers)
+    cggr = selecting(model, mode="sequence", router=router)
+    loss = cggr(**inputs)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_close(gradients(model), gradients(plain))
+    share = int((labels[row] >= 0).sum()) / int((labels >= 0).sum())
+    assert cggr.metrics()[ROUTER_KEPT_FRACTION] == pytest.approx(share)
+
+
+def test_the_kept_count_follows_the_steps_and_the_confidence() -> None:
+    inputs, model = batch(), small_model("llama")
+    labelled = sum(label >= 0 for row in labels_by_hand(inputs) for label in row)
+    cggr = CGGRModel(model, warmup_steps=4)
+    for step in range(7):
+        cggr(**inputs)
+        base = 1 - min(1, step / 4) * 0.75
+        found = cggr.metrics()
+        kept = round(found[ROUTER_KEPT_FRACTION] * labelled)
+        # Nothing has been scored at a ratio of 1, and what is scored counts two calls later.
+        raised = base * (1 + 0.5 * (1 - found["router/confidence"])) if step >= 3 else base
+        assert kept == round(min(1, raised) * labelled), step
+        cggr.step()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_the_model_is_the_caller_s_afterwards(family: str) -> None:
+    model = small_model(family)
+    model.set_attn_implementation("eager")
+    untouched, inputs = copy.deepcopy(model), batch("right")
+    router = create_truncated_router(model.eval(), 2)
+    cggr = selecting(model, router=router)
+    assert not model.training
+    cggr.train()
+    cggr(**inputs).backward()
+    assert model.config._attn_implementation == "eager" and model.training
+    cggr.eval()
+    found, expected = cggr(**inputs), untouched.eval()(**inputs)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.logits, expected.logits)
+    train = cggr.train()(input_ids=inputs["input_ids"])
+    torch.testing.assert_close(train.logits, untouched(inputs["input_ids"]).logits)
+    prompt = inputs["input_ids"][:, :5]
+    keywords = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = cggr.model.eval().generate(prompt, **keywords)
+    assert torch.equal(generated, untouched.generate(prompt, **keywords))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_is_restored_when_a_forward_fails_and_in_the_backward(checkpointing: bool) -> None:
+    model = small_model("llama")
+    model.set_attn_implementation("eager")
+    cggr = keep_all(model, gradient_checkpointing=checkpointing)
+    loss = cggr(**batch())
+    assert model.config._attn_implementation == "eager"
+    loss.backward()
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(IndexError):
+        cggr(input_ids=torch.full((1, 4), VOCABULARY), labels=torch.ones(1, 4, dtype=torch.int64))
+    assert model.config._attn_implementation == "eager"
+
+
+def test_autocast_changes_nothing() -> None:
+    model = small_model("llama")
+    expected = selecting(model)(**batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(selecting(model)(**batch()), expected)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_loop_learns(family: str) -> None:
+    model = small_model(family)
+    cggr = CGGRModel(model, router=create_truncated_router(model, 1), warmup_steps=3)
+    optimizer = torch.optim.AdamW(cggr.parameters(), lr=1e-2)
+    inputs = batch("right")
+    first = cggr.eval()(**inputs).loss.item()
+    cggr.train()
+    for _ in range(8):
+        cggr(**inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cggr.step()
+    assert cggr.eval()(**inputs).loss.item() < first - 0.5
+
+
+def test_a_saved_model_goes_on_as_if_nothing_had_been() -> None:
+    def make() -> tuple[CGGRModel, torch.optim.Optimizer]:
+        cggr = CGGRModel(small_model("llama"), selection="stratified", warmup_steps=4, seed=3)
+        return cggr, torch.optim.SGD(cggr.parameters(), lr=0.05)
+
+    def run(cggr: CGGRModel, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            loss = cggr(**batch(seed=step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            cggr.step()
+            losses.append(loss.item())
+        return losses
+
+    whole = run(*make(), range(8))
+    first, second = make(), make()
+    assert run(*first, range(5)) == whole[:5]
+    second[0].load_state_dict(first[0].state_dict())
+    assert run(*second, range(5, 8)) == whole[5:]
+
+
+def test_micro_batches_add_up_with_the_count_of_the_step() -> None:
+    inputs, model = batch("right"), small_model("llama")
+    plain = copy.deepcopy(model)
+    plain(**inputs).loss.backward()
+    count = sum(label >= 0 for row in labels_by_hand(inputs) for label in row)
+    cggr = keep_all(model, return_dict=True)
+    for rows in (slice(0, 1), slice(1, 3)):
+        part = {name: value[rows] for name, value in inputs.items()}
+        cggr(**part, num_items_in_batch=torch.tensor(count)).loss.backward()
+    assert_close(gradients(model), gradients(plain))
+    assert cggr(**inputs, return_dict=False).ndim == 0
+
+
+def test_without_a_label_the_loss_is_zero() -> None:
+    model = small_model("llama")
+    for cggr in (keep_all(model), selecting(model), selecting(model, mode="sequence")):
+        loss = cggr(input_ids=batch()["input_ids"], labels=torch.full((ROWS, WIDTH), -100))
+        loss.backward()
+        assert loss.item() == 0 and not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def mistakes() -> list[tuple[Callable[[], Any], str]]:
+    llama, gpt2 = small_model("llama"), small_model("gpt2")
+    foreign = AutoModelForCausalLM.from_config(
+        GPTNeoXConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    adapted, checkpointed = small_model("llama"), small_model("llama")
+    adapted.model.layers[1].self_attn.q_proj.register_parameter("lora_A", nn.Parameter(torch.ones(2, 2)))
+    checkpointed.gradient_checkpointing_enable()
+    dropping = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
+    tokens = batch()["input_ids"]
+    holes, left = torch.ones_like(tokens), torch.ones_like(tokens)
+    holes[1, 5], left[0, :3] = 0, 0
+
+    def call(model: PreTrainedModel, **inputs: Tensor) -> Callable[[], Any]:
+        return lambda: keep_all(model)(**{"input_ids": tokens, "labels": tokens} | inputs)
+
+    return [
+        (call(llama, attention_mask=holes), "attention_mask with holes; accepted: ones in one piece"),
+        (call(gpt2, attention_mask=left), "padded on the left, of a model with absolute positions; accepted"),
+        (call(llama, position_ids=torch.arange(WIDTH).expand(3, -1) + 1), "position_ids that are no documents"),
+        (call(llama, position_ids=torch.arange(WIDTH).expand(3, -1) * 2), "position_ids that are no documents"),
+        (call(llama, labels=tokens[:, 1:]), r"labels of shape \(3, 16\); accepted: \(3, 17\)"),
+        (call(llama, attention_mask=torch.ones(3, 1, 17, 17)), r"attention_mask of shape \(3, 1, 17, 17\)"),
+        (call(llama, input_ids=tokens[0], labels=tokens[0]), r"input_ids of shape \(17,\); accepted: \(B, T\)"),
+        (lambda: CGGRModel(foreign), "model family 'gpt_neox'; accepted: llama, mistral"),
+        (lambda: CGGRModel(adapted), "parameter 'self_attn.q_proj.lora_A' of layer 1; accepted"),
+        (lambda: CGGRModel(checkpointed), "gradient checkpointing of the model's own; accepted"),
+        (lambda: CGGRModel(dropping), "resid_pdrop = 0.1; accepted: 0|attn_pdrop = 0.1; accepted: 0"),
+        (lambda: CGGRModel(nn.Linear(2, 2)), "Linear; accepted: a causal LM of transformers"),
+        (lambda: create_truncated_router(llama), "num_layers = 4 of a model with 3; accepted: 1 to 2"),
+        (lambda: create_truncated_router(llama, 0), "num_layers = 0"),
+        (lambda: CGGRModel(llama, router=create_truncated_router(gpt2, 1)), "router .* of the same model"),
+        (lambda: CGGRModel(llama, mode="rows"), "mode = 'rows'; accepted: token, sequence"),
+        (lambda: CGGRModel(llama, plan="fast"), "plan = 'fast'; accepted: dense"),
+        (lambda: CGGRModel(llama, plan="before"), "plan 'before' with the model's own scores"),
+        (lambda: CGGRModel(llama, detach="both"), "detach = 'both'; accepted: const, live"),
+        (lambda: CGGRModel(llama, mode="sequence", selection="stratified"), "mode 'sequence' with 'stratified'"),
+        (lambda: CGGRModel(llama, min_tokens_ratio=2), "min_tokens_ratio = 2; accepted"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(21))
+def test_mistakes_are_named(number: int) -> None:
+    call, message = mistakes()[number]
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert len(mistakes()) == 21
