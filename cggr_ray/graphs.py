@@ -41,7 +41,8 @@ class Graphs:
         self._captured: dict[Hashable, Captured] = {}
 
     def run(self, key: Hashable, step: MicroStep, micro: MicroBatch, scale: Tensor) -> Any:
-        """`step(micro, scale)`, captured at the first call of a key, when all it compiles has been compiled.
+        """`step(micro, scale)`. The first call of a key runs it once as it is, which compiles what there is to compile,
+        and captures it; so first calls belong into a warm-up.
 
         The result's tensors are overwritten by the next run of the same key.
         """
@@ -60,6 +61,7 @@ class Graphs:
         micro = replace(micro, **{name: getattr(micro, name).clone() for name in tensor_fields(micro)})
         scale = scale.clone()
         before = [parameter.grad for parameter in self._parameters]
+        step(micro, scale)
         for parameter in self._parameters:
             parameter.grad = None
         graph = torch.cuda.CUDAGraph()

@@ -14,6 +14,7 @@ TESTS = {
     "optimizer": ("tests/optim",),
     "loop": ("tests/test_loop.py", "tests/optim"),
     "step": ("tests/sparse", "tests/kernels", "tests/routing"),
+    "memory": ("tests/sparse",),
     "head-stats": ("tests/kernels/test_head_stats.py", "tests/kernels/test_head_stats_kernel.py"),
     "logit-stats": ("tests/kernels/test_logit_stats.py",),
 }
@@ -28,7 +29,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     from rich.console import Console
     from rich.table import Table
 
-    from cggr_ray.benchmarks import head_stats, logit_stats, loop, optimizer, step
+    from cggr_ray.benchmarks import head_stats, logit_stats, loop, memory, optimizer, step
     from cggr_ray.benchmarks.rows import Shape, append
     from cggr_ray.loop import pick_device
 
@@ -36,6 +37,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
         "optimizer": (optimizer.bench_optimizer, optimizer.SHAPES),
         "loop": (loop.bench_loop, loop.SHAPES),
         "step": (step.bench_step, step.SHAPES),
+        "memory": (memory.bench_memory, memory.SHAPES),
         "head-stats": (head_stats.bench_head_stats, head_stats.SHAPES),
         "logit-stats": (logit_stats.bench_logit_stats, logit_stats.SHAPES),
     }

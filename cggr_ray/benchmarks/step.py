@@ -5,7 +5,8 @@ or ours in chunks, and Liger's fused one where it is installed. Ours (`kept_RATI
 model's own loss after the forward, `router` by a probe on the first layers, `random` by chance. Providers run launch by
 launch, and again as a CUDA graph where they can; `upstream_cggr` is the PyPI package as it is, in eager mode.
 
-The value is the fastest baseline's time over this provider's. No optimizer, no loader.
+The value is the fastest baseline's time over this provider's; rows in `arithmetic_limit` say what the plan could reach
+(`costs`). No optimizer, no loader.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cggr_ray.benchmarks.costs import costs_of
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.timing import Timing, interleaved
 from cggr_ray.compiling import compiled_on
@@ -40,6 +42,8 @@ from cggr_ray.sparse.layers import Detach
 
 SHAPES = ("smollm-135m/32x1024", "llama-1.5b/4x2048", "gemma-3-4b/2x2048")
 RATIOS = (0.25, 0.5)
+# Parameters of a model whose layers keep the GPU busy by themselves; graphs would only hold more memory.
+GRAPHS_BELOW = 10**9
 DETACH: tuple[Detach, ...] = ("const", "live")
 NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
 Call = Callable[[], None]
@@ -51,7 +55,7 @@ def bench_step(shape: Shape, device: str, rounds: int, folder: Path) -> list[Ben
     providers = work.full() | work.kept() | work.upstream()
     times = interleaved(providers, rounds, found)
     best = min(timing.p50 for name, timing in times.items() if name.startswith("full_"))
-    return [work.row(name, timing, best) for name, timing in times.items()] + work.not_installed()
+    return [work.row(name, timing, best) for name, timing in times.items()] + work.limits() + work.not_installed()
 
 
 class Work:
@@ -70,7 +74,8 @@ class Work:
         self._missing: list[str] = []
         self._passes = self._build_passes()
         generators = [g for run_pass, _ in self._passes.values() for g in run_pass.router.generators()]
-        self.graphs = Graphs(self.parameters, generators) if device.type == "cuda" else None
+        graphed = device.type == "cuda" and sum(p.numel() for p in self.parameters) < GRAPHS_BELOW
+        self.graphs = Graphs(self.parameters, generators) if graphed else None
 
     def full(self) -> dict[str, Call]:
         """Baselines, each with and without a graph."""
@@ -132,6 +137,19 @@ class Work:
 
     def row(self, name: str, timing: Timing, best: float) -> BenchRow:
         return bench_row("step", self.shape, name, self.dtype, self.device, timing, best / timing.p50, "speedup")
+
+    def limits(self) -> list[BenchRow]:
+        """What each plan could reach if everything ran at the speed of full training."""
+        vocabulary, width = self.adapter.head_VD.shape
+        inner = self.model.config.intermediate_size
+        costs = costs_of(self.adapter.shapes, width, inner, vocabulary, self.shape.positions)
+        rows = []
+        for name, (_, ratio) in self._passes.items():
+            limit = costs.limit(ratio, own="_own_" in name, live=name.endswith("_live"))
+            nothing = Timing(0.0, 0.0, 0.0, 0.0)
+            row = bench_row("step", self.shape, name, self.dtype, self.device, nothing, limit, "arithmetic_limit")
+            rows.append(row)
+        return rows
 
     def not_installed(self) -> list[BenchRow]:
         nothing = Timing(0.0, 0.0, 0.0, 0.0)

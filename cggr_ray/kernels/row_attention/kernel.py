@@ -315,8 +315,8 @@ def row_attention_bwd_keys_kernel(
     v = _load_rows(v_at, stride_vn, num_keys - at, BK, E, EP, True)
     dk = tl.zeros((BK, EP), tl.float32)
     dv = tl.zeros((BK, EP), tl.float32)
-    # At least 1, though an empty loop never divides: a division by 0 would be undefined, and the compiler would conclude
-    # that every loop runs and load its first tile unasked, past the end.
+    # At least 1, though an empty loop never divides: a division by 0 is undefined, so the compiler would take it that
+    # every loop runs, and load its first tile unasked, past the end.
     edges, inner = tl.maximum(left + right, 1), tl.maximum(whole, 1)
     for i in range(R * (left + right)):
         t = i % edges

@@ -1,0 +1,96 @@
+"""`bench memory`: the largest micro-batch that fits beside weights, gradients and optimizer state, found by trying.
+
+Forward and backward of rows of the shape's length, one document each, more rows every time until the device has no
+memory left. The shape's row count is where the search starts. The chunked head serves all providers. The value is the
+largest number of rows over that of full training.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
+from cggr_ray.benchmarks.step import NOW, random_micro, random_model
+from cggr_ray.benchmarks.timing import MIB, Timing
+from cggr_ray.learner import Pass
+from cggr_ray.loop import pick_device
+from cggr_ray.models.adapter import Adapter
+from cggr_ray.recipe import Recipe
+from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens
+
+SHAPES = ("llama-1.5b/8x2048", "gemma-3-4b/4x2048")
+# The search stops when the rows that fit and the rows that do not are this close, relatively.
+CLOSE = 0.03
+RATIO = 0.25
+PARTS: dict[str, AllTokens | SelectedTokens | RandomTokens] = {
+    "full": AllTokens(),
+    "kept_0.25_before_const": RandomTokens(RATIO, "before", "const"),
+    "kept_0.25_before_live": RandomTokens(RATIO, "before", "live"),
+    "kept_0.25_two_pass_const": SelectedTokens(RATIO, "loss", plan="two_pass", detach="const"),
+}
+
+
+def bench_memory(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
+    """`rounds` bounds the number of tries of a provider."""
+    found = pick_device(device)
+    if found.type != "cuda":
+        raise ValueError(f"benchmark 'memory' on {found}; accepted: a GPU, whose memory has an end")
+    model = random_model(shape.model, found, torch.bfloat16)
+    adapter = Adapter(model)
+    optimizer = Recipe("bench").optimizer.build(adapter.named_parameters(), adapter.hidden_names(), found)
+    resident = torch.cuda.memory_allocated(found) / MIB
+    fits = {name: most_rows(part, adapter, shape, rounds) for name, part in PARTS.items()}
+    del optimizer
+    rows = []
+    for name, (most, peak) in fits.items():
+        timing = Timing(0.0, 0.0, 0.0, peak)
+        for value, unit in ((most / fits["full"][0], "times_full"), (float(most), "rows"), (resident, "resident_mib")):
+            rows.append(bench_row("memory", shape, name, torch.bfloat16, found, timing, value, unit))
+    return rows
+
+
+def most_rows(
+    part: AllTokens | SelectedTokens | RandomTokens, adapter: Adapter, shape: Shape, tries: int
+) -> tuple[int, float]:
+    """(rows that fit, MiB at the peak with them). The next larger number that was tried did not fit."""
+    fitting, peak, failing = 0, 0.0, None
+    rows = shape.rows
+    for _ in range(tries):
+        used = peak_of(part, adapter, replace(shape, rows=rows))
+        if used is None:
+            failing = rows
+        else:
+            fitting, peak = rows, used
+        if failing is not None and failing - fitting <= max(1, round(CLOSE * fitting)):
+            return fitting, peak
+        rows = fitting * 2 if failing is None else (fitting + failing) // 2
+    raise ValueError(f"{tries} rounds were too few to find where memory ends; accepted: more")
+
+
+def peak_of(part: AllTokens | SelectedTokens | RandomTokens, adapter: Adapter, shape: Shape) -> float | None:
+    """MiB at the peak of a forward and backward, or None where it ran out of memory."""
+    device = adapter.device
+    micro = random_micro(shape, adapter.head_VD.shape[0], device)
+    run_pass = Pass(Recipe("bench", tokens=part), adapter, 0, micro.tokens_BT.numel())
+    run_pass.router.begin(micro, NOW)
+    ratio = 1.0 if isinstance(part, AllTokens) else RATIO
+    scale = torch.tensor(1 / micro.labelled, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        for _ in range(2):
+            run_pass(micro, scale, ratio)
+            for _, parameter in adapter.named_parameters():
+                parameter.grad = None
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) / MIB
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        for _, parameter in adapter.named_parameters():
+            parameter.grad = None
+        gc.collect()
+        torch.cuda.empty_cache()
