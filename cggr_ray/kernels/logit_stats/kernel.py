@@ -17,7 +17,7 @@ from cggr_ray.kernels.head_stats.reference import HeadStats
 from cggr_ray.kernels.head_stats.tiling import NUM_PARTS
 
 # Lanes of a program, threads times four, so that a thread has four vectors in flight.
-LANES, WARPS = 512, 4
+LANES, WARPS = 256, 4
 # Bytes of a vector: one load of a thread.
 VECTOR_BYTES = 16
 # Programs wanted for each multiprocessor, and tiles wanted for each program.
