@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cggr_ray.codec import nearest, to_plain
-from cggr_ray.data.dataset import AnySource, prepare
+from cggr_ray.data.dataset import AnySource, open_data, prepare
 from cggr_ray.data.sources import DATA_PRESETS
 from cggr_ray.environment import PACKAGES, fingerprint, version
+from cggr_ray.evaluation.reference import check_reference
 from cggr_ray.loop import pick_device
 from cggr_ray.models.presets import parameter_count
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
+from cggr_ray.recipe import references_beside
 from cggr_ray.schema import RACE_FILE, SUMMARY_FILE
 from cggr_ray.telemetry.console import RaceConsole
 
@@ -86,6 +88,7 @@ def race(
     left = [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()][:most]
     console = Console()
     prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
+    check_references(spec, folder / "data")
     if address is None and default_race(spec.device) == "cpu":
         console.print("on the CPU: float32, eager, nothing is compiled", style="dim")
     failed: list[str] = []
@@ -104,6 +107,13 @@ def check(spec: RaceSpec, executor: str, address: str | None) -> None:
     spec.data.check()
     if address is None:
         pick_device(spec.device)
+
+
+def check_references(spec: RaceSpec, data_folder: Path) -> None:
+    """Whether the reference models that recipes name read the tokens of the prepared data."""
+    named = {recipe.reference for recipe in map(spec.recipe, spec.recipes) if recipe.reference is not None}
+    for reference in sorted(named):
+        check_reference(reference, open_data(spec.data, data_folder))
 
 
 def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
@@ -155,6 +165,7 @@ def sweep(
 
     begin(folder, spec, [])
     prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
+    check_references(spec, folder / "data")
     with RaceConsole(spec.budget_seconds, console=console) as live:
         run_sweep(spec, space, folder, trials, seed, early_stopping, executor, address, live.show)
     table = Table("trial", "status", "val/loss", "values", title="best trials")
@@ -175,6 +186,8 @@ def specify(name: str | None, changes: Mapping[str, Any], values: Mapping[str, A
     for key, value in values.items():
         arm, colon, dotted = key.rpartition(":")
         (plain["arms"].setdefault(arm, {}) if colon else plain["values"])[dotted] = value
+    for table in (plain["values"], *plain["arms"].values()):
+        references_beside(Path.cwd(), table)
     changed = RaceSpec.from_plain(plain)
     for recipe in changed.recipes:
         changed.recipe(recipe)

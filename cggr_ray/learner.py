@@ -44,8 +44,10 @@ class Levels(NamedTuple):
 class Pass:
     """Forward, route, loss and backward of one micro-batch. The gradients stay with the parameters."""
 
-    def __init__(self, recipe: Recipe, adapter: Adapter, seed: int, num_positions: int) -> None:
-        setting = Setting(adapter.device, len(adapter.layers), adapter.head_VD.shape[1], num_positions)
+    def __init__(
+        self, recipe: Recipe, adapter: Adapter, seed: int, num_positions: int, reference: Tensor | None = None
+    ) -> None:
+        setting = Setting(adapter.device, len(adapter.layers), adapter.head_VD.shape[1], num_positions, reference)
         self.adapter, self.objective = adapter, recipe.objective
         self.router = recipe.tokens.build(seed, setting)
         self.plan, self.full = recipe.tokens.plan_for(adapter), Dense(adapter)
@@ -70,13 +72,19 @@ class Pass:
 
 
 class Learner:
-    """The running parts of a recipe on one model. `num_positions`: of the whole data set."""
+    """The running parts of a recipe on one model.
 
-    def __init__(self, recipe: Recipe, adapter: Adapter, seed: int, num_positions: int) -> None:
+    Args:
+        num_positions: of the whole data set. reference: what a reference model loses there, where the scores need it.
+    """
+
+    def __init__(
+        self, recipe: Recipe, adapter: Adapter, seed: int, num_positions: int, reference: Tensor | None = None
+    ) -> None:
         self.recipe, self.adapter = recipe, adapter
         named = adapter.named_parameters()
         self.rows = recipe.rows.build(seed, adapter)
-        self.run_pass = Pass(recipe, adapter, seed, num_positions)
+        self.run_pass = Pass(recipe, adapter, seed, num_positions, reference)
         self.router = self.run_pass.router
         self.optimizer = recipe.optimizer.build(named, adapter.hidden_names(), adapter.device)
         self.parameters = sum(p.numel() for _, p in named)

@@ -23,6 +23,7 @@ from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
 from cggr_ray.environment import fingerprint
 from cggr_ray.evaluation.heldout import HeldOut
+from cggr_ray.evaluation.reference import reference_nll
 from cggr_ray.flight import Flight
 from cggr_ray.learner import Learner
 from cggr_ray.models.adapter import Adapter
@@ -112,10 +113,16 @@ class Run:
         self.data = open_data(spec.data, Path(self.trial.data_folder))
         vocabulary = spec.model.vocabulary(self.data.vocab_size)
         dtype = recipe.execution.dtype(self.device)
+        reference = None
+        if recipe.reference is not None:
+            where = Path(self.trial.data_folder)
+            reference = reference_nll(
+                recipe.reference, self.data, where, spec.micro_rows, self.device, dtype, self._say
+            )
         model = spec.model.build(vocabulary, self.trial.seed, self.device, dtype)
         adapter = Adapter(model, recipe.execution.gradient_checkpointing)
         log.info("%s: %s", self.trial.trial_id, adapter.execution_note)
-        self.learner = Learner(recipe, adapter, self.trial.seed, self.data.num_positions)
+        self.learner = Learner(recipe, adapter, self.trial.seed, self.data.num_positions, reference)
         order = self.data.order()
         self.heldout = HeldOut(self.data, order, spec.micro_rows, self.device)
         self.rows_per_step = recipe.rows.rows_per_step(spec.global_rows)
@@ -134,6 +141,9 @@ class Run:
         # Without a checkpoint, rows that a killed process left belong to no run: it begins again at step 0.
         if state or had_rows:
             self.recorder.resumed(start)
+
+    def _say(self, text: str) -> None:
+        log.info("%s: %s", self.trial.trial_id, text)
 
     def _restore(self, folder: Path) -> Row:
         """Everything that a checkpoint holds; the ledgers of this process are added to those of the earlier ones."""

@@ -14,7 +14,7 @@ from cggr_ray.codec import Plain, nearest
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.progress import Budget
-from cggr_ray.recipe import Recipe, load_recipe
+from cggr_ray.recipe import Recipe, beside, load_recipe, references_beside
 
 RACES = Path(__file__).with_name("races")
 
@@ -101,17 +101,14 @@ def load_race(name: str) -> RaceSpec:
         data = table.get("data")
         sources = data.get("sources") if isinstance(data, dict) else None
         for source in sources if isinstance(sources, list) else []:
-            _beside(path, source, "path")
-        _beside(path, table.get("model"), "folder")
+            beside(path.parent, source, "path")
+        beside(path.parent, table.get("model"), "folder")
+        arms = table.get("arms")
+        for values in (table.get("values"), *(arms.values() if isinstance(arms, dict) else ())):
+            references_beside(path.parent, values)
         return RaceSpec.from_plain({"name": path.stem} | table)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
-
-
-def _beside(file: Path, table: Any, key: str) -> None:
-    """Makes a path of `table` relative to the file's folder; what is no path is left for the codec to refuse."""
-    if isinstance(table, dict) and isinstance(table.get(key), str):
-        table[key] = str((file.parent / table[key]).resolve())
 
 
 def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from cggr_ray.codec import Plain, kind_of, nearest, with_values
+from cggr_ray.models.presets import check_folder
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.routing.buckets import DepthBuckets
@@ -60,6 +61,15 @@ class Recipe(Plain):
     updates: FullUpdate = field(default_factory=FullUpdate)
     execution: Execution = field(default_factory=Execution)
 
+    def __post_init__(self) -> None:
+        if self.reference is not None:
+            check_folder(Path(self.reference))
+
+    @property
+    def reference(self) -> str | None:
+        """The folder of the reference model that the scores need, if they need one."""
+        return self.tokens.reference if isinstance(self.tokens, SelectedTokens) else None
+
     def with_values(self, values: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced, for example `{"tokens.keep": 0.5, "optimizer.matrix.lr": 1e-3}`."""
         recipe: Recipe = with_values(self, values)
@@ -73,7 +83,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A shipped recipe by name, or one from a TOML file by path.
+    """A shipped recipe by name, or one from a TOML file by path; a model path in it is relative to the file.
 
     Raises:
         ValueError: unknown name, or a file that does not parse; with the file and what is accepted.
@@ -83,9 +93,23 @@ def load_recipe(name: str) -> Recipe:
         raise ValueError(f"unknown recipe {name!r}; {nearest(name, recipe_names())}, or the path of a .toml file")
     try:
         table = tomllib.loads(path.read_text())
+        beside(path.parent, table.get("tokens"), "reference")
         return Recipe.from_plain({"name": path.stem if name.endswith(".toml") else name} | table)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
+
+
+def beside(folder: Path, table: Any, key: str) -> None:
+    """Makes a path of `table` relative to `folder`; what is no path is left for the codec to refuse."""
+    if isinstance(table, dict) and isinstance(table.get(key), str):
+        table[key] = str((folder / table[key]).resolve())
+
+
+def references_beside(folder: Path, values: Any) -> None:
+    """The same for the reference models among a recipe's dotted values."""
+    beside(folder, values, "tokens.reference")
+    if isinstance(values, dict):
+        beside(folder, values.get("tokens"), "reference")
 
 
 def explain(recipe: Recipe) -> list[tuple[str, str, str]]:

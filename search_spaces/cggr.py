@@ -8,7 +8,7 @@ from ray import tune
 
 from search_spaces.baseline import learning_rates
 
-SCORES = ("entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm")
+SCORES = ("entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise")
 SELECTIONS = ("topk", "stratified", "sequence_aware")
 SENSITIVITIES = (0.25, 0.5, 1.0)
 

@@ -38,6 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "cggr_ray.evaluation": (
         *("torch", "numpy", "transformers", "cggr_ray.evaluation", "cggr_ray.data", "cggr_ray.models.adapter"),
+        "cggr_ray.models.presets",
         *BELOW_METHODS,
     ),
     "cggr_ray.api": (

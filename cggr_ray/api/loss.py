@@ -40,7 +40,8 @@ class CGGRLoss(nn.Module):
     the ratio is 1, every label counts and nothing is scored. A batch without labels has loss 0.
 
     Args:
-        scoring: entropy (H, in nats), entropy_confidence (H - p1), margin, loss, gnorm, or combined, upstream's sum.
+        scoring: entropy (H, in nats), entropy_confidence (H - p1), margin, loss, gnorm, surprise (loss - H), or
+            combined, upstream's sum.
         selection: topk, stratified, sequence_aware, importance, or fixed_quota, which is topk without
             the dynamic threshold.
         weights: `mean` over the kept positions; `inverse_probability`, for stratified and importance, makes the

@@ -17,7 +17,7 @@ from cggr_ray.routing.curriculum import DynamicThreshold, ratio_levels, snap
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.routers import choose, counts, route_of
 from cggr_ray.routing.scorers import Scored
-from cggr_ray.routing.scores import SCORES, ScoreName
+from cggr_ray.routing.scores import SCORES, HeadScore
 from cggr_ray.routing.tokens import SelectedTokens
 from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY
 
@@ -28,10 +28,10 @@ def check_name(option: str, value: str, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{option} = {value!r}; accepted: {', '.join(accepted)}")
 
 
-def score_name(value: str) -> ScoreName:
+def score_name(value: str) -> HeadScore:
     """The name of a score, checked."""
     check_name("scoring", value, tuple(SCORES))
-    return cast(ScoreName, value)
+    return cast(HeadScore, value)
 
 
 def selected_tokens(

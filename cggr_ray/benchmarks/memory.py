@@ -8,6 +8,7 @@ largest number of rows over that of full training.
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def most_rows(
 ) -> tuple[int, float]:
     """(rows that fit, MiB at the peak with them). The next larger number that was tried did not fit."""
     fitting, peak, failing = 0, 0.0, None
+    total = torch.cuda.get_device_properties(adapter.device).total_memory / MIB
+    resident = torch.cuda.memory_allocated(adapter.device) / MIB
     rows = shape.rows
     for _ in range(tries):
         used = peak_of(part, adapter, replace(shape, rows=rows))
@@ -67,7 +70,12 @@ def most_rows(
             fitting, peak = rows, used
         if failing is not None and failing - fitting <= max(1, round(CLOSE * fitting)):
             return fitting, peak
-        rows = fitting * 2 if failing is None else (fitting + failing) // 2
+        if failing is None:
+            # Memory grows with the rows: a little more than would fit by that, to see it fail.
+            room = (total - resident) / (peak - resident)
+            rows = max(fitting + 1, math.ceil(fitting * room * (1 + CLOSE / 2)))
+        else:
+            rows = (fitting + failing) // 2
     raise ValueError(f"{tries} rounds were too few to find where memory ends; accepted: more")
 
 

@@ -22,7 +22,7 @@ class Loss(NamedTuple):
     index_K: Tensor
     """Flat positions whose loss was computed."""
     nll_K: Tensor
-    """Their NLL in nats, float32, 0 without a label. No gradient."""
+    """Their NLL in nats, float32, 0 without a label, NaN in an empty slot. No gradient."""
 
 
 @dataclass(frozen=True)
@@ -42,4 +42,7 @@ class NextToken:
             hidden, labels = stream.at(index), labels.index_select(0, index)
             weights = route.weights_BK.flatten() * scale
         total, nll = selected_cross_entropy(hidden, stream.head_VD, labels, weights)
+        if route is not None:
+            # An empty slot repeats a position, but a forward of kept rows may give it no attention.
+            nll = torch.where(route.filled_BK.flatten(), nll, torch.nan)
         return Loss(total, total.detach(), index, nll)

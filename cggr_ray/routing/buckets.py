@@ -19,7 +19,7 @@ from cggr_ray.routing.depth import deepest_bucket, depth_buckets, keep_layers
 from cggr_ray.routing.route import Depth, TokenRoute
 from cggr_ray.routing.routers import RatioRouter, Router, statistics_of
 from cggr_ray.routing.scorers import Setting, own_scores
-from cggr_ray.routing.scores import ScoreName
+from cggr_ray.routing.scores import HeadScore
 from cggr_ray.sparse.depth import DepthGates, DepthRows
 from cggr_ray.sparse.layers import Detach
 from cggr_ray.sparse.plan import Plan, Seen
@@ -38,7 +38,7 @@ class DepthBuckets:
     IS_PART: ClassVar[bool] = True
 
     num_buckets: int = 4
-    score: ScoreName = "entropy_confidence"
+    score: HeadScore = "entropy_confidence"
     engine: Literal["sparse", "every", "faithful"] = "sparse"
     leak_rate: float = 0.0
     detach: Detach = "live"

@@ -138,7 +138,7 @@ class ScoreRouter(RatioRouter):
 
     def __init__(self, config: SelectedTokens, scorer: Scorer, seed: int, setting: Setting) -> None:
         super().__init__(config.keep, config.curriculum, seed, setting)
-        self.config, self.scorer = config, scorer
+        self.config, self.scorer, self._reference_nll = config, scorer, setting.reference
         self._confidence: float | None = None
         self._reference: float | None = None
         self._early = config.router.EARLY
@@ -163,7 +163,7 @@ class ScoreRouter(RatioRouter):
     def route(self, seen: Seen | None, micro: MicroBatch, ratio: float) -> TokenRoute | None:
         if ratio == 1 and not self.scorer.learns:
             return None
-        scored = self.scorer.score(seen, micro)
+        scored = self.scorer.score(seen, micro, self._generator)
         route = None if ratio == 1 else self._route(scored, micro, ratio)
         self._last = scored.scores_BT, route
         return route
@@ -189,14 +189,15 @@ class ScoreRouter(RatioRouter):
         self.scorer.learn(micro, index_K, nll_K)
 
     def compares(self, ratio: float, progress: Progress) -> bool:
-        routed = ratio < 1 or self.scorer.learns
+        # With a draw there is nothing to agree.
+        routed = self.config.score != "random" and (ratio < 1 or self.scorer.learns)
         return self._early and routed and progress.step % STEPS_PER_COMPARISON == 0
 
     @torch.no_grad()
     def agreement(self, final_ND: Tensor, head_VD: Tensor, micro: MicroBatch, ratio: float) -> dict[str, Tensor]:
         """Of the scores of the last `route` with the model's own, and of the positions that top-k would keep."""
         found_BT = self._last[0]
-        own_BT = own_scores(self.config.score, final_ND, head_VD, micro).scores_BT
+        own_BT = own_scores(self.config.score, final_ND, head_VD, micro, self._reference_nll).scores_BT
         keep_B = counts(micro.labels_BT, min(ratio, self.keep))[0]
         kept = [selectors.top_k(scores, keep_B).mask_BT for scores in (found_BT, own_BT)]
         return {ROUTER_SPEARMAN: spearman(found_BT, own_BT), ROUTER_RECALL: recall_at_k(*kept)}

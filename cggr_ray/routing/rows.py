@@ -19,7 +19,7 @@ from cggr_ray.kernels.select.op import compact
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Progress
 from cggr_ray.routing.curriculum import Curriculum, ratio_levels, snap
-from cggr_ray.routing.scores import ScoreName, score
+from cggr_ray.routing.scores import HeadScore, score
 
 
 class RowPicker(Protocol):
@@ -77,7 +77,7 @@ class HardestRows:
     IS_PART: ClassVar[bool] = True
 
     keep: float = 0.25
-    score: ScoreName = "combined"
+    score: HeadScore = "combined"
     layers: int = 4
     curriculum: Curriculum = Curriculum()
 

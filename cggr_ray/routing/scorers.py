@@ -32,6 +32,8 @@ class Setting(NamedTuple):
     width: int
     num_positions: int
     """Positions of the whole data set: ids are below it."""
+    reference: Tensor | None = None
+    """What a reference model loses at every position id, one entry more for padding; where the score needs it."""
 
 
 class Scored(NamedTuple):
@@ -47,7 +49,7 @@ class Scorer(Protocol):
     first_full_tokens: int
     """Everything is kept until so many tokens have been seen."""
 
-    def score(self, seen: Seen | None, micro: MicroBatch) -> Scored: ...
+    def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored: ...
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None: ...
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -60,7 +62,7 @@ class OwnScores:
     EARLY: ClassVar[bool] = False
 
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
-        return HeadScorer(name, setting.num_layers)
+        return HeadScorer(name, setting.num_layers, setting.reference)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class TruncatedRouter:
 
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
         check_depth(self.layers, setting)
-        return HeadScorer(name, self.layers)
+        return HeadScorer(name, self.layers, setting.reference)
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,23 @@ def check_depth(layers: int, setting: Setting) -> None:
         raise ValueError(f"layers = {layers} of a model with {setting.num_layers}; accepted: fewer than it has")
 
 
-def own_scores(name: ScoreName, final_ND: Tensor, head_VD: Tensor, micro: MicroBatch) -> Scored:
-    """Scores from final hidden states and the head."""
+def own_scores(
+    name: ScoreName,
+    final_ND: Tensor,
+    head_VD: Tensor,
+    micro: MicroBatch,
+    reference: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Scored:
+    """Scores from final hidden states and the head. `reference`: by position id, the entry of padding last."""
     stats = head_stats(final_ND, head_VD, micro.labels_BT.flatten())
-    return Scored(score(name, stats).view(micro.labels_BT.shape), stats)
+    reference_N = None if reference is None else reference[micro.position_ids_BT.flatten()].float()
+    return Scored(score(name, stats, reference_N, generator).view(micro.labels_BT.shape), stats)
+
+
+def teaching(micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> Tensor:
+    """Slots to learn from: filled, labelled, of a finite loss. The optimizer passes over what is not finite, too."""
+    return (micro.labels_BT.flatten().index_select(0, index_K) >= 0) & nll_K.isfinite()
 
 
 class HeadScorer:
@@ -141,12 +156,12 @@ class HeadScorer:
     learns = False
     first_full_tokens = 0
 
-    def __init__(self, name: ScoreName, reads: int) -> None:
-        self.name, self.reads = name, reads
+    def __init__(self, name: ScoreName, reads: int, reference: Tensor | None) -> None:
+        self.name, self.reads, self.reference = name, reads, reference
 
-    def score(self, seen: Seen | None, micro: MicroBatch) -> Scored:
+    def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         assert seen is not None
-        return own_scores(self.name, seen.final_ND, seen.head_VD, micro)
+        return own_scores(self.name, seen.final_ND, seen.head_VD, micro, self.reference, generator)
 
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
         """Nothing to learn."""
@@ -179,7 +194,7 @@ class ProbeScorer:
             }
         self._hidden_ND: Tensor
 
-    def score(self, seen: Seen | None, micro: MicroBatch) -> Scored:
+    def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         assert seen is not None
         self._hidden_ND = seen.hidden_ND
         with torch.no_grad():
@@ -188,18 +203,20 @@ class ProbeScorer:
 
     @torch.enable_grad()
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
-        """One update on what the kept slots lost; unlabelled ones (nll 0, label -100) weigh nothing."""
-        labelled = (micro.labels_BT.flatten().index_select(0, index_K) >= 0).float()
-        count = labelled.sum().clamp_min(1)
+        """One update on what the kept slots lost; the others weigh nothing."""
+        teaches = teaching(micro, index_K, nll_K)
+        nll, count = torch.where(teaches, nll_K, 0.0), teaches.sum().clamp_min(1)
         with torch.no_grad():
-            mean, square = ((x * labelled).sum() / count for x in (nll_K, nll_K.square()))
-            keep = torch.where(self._moments[2] > 0, 0.99, 0.0)
-            self._moments.copy_(torch.stack((mean, square, self._moments.new_ones(()))).lerp(self._moments, keep))
+            seen = torch.stack((nll.sum() / count, nll.square().sum() / count, self._moments.new_ones(())))
+            keep = torch.where(self._moments[2] > 0, 0.99, 0.0).where(teaches.any(), 1.0)
+            self._moments.copy_(seen.lerp(self._moments, keep))
             spread = (self._moments[1] - self._moments[0].square()).clamp_min(1e-6).sqrt()
-            target = (nll_K - self._moments[0]) / spread
-        error = self._predict(self._hidden_ND.index_select(0, index_K)) - target
+            target = (nll - self._moments[0]) / spread
+        # A row that teaches nothing may hold what is no number, and that times 0 is none either.
+        hidden = self._hidden_ND.index_select(0, index_K).masked_fill(~teaches.unsqueeze(1), 0.0)
+        error = torch.where(teaches, self._predict(hidden) - target, 0.0)
         self._optimizer.zero_grad(set_to_none=True)
-        ((error.square() * labelled).sum() / count).backward()
+        (error.square().sum() / count).backward()
         self._optimizer.step()
 
     def _predict(self, hidden_RD: Tensor) -> Tensor:
@@ -225,7 +242,7 @@ class StaleScorer:
         # One entry more than there are positions, for slots that hold none.
         self._losses = torch.full((setting.num_positions + 1,), math.inf, device=setting.device)
 
-    def score(self, seen: Seen | None, micro: MicroBatch) -> Scored:
+    def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         losses = self._losses[micro.position_ids_BT]
         # Finite, so that a position never seen is kept rather than taken for one without a label.
         finite = losses.clamp_max(torch.finfo(torch.float32).max)
@@ -233,9 +250,9 @@ class StaleScorer:
 
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
         ids = micro.position_ids_BT.flatten().index_select(0, index_K)
-        labelled = micro.labels_BT.flatten().index_select(0, index_K) >= 0
-        # An empty slot repeats a position with that position's own loss, so whichever write lands last is right.
-        self._losses.index_copy_(0, torch.where(labelled, ids, len(self._losses) - 1), nll_K)
+        teaches = teaching(micro, index_K, nll_K)
+        last = len(self._losses) - 1
+        self._losses.index_copy_(0, torch.where(teaches, ids, last), torch.where(teaches, nll_K, math.inf))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"losses": self._losses}

@@ -2,7 +2,9 @@
 
 `entropy` and `loss` are the plain quantities in nats; `entropy_confidence` is D_t = H - p_(1) of the CGGR whitepaper;
 `margin` is 1 - (p_(1) - p_(2)); `combined` is upstream's default sum of D_t, margin and NLL, units mixed as there;
-`gnorm` is the norm of the loss gradient at the logits.
+`gnorm` is the norm of the loss gradient at the logits; `surprise` is NLL - H, which a calibrated model has around 0.
+Two read more than the head's statistics: `excess` is NLL - NLL of a reference model (Rho-1, arXiv 2404.07965), and
+`random`, a uniform draw, is the control that costs exactly what a score costs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from cggr_ray.kernels.head_stats.op import HeadStats
 
-ScoreName = Literal["entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm"]
+HeadScore = Literal["entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise"]
+ScoreName = Literal[HeadScore, "random", "excess"]
 
 SCORES: dict[str, Callable[[HeadStats], Tensor]] = {
     "entropy": lambda s: s.entropy,
@@ -24,14 +27,29 @@ SCORES: dict[str, Callable[[HeadStats], Tensor]] = {
     "loss": lambda s: s.nll,
     "combined": lambda s: (s.entropy - s.confidence) + (1 - s.margin) + s.nll,
     "gnorm": lambda s: s.gnorm,
+    "surprise": lambda s: s.nll - s.entropy,
 }
 # The logged histogram: 24 bins of half a nat from -1; the first and last take what lies outside.
 HISTOGRAM_START, HISTOGRAM_WIDTH, HISTOGRAM_BINS = -1.0, 0.5, 24
 
 
-def score(name: ScoreName, stats: HeadStats) -> Tensor:
-    """The score of every position, -inf where it has no label."""
-    values = SCORES[name](stats)
+def score(
+    name: ScoreName, stats: HeadStats, reference_N: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """The score of every position, -inf where it has no label.
+
+    Args:
+        reference_N: what a reference model loses there; for `excess`. generator: of the draws; for `random`.
+    """
+    if name == "random":
+        assert generator is not None, "draws of a run depend on its seed"
+        draw = torch.rand(stats.nll.shape, generator=generator, device=stats.nll.device)
+        values = torch.where(stats.nll.isnan(), torch.nan, draw)
+    elif name == "excess":
+        assert reference_N is not None, "no reference"
+        values = stats.nll - reference_N
+    else:
+        values = SCORES[name](stats)
     return torch.where(values.isnan(), -torch.inf, values)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from cggr_ray.codec import kind_of
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.routing.curriculum import Curriculum, DynamicThreshold
 from cggr_ray.routing.routers import RandomRouter, RatioRouter, Router, ScoreRouter
@@ -66,6 +67,7 @@ class SelectedTokens:
     `weights`: `mean` averages over kept positions as the seeds do; `inverse_probability` weighs by 1/pi, so that the
     expected gradient is that of all positions (selections that draw at random, plan `dense`).
     `scope`: exactly k of every row, or of the whole micro-batch as upstream does.
+    `reference`: the folder of the model (safetensors) whose loss the score `excess` subtracts.
     """
 
     IS_PART: ClassVar[bool] = True
@@ -84,9 +86,14 @@ class SelectedTokens:
     largest_weight: float = 10.0
     curriculum: Curriculum = Curriculum()
     dynamic: DynamicThreshold | None = None
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        if self.score == "excess" and self.reference is None:
+            raise ValueError("score 'excess' without a reference; accepted: reference = the folder of a model")
+        if self.score != "excess" and self.reference is not None:
+            raise ValueError(f"reference {self.reference!r} with score {self.score!r}; accepted: with 'excess'")
         if self.num_strata < 1 or self.min_tokens_per_sequence < 0:
             raise ValueError(f"num_strata = {self.num_strata}, min_tokens_per_sequence = {self.min_tokens_per_sequence}"
                              "; accepted: at least 1, at least 0")  # fmt: skip
@@ -103,7 +110,8 @@ class SelectedTokens:
         if self.plan == "before" and not early:
             raise ValueError("plan 'before' with the model's own scores; accepted: after, two_pass, dense")
         if self.dynamic is not None and isinstance(self.router, Probe | StaleScores):
-            raise ValueError("a dynamic threshold with a router that sees no probabilities; accepted: own or truncated")
+            raise ValueError(f"dynamic threshold with router {kind_of(type(self.router))!r}, which sees no probabilities; "
+                             "accepted: own_scores, truncated_router")  # fmt: skip
 
     def _check_importance(self) -> None:
         if self.weights != "inverse_probability":

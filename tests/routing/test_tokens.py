@@ -173,6 +173,7 @@ def truth_scores(stream, labels):
         "loss": nll,
         "combined": (entropy - first) + (1 - (first - second)) + nll,
         "gnorm": (p - one_hot).norm(dim=-1),
+        "surprise": nll - entropy,
     }
 
 

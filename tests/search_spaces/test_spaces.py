@@ -31,7 +31,8 @@ def test_the_cggr_space_reaches_every_setting_it_promises(tmp_path: Path) -> Non
     for number in range(400):
         values = {key: domain.sample() for key, domain in SPACES["cggr"].domains().items()}
         draws.append(sweep_trial(RaceSpec(), "cggr_loss", values, str(number), tmp_path).recipe.tokens)
-    assert {t.score for t in draws} == {"entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm"}
+    scores = {"entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise"}
+    assert {t.score for t in draws} == scores
     assert {t.selection for t in draws} == {"topk", "stratified", "sequence_aware", "importance"}
     assert {t.weights for t in draws} == {"mean", "inverse_probability"}
     assert {t.num_strata for t in draws} == {2, 4, 8}

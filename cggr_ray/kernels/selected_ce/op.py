@@ -46,30 +46,36 @@ class _SelectedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         loss = _on(hidden_KD.device)[0]
         parts = list(chunks(hidden_KD, head_VD))
-        hidden_grad = torch.empty_like(hidden_KD)
-        head_grad: Tensor | None = None
-        nlls = []
-        for part in parts:
-            nll, slope = loss(hidden_KD[part] @ head_VD.mT, labels_K[part], weights_K[part])
-            torch.mm(slope, head_VD, out=hidden_grad[part])
-            head_grad = _accumulate(head_grad, slope, hidden_KD[part], only=len(parts) == 1)
-            nlls.append(nll)
-        assert head_grad is not None, "no rows"
-        ctx.save_for_backward(hidden_grad, head_grad.to(head_VD.dtype))
-        nll_K = torch.cat(nlls)
+        ctx.whole = len(parts) == 1
+        if ctx.whole:
+            nll_K, slope = loss(hidden_KD @ head_VD.mT, labels_K, weights_K)
+            ctx.save_for_backward(hidden_KD, head_VD, slope)
+        else:
+            hidden_grad, head_grad, nlls = torch.empty_like(hidden_KD), None, []
+            for part in parts:
+                nll, slope = loss(hidden_KD[part] @ head_VD.mT, labels_K[part], weights_K[part])
+                torch.mm(slope, head_VD, out=hidden_grad[part])
+                head_grad = _accumulate(head_grad, slope, hidden_KD[part])
+                nlls.append(nll)
+            assert head_grad is not None, "no rows"
+            ctx.save_for_backward(hidden_grad, head_grad)
+            nll_K = torch.cat(nlls)
         ctx.mark_non_differentiable(nll_K)
         return (nll_K * weights_K).sum(), nll_K
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # The factor that comes from above goes to the smaller operand: the head's gradient is the largest of all.
+        if ctx.whole:
+            hidden_KD, head_VD, slope = ctx.saved_tensors
+            return (slope @ head_VD) * grads[0], slope.mT @ (hidden_KD * grads[0]), None, None
         hidden_grad, head_grad = ctx.saved_tensors
-        return hidden_grad * grads[0], head_grad * grads[0], None, None
+        scaled = torch.empty(head_grad.shape, dtype=hidden_grad.dtype, device=head_grad.device)
+        return hidden_grad * grads[0], torch.mul(head_grad, grads[0], out=scaled), None, None
 
 
-def _accumulate(total: Tensor | None, slope_KV: Tensor, hidden_KD: Tensor, only: bool) -> Tensor:
-    """Adds a chunk's head gradient, in float32 where there are several chunks."""
-    if only:
-        return torch.mm(slope_KV.mT, hidden_KD)
+def _accumulate(total: Tensor | None, slope_KV: Tensor, hidden_KD: Tensor) -> Tensor:
+    """Adds a chunk's head gradient in float32."""
     if slope_KV.is_cuda and slope_KV.dtype != torch.float32:
         part = torch.mm(slope_KV.mT, hidden_KD, out_dtype=torch.float32)
     else:

@@ -3,8 +3,8 @@
     total = sum_i w_i nll_i,   nll_i = lse(z_i) - z_i[y_i],   z_i = W h_i
     dtotal/dz_i = w_i (softmax(z_i) - e_{y_i})
 
-The gradients for hidden states and head are formed chunk by chunk in the forward, so at most one chunk of logits exists
-at a time. Shapes: K kept rows, D width, V vocabulary.
+Where there are several chunks, the gradients for hidden states and head are formed chunk by chunk in the forward; a
+single chunk waits for the backward. At most one chunk of logits exists at a time. Shapes: K kept rows, D width, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,0 +1,221 @@
+"""Steps of routers that score early and learn: what their rows hold, and that they go on exactly from a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cggr_ray import checkpoint
+from cggr_ray.clock import SteppedClock
+from cggr_ray.data.batch import Batch
+from cggr_ray.data.dataset import DataSpec, prepare
+from cggr_ray.data.loader import micro_batches
+from cggr_ray.data.packing import RowOrder
+from cggr_ray.data.sources import Problems
+from cggr_ray.data.store import TokenStore
+from cggr_ray.learner import Learner, StepRow
+from cggr_ray.loop import run_race
+from cggr_ray.models.adapter import Adapter
+from cggr_ray.models.presets import ModelSpec
+from cggr_ray.progress import Progress
+from cggr_ray.race import RaceSpec, Trial, plan_trials
+from cggr_ray.recipe import Recipe
+from cggr_ray.routing import routers
+from cggr_ray.schema import KEPT_LOSS, ROUTER_KEPT_FRACTION, ROUTER_RECALL, ROUTER_SPEARMAN, SKIP_LOSS, TRAIN_LOSS
+
+STEPS, SAVED = 12, 7
+CURRICULUM = {"full_until": 0.25, "target_at": 0.5}
+PROBE = {"kind": "probe", "layers": 1}
+SELECTED = {"kind": "selected_tokens", "keep": 0.5, "score": "loss", "plan": "before", "curriculum": CURRICULUM}
+TOKENS: dict[str, dict[str, Any]] = {
+    "probe": SELECTED | {"router": PROBE},
+    "probe, dense": SELECTED | {"router": PROBE, "plan": "dense", "selection": "stratified"},
+    "truncated": SELECTED | {"router": {"kind": "truncated_router", "layers": 1}, "score": "combined"},
+    "stale": SELECTED | {"router": {"kind": "stale_scores"}},
+    "skip": {"kind": "skipped_tokens", "choice": "confidence", "entry": 1, "exit": 0, "curriculum": CURRICULUM},
+}
+
+
+@pytest.fixture(autouse=True)
+def compare_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routers, "STEPS_PER_COMPARISON", 3)
+
+
+@pytest.fixture
+def store(make_store: Callable[..., TokenStore]) -> TokenStore:
+    rng = random.Random(0)
+    return make_store([rng.randint(3, 60) for _ in range(30)])
+
+
+@pytest.fixture
+def batches(store: TokenStore) -> list[Batch]:
+    """Twelve batches of two micro-batches; a bit more than an epoch."""
+    order = RowOrder([store], (1.0,), (None,), 32, True, 2)
+    state, found = order.start(), []
+    for _ in range(STEPS):
+        rows = []
+        for _ in range(4):
+            row, state = order.next_row(state)
+            rows.append(row)
+        found.append(Batch(tuple(micro_batches(rows, 2, order.shape, torch.device("cpu"))), sum(r.real for r in rows)))
+    return found
+
+
+def train(learner: Learner, batches: list[Batch], clock: SteppedClock, steps: range) -> list[StepRow]:
+    rows = []
+    for step in steps:
+        seen = sum(batch.tokens for batch in batches[: step + 1])
+        rows.append(learner.step(batches[step], Progress(step, clock.train_seconds, float(STEPS), seen)))
+        clock.tick()
+    return rows
+
+
+def learner_of(name: str, model: PreTrainedModel, store: TokenStore) -> Learner:
+    recipe = Recipe("x").with_values({"tokens": TOKENS[name], "optimizer.schedule.warmup_tokens": 100})
+    return Learner(recipe, Adapter(copy.deepcopy(model)), 4, len(store.tokens))
+
+
+def everything(learner: Learner) -> dict[str, Tensor]:
+    state = {f"optimizer.{k}": v for k, v in learner.optimizer.state_dict().items()}
+    state |= {f"router.{k}": v for k, v in learner.router.tensors().items()}
+    return {k: v.detach().clone() for k, v in (dict(learner.adapter.named_parameters()) | state).items()}
+
+
+def values(row: StepRow) -> dict[str, list[float]]:
+    return {k: v.flatten().tolist() for k, v in row.device_values.items()} | {k: [v] for k, v in row.host_values.items()}
+
+
+@pytest.mark.parametrize("name", ["probe", "probe, dense", "truncated", "skip"])
+def test_full_steps_come_first_and_agreement_every_third(
+    name: str, tiny_model: PreTrainedModel, store: TokenStore, batches: list[Batch]
+) -> None:
+    learner = learner_of(name, tiny_model, store)
+    untrained = {k: v.clone() for k, v in learner.router.tensors().items()}
+    rows = train(learner, batches, clock := SteppedClock(1.0), range(STEPS))
+    assert clock.train_seconds == STEPS
+    # A quarter of twelve steps is full, and so is the one from which the ratio falls, to its target at the half.
+    keep = 0.25 if name == "skip" else 0.5
+    ratios = [row.host_values[ROUTER_KEPT_FRACTION] for row in rows]
+    levels = [keep + (1 - keep) * i / 8 for i in range(9)]
+    assert ratios == [1.0] * 4 + [levels[6], levels[3]] + [keep] * 6
+    learns = name != "truncated"
+    for step, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
+        seen = row.device_values
+        thinned = SKIP_LOSS if name == "skip" else KEPT_LOSS
+        assert (TRAIN_LOSS in seen) == (ratio == 1) and (thinned in seen) == (ratio < 1)
+        # A thinned forward has no scores of its own to compare with.
+        compared = step % 3 == 0 and (learns if ratio == 1 else name != "skip")
+        assert (ROUTER_SPEARMAN in seen) == (ROUTER_RECALL in seen) == compared, step
+        if compared:
+            assert -1 <= seen[ROUTER_SPEARMAN] <= 1 and 0 <= seen[ROUTER_RECALL] <= 1
+            assert seen[ROUTER_SPEARMAN].shape == seen[ROUTER_RECALL].shape == ()
+        assert all(v.isfinite().all() for v in seen.values())
+    assert learns == bool(untrained)
+    assert all(not torch.equal(v, learner.router.tensors()[k]) for k, v in untrained.items())
+
+
+def test_the_first_epoch_is_full_whatever_the_curriculum(
+    tiny_model: PreTrainedModel, store: TokenStore, batches: list[Batch]
+) -> None:
+    learner = learner_of("stale", tiny_model, store)
+    ratios = [row.host_values[ROUTER_KEPT_FRACTION] for row in train(learner, batches, SteppedClock(1.0), range(STEPS))]
+    seen = [sum(batch.tokens for batch in batches[: n + 1]) for n in range(STEPS)]
+    epoch = next(n for n in range(STEPS) if seen[n] >= len(store.tokens))
+    assert 6 < epoch < STEPS and ratios == [1.0] * epoch + [0.5] * (STEPS - epoch)
+    ids = torch.cat([m.position_ids_BT[m.labels_BT >= 0] for batch in batches[:epoch] for m in batch.micros])
+    later = torch.cat([m.position_ids_BT[m.labels_BT >= 0] for batch in batches[epoch:] for m in batch.micros])
+    known = learner.router.tensors()["losses"][:-1].isfinite().nonzero().flatten().tolist()
+    assert set(ids.tolist()) <= set(known) <= set(ids.tolist()) | set(later.tolist())
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_training_goes_on_exactly_where_it_was_saved(
+    name: str, tmp_path: Path, tiny_model: PreTrainedModel, store: TokenStore, batches: list[Batch]
+) -> None:
+    # Before the last full step of the table, behind the first routed one of the others.
+    whole, clock = learner_of(name, tiny_model, store), SteppedClock(1.0)
+    train(whole, batches, clock, range(SAVED))
+    saved, ledgers = everything(whole), clock.ledgers
+    folder = checkpoint.save(tmp_path, SAVED, whole, {"ledgers": ledgers})
+    expected = train(whole, batches, clock, range(SAVED, STEPS))
+
+    resumed = learner_of(name, tiny_model, store)
+    train(resumed, batches, SteppedClock(1.0), range(2))
+    state = checkpoint.load(folder, resumed)
+    for key, tensor in everything(resumed).items():
+        assert torch.equal(tensor, saved[key]), key
+    found = train(resumed, batches, SteppedClock(1.0, state["ledgers"]), range(SAVED, STEPS))
+    assert [values(row) for row in found] == [values(row) for row in expected]
+    last = everything(whole)
+    for key, tensor in everything(resumed).items():
+        assert torch.equal(tensor, last[key]), key
+    assert any(not torch.equal(tensor, saved[key]) for key, tensor in last.items() if key.startswith("router.")) == (
+        name != "truncated"
+    )
+
+
+# Whole runs
+
+STEP_SECONDS = 0.5
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["probe", "stale"])
+def test_a_killed_run_goes_on_with_what_its_router_has_learned(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = RaceSpec(
+        budget_seconds=STEPS * STEP_SECONDS,
+        step_seconds=STEP_SECONDS,
+        global_rows=4,
+        micro_rows=4,
+        milestones=(),
+        model=ModelSpec(preset="tiny"),
+        data=DataSpec(sources=(Problems(count=14),), row_tokens=64, val_documents=2, val_per_mille=300),
+        values={"optimizer.schedule.warmup_tokens": 1000},
+        device="cpu",
+    )
+    changed = {"tokens.score": "loss", "tokens.keep": 0.5, "tokens.curriculum": CURRICULUM} | {
+        "tokens.router": TOKENS[name]["router"]
+    }
+    prepare(spec.data, tmp_path / "data")
+
+    def trial(folder: str, **more: Any) -> Trial:
+        arm = replace(spec, recipes=("cggr_model",), arms={"cggr_model": changed}, **more)
+        return plan_trials(arm, tmp_path / folder)[0].placed(tmp_path / folder, tmp_path / "data")
+
+    def rows(folder: str) -> dict[int, dict[str, Any]]:
+        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        timed = ("wall_seconds", "tokens_per_sec", "system/", "step_seconds", "samples_per_sec")
+        return {
+            line["step"]: {k: v for k, v in line.items() if not any(t in k for t in timed)}
+            for line in lines
+            if line["kind"] == "step"
+        }
+
+    def kill(row: dict[str, Any]) -> None:
+        if row["train_seconds"] > 7.5 * STEP_SECONDS:
+            raise KilledError
+
+    expected = run_race(trial("whole"))
+    with pytest.raises(KilledError):
+        run_race(trial("parts", checkpoint_every_seconds=6 * STEP_SECONDS), kill)
+    assert checkpoint.latest(tmp_path / "parts") is not None
+    found = run_race(trial("parts", checkpoint_every_seconds=6 * STEP_SECONDS))
+    assert rows("parts") == rows("whole") and found["val/loss"] == expected["val/loss"]
+    kept = [row[ROUTER_KEPT_FRACTION] for row in rows("whole").values()]
+    assert kept[0] == 1.0 and kept[-1] == 0.5
+    assert [n for n, row in rows("whole").items() if ROUTER_SPEARMAN in row] == [1, 4, 7, 10]
