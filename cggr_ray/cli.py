@@ -165,7 +165,7 @@ def recipe_check(name: Annotated[str, typer.Argument(help="A recipe's name, or t
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="optimizer or step.")],
+    name: Annotated[str, typer.Argument(help="step, memory, head-stats, logit-stats, loop or optimizer.")],
     shapes: Annotated[str | None, typer.Option(help="Comma-separated, e.g. smollm-135m/32x1024.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("results/bench"),
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each provider, interleaved.")] = 30,
@@ -173,7 +173,7 @@ def bench(
 ) -> None:
     """Measure, and append typed rows to results/bench/NAME.csv; refuses where the tests of what it measures fail.
 
-    Example: cggr-ray bench optimizer --shapes smollm-135m/32x1024,llama-113m/32x1024
+    Example: cggr-ray bench step --shapes smollm-135m/32x1024,llama-1.5b/4x2048
     """
     from cggr_ray.benchmarks import run_bench
 

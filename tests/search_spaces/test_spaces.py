@@ -28,13 +28,17 @@ def test_every_draw_is_a_valid_trial(name: str, tmp_path: Path) -> None:
 def test_the_cggr_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
     np.random.seed(1)
     draws = []
-    for number in range(400):
+    for number in range(800):
         values = {key: domain.sample() for key, domain in SPACES["cggr"].domains().items()}
         draws.append(sweep_trial(RaceSpec(), "cggr_loss", values, str(number), tmp_path).recipe.tokens)
     scores = {"entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise"}
     assert {t.score for t in draws} == scores
     assert {t.selection for t in draws} == {"topk", "stratified", "sequence_aware", "importance"}
     assert {t.weights for t in draws} == {"mean", "inverse_probability"}
+    assert {t.plan for t in draws} == {"dense", "after", "two_pass", "before"}
+    assert {t.detach for t in draws} == {"const", "live"}
+    routers = {type(t.router).__name__ for t in draws}
+    assert routers == {"OwnScores", "TruncatedRouter", "Probe", "StaleScores"}
     assert {t.num_strata for t in draws} == {2, 4, 8}
     assert {t.dynamic and t.dynamic.rule for t in draws} == {None, "corrected", "upstream"}
     assert {t.dynamic.sensitivity for t in draws if t.dynamic} == {0.25, 0.5, 1.0}
