@@ -19,8 +19,7 @@ check: $(READY)           ## format, lint, types, layering
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
 bench: $(READY)           ## the benchmarks, appended to results/bench
-	$(BIN)/cggr-ray bench optimizer
-	$(BIN)/cggr-ray bench loop
+	for name in optimizer loop step memory head-stats logit-stats; do $(BIN)/cggr-ray bench $$name || exit 1; done
 
 report: $(READY)          ## make report RACE=outputs/...
 	$(BIN)/cggr-ray report $(RACE)

@@ -40,7 +40,7 @@ def batches(make_store: Callable[..., TokenStore]) -> list[Batch]:
 
 
 def learner(model: PreTrainedModel, recipe: Recipe) -> Learner:
-    return Learner(recipe, Adapter(copy.deepcopy(model)), seed=4)
+    return Learner(recipe, Adapter(copy.deepcopy(model)), seed=4, num_positions=3600)
 
 
 def train(learner: Learner, batches: list[Batch], first: int) -> None:

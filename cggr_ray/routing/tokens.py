@@ -110,7 +110,7 @@ class SelectedTokens:
         if self.plan == "before" and not early:
             raise ValueError("plan 'before' with the model's own scores; accepted: after, two_pass, dense")
         if self.dynamic is not None and isinstance(self.router, Probe | StaleScores):
-            raise ValueError(f"dynamic threshold with router {kind_of(type(self.router))!r}, which sees no probabilities; "
+            raise ValueError(f"dynamic threshold with router {kind_of(type(self.router))!r}, which sees no confidence; "
                              "accepted: own_scores, truncated_router")  # fmt: skip
 
     def _check_importance(self) -> None:

@@ -109,6 +109,14 @@ def test_counts_are_rounded_up_at_every_level(part: HardestRows | RandomRows) ->
         assert picker.pick(micro, 1.0, at()) is micro
 
 
+def test_rounding_errors_add_no_row() -> None:
+    """0.28 * 25 is a little more than 7, and 0.56 * 25 than 14."""
+    for keep, rows, expected in ((0.28, 25, 7), (0.56, 25, 14)):
+        assert keep * rows > expected
+        picker = RandomRows(keep).build(0, Adapter(small_model("llama")))
+        assert len(picker.pick(packed([[21]] * rows, 21), keep, at()).tokens_BT) == expected
+
+
 @pytest.mark.parametrize("make", [lambda c: HardestRows(0.5, layers=1, curriculum=c), lambda c: RandomRows(0.5, c)])
 def test_rows_follow_their_curriculum(make: Callable[[Curriculum], HardestRows | RandomRows]) -> None:
     picker = make(Curriculum(0.2, 0.6, 0.9)).build(0, Adapter(small_model("llama")))

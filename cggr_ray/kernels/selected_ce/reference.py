@@ -4,7 +4,8 @@
     dtotal/dz_i = w_i (softmax(z_i) - e_{y_i})
 
 Where there are several chunks, the gradients for hidden states and head are formed chunk by chunk in the forward; a
-single chunk waits for the backward. At most one chunk of logits exists at a time. Shapes: K kept rows, D width, V vocabulary.
+single chunk waits for the backward. At most one chunk of logits exists at a time.
+Shapes: K kept rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
