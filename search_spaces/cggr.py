@@ -12,8 +12,8 @@ SCORES = ("entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm"
 SELECTIONS = ("topk", "stratified", "sequence_aware")
 SENSITIVITIES = (0.25, 0.5, 1.0)
 DETACH = ("const", "live")
-# Routers that score before the forward is over, after fewer layers than the smallest preset has; a probe and the losses of
-# the last epoch know the loss alone.
+# Routers that score before the forward is over, after fewer layers than the smallest preset has. A probe and the losses
+# of the last epoch know the loss alone.
 EARLY = (
     {"kind": "truncated_router", "layers": 2},
     {"kind": "truncated_router", "layers": 3},

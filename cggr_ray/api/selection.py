@@ -67,7 +67,7 @@ class Chooser:
 
     def __init__(self, config: SelectedTokens, seed: int) -> None:
         self.config, self._seed = config, seed
-        self._levels = ratio_levels(config.keep, below=config.dynamic is not None)
+        self._levels = ratio_levels(config.keep, below=config.dynamic is not None and config.dynamic.below)
         self._at, self._call = 0, 0
 
     def choose(

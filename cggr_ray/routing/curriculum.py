@@ -8,7 +8,7 @@ from typing import Literal
 from cggr_ray.progress import Progress, ramp
 
 # Steps of the ratio between `keep` and 1, and between the smallest ratio of a dynamic threshold and `keep`.
-LEVELS_ABOVE, LEVELS_BELOW = 8, 4
+LEVELS_ABOVE, LEVELS_BELOW = 4, 4
 SMALLEST_OF_KEEP = 0.5
 
 
@@ -48,6 +48,11 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         if self.sensitivity < 0 or not 0 <= self.smoothing < 1:
             raise ValueError(f"{self}; accepted: sensitivity >= 0, smoothing in [0, 1)")
+
+    @property
+    def below(self) -> bool:
+        """Whether the ratio can fall below its base."""
+        return self.rule == "corrected"
 
     def ratio(self, base: float, confidence: float, reference: float) -> float:
         if self.rule == "upstream":

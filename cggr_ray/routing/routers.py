@@ -145,7 +145,7 @@ class ScoreRouter(RatioRouter):
         self._last: tuple[Tensor, TokenRoute | None]
 
     def levels(self) -> tuple[float, ...]:
-        return ratio_levels(self.keep, below=self.config.dynamic is not None)
+        return ratio_levels(self.keep, below=self.config.dynamic is not None and self.config.dynamic.below)
 
     def ratio(self, progress: Progress) -> float:
         if progress.tokens_seen < self.scorer.first_full_tokens:

@@ -99,12 +99,12 @@ def test_random_rows_are_drawn_uniformly_and_stay_in_order() -> None:
 def test_counts_are_rounded_up_at_every_level(part: HardestRows | RandomRows) -> None:
     picker = part.build(0, Adapter(small_model("llama")))
     levels = picker.levels()
-    assert levels[0] == 0.25 and levels[-1] == 1.0 and len(levels) == 9
+    assert levels[0] == 0.25 and levels[-1] == 1.0 and len(levels) == 5
     for rows in (1, 2, 4, 7):
         micro = rows_of(MICRO, torch.arange(rows))
         for level in levels:
             found = picker.pick(micro, level, at())
-            # Rational arithmetic: levels are multiples of 3/32 from a quarter on.
+            # Rational arithmetic: levels are multiples of 3/16 from a quarter on.
             assert len(found.tokens_BT) == -(-round(32 * level) * rows // 32), (rows, level)
         assert picker.pick(micro, 1.0, at()) is micro
 
