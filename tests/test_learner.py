@@ -106,8 +106,8 @@ def test_full_steps_come_first_and_agreement_every_third(
     # A quarter of twelve steps is full, and so is the one from which the ratio falls, to its target at the half.
     keep = 0.25 if name == "skip" else 0.5
     ratios = [row.host_values[ROUTER_KEPT_FRACTION] for row in rows]
-    levels = [keep + (1 - keep) * i / 8 for i in range(9)]
-    assert ratios == [1.0] * 4 + [levels[6], levels[3]] + [keep] * 6
+    levels = [keep + (1 - keep) * i / 4 for i in range(5)]
+    assert ratios == [1.0] * 4 + [levels[3], levels[2]] + [keep] * 6
     learns = name != "truncated"
     for step, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
         seen = row.device_values
