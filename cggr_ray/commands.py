@@ -101,10 +101,12 @@ def race(
 
 
 def check(spec: RaceSpec, executor: str, address: str | None) -> None:
-    """Before anything starts: the executor, the data's files and, on a local machine, the device that is asked for."""
+    """Before anything starts: the executor, the data's files, whether the recipes fit the model and the micro-batches
+    and, on a local machine, the device that is asked for."""
     if executor not in EXECUTORS:
         raise ValueError(f"executor {executor!r}; {nearest(executor, EXECUTORS)}")
     spec.data.check()
+    spec.check()
     if address is None:
         pick_device(spec.device)
 

@@ -40,12 +40,14 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[Hashable, Captured] = {}
 
-    def run(self, key: Hashable, step: MicroStep, micro: MicroBatch, scale: Tensor) -> Any:
-        """`step(micro, scale)`. The first call of a key runs it once as it is, which compiles what there is to compile,
-        and captures it; so first calls belong into a warm-up.
+    def run(self, name: Hashable, step: MicroStep, micro: MicroBatch, scale: Tensor) -> Any:
+        """`step(micro, scale)`, which `name` identifies. The parameters must have no gradients.
 
-        The result's tensors are overwritten by the next run of the same key.
+        The first call of a name and shape runs the step once as it is, which compiles what there is to compile, and
+        captures it; so first calls belong into a warm-up. The result's tensors are overwritten by the next run.
         """
+        shapes = tuple(tuple(getattr(micro, field).shape) for field in tensor_fields(micro))
+        key = (name, shapes, micro.longest_document)
         if key not in self._captured:
             self._captured[key] = self._capture(step, micro, scale)
         captured = self._captured[key]
@@ -60,7 +62,7 @@ class Graphs:
     def _capture(self, step: MicroStep, micro: MicroBatch, scale: Tensor) -> Captured:
         micro = replace(micro, **{name: getattr(micro, name).clone() for name in tensor_fields(micro)})
         scale = scale.clone()
-        before = [parameter.grad for parameter in self._parameters]
+        assert all(parameter.grad is None for parameter in self._parameters), "a gradient that a graph would overwrite"
         step(micro, scale)
         for parameter in self._parameters:
             parameter.grad = None
@@ -74,8 +76,6 @@ class Graphs:
             torch._foreach_copy_([self._gradients[p] for p in learning], [p.grad for p in learning])  # type: ignore[misc]
             for parameter in learning:
                 parameter.grad = None
-        for parameter, gradient in zip(self._parameters, before, strict=True):
-            parameter.grad = gradient
         return Captured(graph, micro, scale, result, learning)
 
 

@@ -103,7 +103,8 @@ class Learner:
             levels: kept ratios to use instead of the parts' own; only warm-up asks for them.
         """
         layers = len(self.adapter.layers)
-        self.adapter.set_active_layers(self.recipe.updates.active_layers(layers, progress))
+        active = self.recipe.updates.active_layers(layers, progress)
+        self.adapter.set_active_layers(active)
         rows, ratio = levels or Levels(self.rows.ratio(progress), self.router.ratio(progress))
         micros = [self.rows.pick(micro, rows, progress) for micro in batch.micros]
         scale, compare = _one_over_labelled(micros), self.router.compares(ratio, progress)
@@ -114,7 +115,7 @@ class Learner:
             if self.graphs is None or compare:
                 loss, seen = micro_step(micro, scale)
             else:
-                loss, seen = self.graphs.run((ratio, micro.tokens_BT.shape), micro_step, micro, scale)
+                loss, seen = self.graphs.run((ratio, tuple(active)), micro_step, micro, scale)
             if len(micros) > 1:
                 self.optimizer.accumulate()
                 loss, seen = loss.clone(), {name: value.clone() for name, value in seen.items()}

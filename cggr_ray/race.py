@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from cggr_ray.codec import Plain, nearest
 from cggr_ray.data.dataset import DataSpec
@@ -17,6 +17,13 @@ from cggr_ray.progress import Budget
 from cggr_ray.recipe import Recipe, beside, load_recipe, references_beside
 
 RACES = Path(__file__).with_name("races")
+
+
+@runtime_checkable
+class NeedsLayers(Protocol):
+    """A part that reads some of the model's layers, and says how many a model has to have."""
+
+    def needs_layers(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,35 @@ class RaceSpec(Plain):
     def recipe(self, name: str) -> Recipe:
         """A recipe of the race with the race's values, then the arm's own."""
         return load_recipe(name).with_values({**self.values, **self.arms.get(name, {})})
+
+    def check(self) -> None:
+        """Whether every recipe fits the race's model and micro-batches, from shapes alone.
+
+        Raises:
+            ValueError: a model of too few layers, or a micro-batch of which a recipe cannot keep what it says.
+        """
+        for name in self.recipes:
+            recipe = self.recipe(name)
+            try:
+                check_layers(recipe, self.model)
+                step = recipe.rows.rows_per_step(self.global_rows)
+                for rows in {min(self.micro_rows, step), step % self.micro_rows} - {0}:
+                    recipe.rows.check_rows(rows)
+            except ValueError as error:
+                raise ValueError(f"recipe {name!r}: {error}") from None
+
+
+def check_layers(recipe: Recipe, model: ModelSpec) -> None:
+    """Raises ValueError where a part reads more layers than the model has."""
+    for part in ("rows", "tokens", "objective", "updates"):
+        value = getattr(recipe, part)
+        if not isinstance(value, NeedsLayers) or value.needs_layers() <= 1:
+            continue
+        config = model.config().get_text_config()
+        layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
+        if layers is not None and layers < value.needs_layers():
+            raise ValueError(f"{part} need a model of at least {value.needs_layers()} layers, {model.name!r} has {layers}; "
+                             f"accepted: a larger model, or {part} that read fewer layers")  # fmt: skip
 
 
 @dataclass(frozen=True)

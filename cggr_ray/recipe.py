@@ -34,8 +34,7 @@ RECIPES = Path(__file__).with_name("recipes")
 class Execution:
     """How a step runs. `precision`: `auto` is bf16 with float32 masters on a GPU and float32 elsewhere.
 
-    `cuda_graphs`: on a GPU, forward and backward of a micro-batch are one launch; for small models. Each kept ratio
-    holds gradients of its own.
+    `cuda_graphs`: on a GPU, forward and backward of a micro-batch are one launch; for small models.
     """
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -44,7 +44,7 @@ def bench_memory(shape: Shape, device: str, rounds: int, folder: Path) -> list[B
     adapter = Adapter(model)
     optimizer = Recipe("bench").optimizer.build(adapter.named_parameters(), adapter.hidden_names(), found)
     resident = torch.cuda.memory_allocated(found) / MIB
-    fits = {name: most_rows(part, adapter, shape, rounds) for name, part in PARTS.items()}
+    fits = rows_that_fit(adapter, shape, rounds)
     del optimizer
     rows = []
     for name, (most, peak) in fits.items():
@@ -52,6 +52,21 @@ def bench_memory(shape: Shape, device: str, rounds: int, folder: Path) -> list[B
         for value, unit in ((most / fits["full"][0], "times_full"), (float(most), "rows"), (resident, "resident_mib")):
             rows.append(bench_row("memory", shape, name, torch.bfloat16, found, timing, value, unit))
     return rows
+
+
+def rows_that_fit(adapter: Adapter, shape: Shape, tries: int) -> dict[str, tuple[int, float]]:
+    """(rows that fit, MiB at the peak with them) of every provider.
+
+    Raises:
+        ValueError: not one row of full training fits, so there is nothing to compare with.
+    """
+    found: dict[str, tuple[int, float]] = {}
+    for name, part in PARTS.items():
+        found[name] = most_rows(part, adapter, shape, tries)
+        if found["full"][0] == 0:
+            raise ValueError(f"shape {shape.name!r}: not one row of full training fits in this device's memory; "
+                             "accepted: a smaller model or shorter rows")  # fmt: skip
+    return found
 
 
 def most_rows(

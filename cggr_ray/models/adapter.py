@@ -79,7 +79,10 @@ class Adapter:
         return self.family.head_VD
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.model.named_parameters())
+        """Those of the language model; a vision tower beside it has nothing to learn from text."""
+        modules = (self.family.body, self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        inside = {id(p) for module in modules for p in module.parameters()}
+        return [(name, p) for name, p in self.model.named_parameters() if id(p) in inside]
 
     def hidden_names(self) -> list[str]:
         """Names of the parameters inside decoder layers."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NormKind = Literal["rms", "rms_plus_one", "layer"]
+# Of FlashAttention, and of attention for kept queries.
+WIDEST_HEAD = 256
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3", "gpt2")
 
 
@@ -90,6 +92,9 @@ class Family:
         for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
             if getattr(self.config, key, 0.0):
                 raise ValueError(f"{key} = {getattr(self.config, key)}; accepted: 0, runs repeat exactly")
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        if width > WIDEST_HEAD:
+            raise ValueError(f"head_dim = {width}; accepted: at most {WIDEST_HEAD}, attention has no wider kernel")
         for key in ("final_logit_softcapping", "attn_logit_softcapping", "add_cross_attention"):
             if getattr(self.config, key, None):
                 raise ValueError(f"{key} = {getattr(self.config, key)}; accepted: a model without it")

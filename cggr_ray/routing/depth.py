@@ -6,14 +6,13 @@ With rho the rank of a labelled position among the N of its row, ascending in di
     kept     keep_b = floor(L (B - b) / B)           layers cut_b + 1 .. L - 1 learn, cut_b = L - keep_b - 1
     so far   min(b, floor(p (B - 1)))                p grows to 1: full depth for all, then one bucket more at a time
 
-All counts are exact and known on the host before the forward. Shapes: B rows, T positions.
+Shapes: B rows, T positions.
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,21 +34,6 @@ def depth_buckets(scores_BT: Tensor, labelled_B: Tensor, num_buckets: int) -> Te
 def deepest_bucket(num_buckets: int, p: float) -> int:
     """The easiest bucket that is told apart once the share p of the curriculum has passed."""
     return math.floor(min(max(p, 0.0), 1.0) * (num_buckets - 1))
-
-
-def curriculum(bucket_BT: Tensor, num_buckets: int, p: float) -> Tensor:
-    """Buckets so far: positions of later buckets keep the depth of the deepest one that is told apart."""
-    return bucket_BT.clamp_max(deepest_bucket(num_buckets, p))
-
-
-def bucket_counts(labelled_B: np.ndarray, num_buckets: int, p: float = 1.0) -> np.ndarray:
-    """Labelled positions of each row by bucket after `curriculum`, int64 of shape (rows, num_buckets)."""
-    edges = np.arange(num_buckets + 1) * labelled_B.astype(np.int64)[:, None] // num_buckets
-    counts = np.diff(edges, axis=1)
-    last = deepest_bucket(num_buckets, p)
-    counts[:, last] = counts[:, last:].sum(axis=1)
-    counts[:, last + 1 :] = 0
-    return counts
 
 
 def keep_layers(num_layers: int, num_buckets: int) -> list[int]:

@@ -73,7 +73,7 @@ class RatioRouter:
         self._generator = torch.Generator(setting.device)
 
     def levels(self) -> tuple[float, ...]:
-        return ratio_levels(self.keep, below=False)
+        return ratio_levels(self.keep, below=False, between=self.curriculum.ramps)
 
     def ratio(self, progress: Progress) -> float:
         return snap(self.curriculum.ratio(self.keep, progress), self.levels())
@@ -142,10 +142,13 @@ class ScoreRouter(RatioRouter):
         self._confidence: float | None = None
         self._reference: float | None = None
         self._early = config.router.EARLY
-        self._last: tuple[Tensor, TokenRoute | None]
+        self._last_BT: Tensor
 
     def levels(self) -> tuple[float, ...]:
-        return ratio_levels(self.keep, below=self.config.dynamic is not None and self.config.dynamic.below)
+        dynamic = self.config.dynamic
+        if dynamic is None:
+            return super().levels()
+        return ratio_levels(self.keep, below=dynamic.below)
 
     def ratio(self, progress: Progress) -> float:
         if progress.tokens_seen < self.scorer.first_full_tokens:
@@ -164,9 +167,8 @@ class ScoreRouter(RatioRouter):
         if ratio == 1 and not self.scorer.learns:
             return None
         scored = self.scorer.score(seen, micro, self._generator)
-        route = None if ratio == 1 else self._route(scored, micro, ratio)
-        self._last = scored.scores_BT, route
-        return route
+        self._last_BT = scored.scores_BT
+        return None if ratio == 1 else self._route(scored, micro, ratio)
 
     def _route(self, scored: Scored, micro: MicroBatch, ratio: float) -> TokenRoute:
         scores_BT, documents_BT, labels_BT = self._in_scope(scored.scores_BT, micro)
@@ -196,7 +198,7 @@ class ScoreRouter(RatioRouter):
     @torch.no_grad()
     def agreement(self, final_ND: Tensor, head_VD: Tensor, micro: MicroBatch, ratio: float) -> dict[str, Tensor]:
         """Of the scores of the last `route` with the model's own, and of the positions that top-k would keep."""
-        found_BT = self._last[0]
+        found_BT = self._last_BT
         own_BT = own_scores(self.config.score, final_ND, head_VD, micro, self._reference_nll).scores_BT
         keep_B = counts(micro.labels_BT, min(ratio, self.keep))[0]
         kept = [selectors.top_k(scores, keep_B).mask_BT for scores in (found_BT, own_BT)]

@@ -21,12 +21,16 @@ from cggr_ray.progress import Progress
 from cggr_ray.routing.curriculum import Curriculum, ratio_levels, snap
 from cggr_ray.routing.scores import HeadScore, score
 
+# How far keep x rows may be from a whole number: a third is written with a few digits.
+WHOLE = 1e-3
+
 
 class RowPicker(Protocol):
     """The running object of a `rows` part."""
 
     def levels(self) -> tuple[float, ...]: ...
     def ratio(self, progress: Progress) -> float: ...
+    def kept(self, ratio: float, rows: int) -> float: ...
     def pick(self, micro: MicroBatch, ratio: float, progress: Progress) -> MicroBatch: ...
 
 
@@ -38,6 +42,9 @@ class AllRows:
 
     def rows_per_step(self, global_rows: int) -> int:
         return global_rows
+
+    def check_rows(self, rows: int) -> None:
+        """Any micro-batch will do."""
 
     def build(self, seed: int, adapter: Adapter) -> RowPicker:
         return EveryRow()
@@ -61,6 +68,9 @@ class FewerRows:
 
     def rows_per_step(self, global_rows: int) -> int:
         return max(1, round(self.fraction * global_rows))
+
+    def check_rows(self, rows: int) -> None:
+        """Any micro-batch will do."""
 
     def build(self, seed: int, adapter: Adapter) -> RowPicker:
         return EveryRow()
@@ -89,6 +99,12 @@ class HardestRows:
     def rows_per_step(self, global_rows: int) -> int:
         return global_rows
 
+    def needs_layers(self) -> int:
+        return self.layers + 1
+
+    def check_rows(self, rows: int) -> None:
+        check_rows_of(self.keep, rows)
+
     def build(self, seed: int, adapter: Adapter) -> RowPicker:
         if self.layers >= len(adapter.layers):
             raise ValueError(f"layers = {self.layers} of a model with {len(adapter.layers)}; accepted: fewer")
@@ -110,6 +126,9 @@ class RandomRows:
     def rows_per_step(self, global_rows: int) -> int:
         return global_rows
 
+    def check_rows(self, rows: int) -> None:
+        check_rows_of(self.keep, rows)
+
     def build(self, seed: int, adapter: Adapter) -> RowPicker:
         return ChancePicker(self.keep, self.curriculum, seed, adapter.device)
 
@@ -119,6 +138,18 @@ def check_rows_keep(keep: float) -> None:
         raise ValueError(f"keep = {keep}; accepted: a ratio in (0, 1]")
 
 
+def check_rows_of(keep: float, rows: int) -> None:
+    """Refuses a micro-batch of which `keep` is no whole number of rows: it would train on more than the recipe says."""
+    if abs(rows_kept(keep, rows) - keep * rows) > WHOLE:
+        raise ValueError(f"keep = {keep} of a micro-batch of {rows} rows, which would keep {rows_kept(keep, rows)}; "
+                         "accepted: keep x rows a whole number, by other micro_rows, global_rows or keep")  # fmt: skip
+
+
+def rows_kept(ratio: float, rows: int) -> int:
+    """ceil(ratio B), up to rounding errors."""
+    return math.ceil(ratio * rows - 1e-9)
+
+
 class EveryRow:
     """Nothing is left out."""
 
@@ -126,6 +157,9 @@ class EveryRow:
         return (1.0,)
 
     def ratio(self, progress: Progress) -> float:
+        return 1.0
+
+    def kept(self, ratio: float, rows: int) -> float:
         return 1.0
 
     def pick(self, micro: MicroBatch, ratio: float, progress: Progress) -> MicroBatch:
@@ -144,8 +178,12 @@ class RatioPicker:
     def ratio(self, progress: Progress) -> float:
         return snap(self.curriculum.ratio(self.keep, progress), self.levels())
 
+    def kept(self, ratio: float, rows: int) -> float:
+        """The share of a micro-batch of so many rows that is kept at a ratio: what the log has to hold."""
+        return rows_kept(ratio, rows) / rows
+
     def pick(self, micro: MicroBatch, ratio: float, progress: Progress) -> MicroBatch:
-        rows = math.ceil(ratio * len(micro.tokens_BT) - 1e-9)
+        rows = rows_kept(ratio, len(micro.tokens_BT))
         if rows == len(micro.tokens_BT):
             return micro
         return rows_of(micro, self.keys(micro, progress).topk(rows).indices.sort().values)

@@ -61,6 +61,9 @@ class OwnScores:
     IS_PART: ClassVar[bool] = True
     EARLY: ClassVar[bool] = False
 
+    def needs_layers(self) -> int:
+        return 1
+
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
         return HeadScorer(name, setting.num_layers, setting.reference)
 
@@ -76,6 +79,9 @@ class TruncatedRouter:
 
     def __post_init__(self) -> None:
         check_layers(self.layers)
+
+    def needs_layers(self) -> int:
+        return self.layers + 1
 
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
         check_depth(self.layers, setting)
@@ -101,6 +107,9 @@ class Probe:
         if self.hidden < 1 or not self.lr > 0:
             raise ValueError(f"hidden = {self.hidden}, lr = {self.lr}; accepted: at least 1, a positive rate")
 
+    def needs_layers(self) -> int:
+        return self.layers + 1
+
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
         check_depth(self.layers, setting)
         if name != "loss":
@@ -114,6 +123,9 @@ class StaleScores:
 
     IS_PART: ClassVar[bool] = True
     EARLY: ClassVar[bool] = True
+
+    def needs_layers(self) -> int:
+        return 1
 
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
         if name != "loss":
@@ -192,7 +204,7 @@ class ProbeScorer:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self._hidden_ND: Tensor
+        self._hidden_ND: Tensor | None = None
 
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         assert seen is not None
@@ -213,11 +225,13 @@ class ProbeScorer:
             spread = (self._moments[1] - self._moments[0].square()).clamp_min(1e-6).sqrt()
             target = (nll - self._moments[0]) / spread
         # A row that teaches nothing may hold what is no number, and that times 0 is none either.
+        assert self._hidden_ND is not None, "learn without a score"
         hidden = self._hidden_ND.index_select(0, index_K).masked_fill(~teaches.unsqueeze(1), 0.0)
         error = torch.where(teaches, self._predict(hidden) - target, 0.0)
         self._optimizer.zero_grad(set_to_none=True)
         (error.square().sum() / count).backward()
         self._optimizer.step()
+        self._hidden_ND = None
 
     def _predict(self, hidden_RD: Tensor) -> Tensor:
         """Standardised loss, one a row."""
@@ -260,9 +274,3 @@ class StaleScorer:
 
 def _init(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
-
-
-Router = OwnScores | TruncatedRouter | Probe | StaleScores
-"""The choices of `SelectedTokens.router`."""
-
-__all__ = ["OwnScores", "Probe", "Router", "Scored", "Scorer", "Setting", "StaleScores", "TruncatedRouter"]

@@ -123,6 +123,9 @@ class SelectedTokens:
             raise ValueError(f"largest_weight = {self.largest_weight} at keep = {self.keep}; "
                              f"accepted: a weight of at least {1 / smallest:g}, and a positive floor")  # fmt: skip
 
+    def needs_layers(self) -> int:
+        return self.router.needs_layers()
+
     def build(self, seed: int, setting: Setting) -> Router:
         return ScoreRouter(self, self.router.build(self.score, setting, seed), seed, setting)
 
@@ -152,6 +155,9 @@ class SkippedTokens:
             raise ValueError(f"entry = {self.entry}, exit = {self.exit}; accepted: at least 0")
         if self.choice == "confidence" and self.entry < 1:
             raise ValueError("choice 'confidence' with entry = 0; accepted: at least one layer for the probe to read")
+
+    def needs_layers(self) -> int:
+        return self.entry + self.exit + 1
 
     def build(self, seed: int, setting: Setting) -> Router:
         if self.choice == "random":

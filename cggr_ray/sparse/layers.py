@@ -70,7 +70,7 @@ def _capture(
 
 
 class Overlay(torch.autograd.Function):
-    """Hidden states of all positions, constants but for the kept ones; the values are equal, so nothing is copied."""
+    """Hidden states of all positions, constants but for the kept ones, whose values are equal."""
 
     @staticmethod
     def forward(ctx: Any, hidden_KD: Tensor, hidden_ND: Tensor, index_K: Tensor, filled_K: Tensor) -> Tensor:

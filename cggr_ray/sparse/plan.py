@@ -227,4 +227,5 @@ def among_kept(documents: Documents, route: TokenRoute, micro: MicroBatch) -> Do
     own_start = index - micro.positions_BT.flatten().index_select(0, index)
     first = torch.searchsorted(index, own_start).view(rows, slots)
     offset = torch.arange(rows, device=index.device).unsqueeze(1) * slots
-    return Documents(starts, min(documents.longest, slots), first - offset)
+    # The empty slots of a row lengthen its last document, which the kernel must be told.
+    return Documents(starts, slots, first - offset)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, PreTrainedModel
 
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.data.loader import micro_batches
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.store import TokenStore
 from cggr_ray.models.adapter import Adapter
-from cggr_ray.models.attention import document_mask
+from cggr_ray.models.attention import document_mask, documents_of
 
 ROW_TOKENS = 40
 
@@ -108,6 +108,38 @@ def test_what_the_adapter_says_about_the_model(tiny_model: PreTrainedModel) -> N
     adapter.set_active_layers([False, True])
     frozen = {name for name, p in adapter.named_parameters() if not p.requires_grad}
     assert frozen == {name for name in names if ".layers.0." in name}
+
+
+def test_a_vision_tower_beside_the_language_model_has_nothing_to_learn() -> None:
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 4,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    adapter = Adapter(AutoModelForCausalLM.from_config(config))
+    learning = dict(adapter.named_parameters())
+    assert learning and not any("vision" in name or "projector" in name for name in learning)
+    tokens = torch.randint(64, (1, 8), generator=torch.Generator().manual_seed(1))
+    hidden = adapter.family.embed(tokens, torch.arange(8)[None])
+    documents = documents_of(torch.arange(8)[None], torch.tensor([0, 8]).int(), 8)
+    adapter.run_layers(hidden, torch.arange(8)[None], documents).square().sum().backward()
+    missing = {name for name, p in learning.items() if p.grad is None}
+    assert missing == {name for name in learning if name.endswith("norm.weight") and ".layers." not in name}
 
 
 def test_an_unsupported_family_is_refused() -> None:

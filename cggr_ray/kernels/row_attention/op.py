@@ -54,7 +54,7 @@ def row_attention_forward(
 
     The last dimension of every input is contiguous; the others may have any stride.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device_of(q_KHE):
         return implementation(q_KHE.device).forward(q_KHE, k_NGE, v_NGE, spans, scale, softcap)
 
 
@@ -75,7 +75,7 @@ def row_attention_backward(
         out_KHE: outputs of these queries, by whatever forward, as `lse_HK`. Those of empty queries are not used.
     """
     use = implementation(q_KHE.device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device_of(q_KHE):
         rows_HK = use.prepare(dout_KHE, out_KHE, lse_HK, spans)
         dq = use.query_gradient(dout_KHE, q_KHE, k_NGE, v_NGE, rows_HK, spans, scale, softcap)
         dk, dv = use.key_value_gradients(dout_KHE, q_KHE, k_NGE, v_NGE, rows_HK, spans, scale, softcap)
@@ -102,7 +102,7 @@ def row_attention_backward_const(
         k_KGE: keys of the queries' own positions, as `v_KGE`. among_kept: `kept_spans(index_K, spans)`.
     """
     use = implementation(q_KHE.device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device_of(q_KHE):
         rows_HK = use.prepare(dout_KHE, out_KHE, lse_HK, spans)
         dq = use.query_gradient(dout_KHE, q_KHE, k_NGE, v_NGE, rows_HK, spans, scale, softcap)
         dk, dv = use.key_value_gradients(dout_KHE, q_KHE, k_KGE, v_KGE, rows_HK, among_kept, scale, softcap)

@@ -34,11 +34,13 @@ def rank_classes(keys_BT: Tensor, ranks_BJ: Tensor, groups_BT: Tensor | None = N
         groups_BT: integers from 0 to num_groups - 1 that come before the key: all of group 0, then all of group 1.
     """
     assert keys_BT.dtype == torch.float32, keys_BT.dtype
-    return implementation(keys_BT.device).rank_classes(keys_BT, ranks_BJ, groups_BT, num_groups)
+    with torch.cuda.device_of(keys_BT):
+        return implementation(keys_BT.device).rank_classes(keys_BT, ranks_BJ, groups_BT, num_groups)
 
 
 @torch.no_grad()
 def compact(mask_BT: Tensor, slots: int, fill: int) -> Tensor:
     """Positions of the first `slots` true entries of each row, ascending, int64; slots left over hold `fill`."""
     assert mask_BT.dtype == torch.bool, mask_BT.dtype
-    return implementation(mask_BT.device).compact(mask_BT, slots, fill)
+    with torch.cuda.device_of(mask_BT):
+        return implementation(mask_BT.device).compact(mask_BT, slots, fill)
