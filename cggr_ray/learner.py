@@ -107,6 +107,7 @@ class Learner:
         self.adapter.set_active_layers(active)
         rows, ratio = levels or Levels(self.rows.ratio(progress), self.router.ratio(progress))
         micros = [self.rows.pick(micro, rows, progress) for micro in batch.micros]
+        kept = sum(self.rows.kept(rows, len(m.tokens_BT)) * len(m.tokens_BT) for m in batch.micros) / batch.rows
         scale, compare = _one_over_labelled(micros), self.router.compares(ratio, progress)
         micro_step = partial(self.run_pass, ratio=ratio, compare=compare)
         losses, statistics = [], []
@@ -124,7 +125,7 @@ class Learner:
         norm = self.optimizer.step(progress)
         loss_name = TRAIN_LOSS if rows == ratio == 1 else self.run_pass.plan.LOSS
         device_values = {loss_name: torch.stack(losses).sum(), GRAD_NORM: norm, **_merge(statistics)}
-        return StepRow(progress, device_values, self._host_values(progress, rows * ratio))
+        return StepRow(progress, device_values, self._host_values(progress, kept * ratio))
 
     def observe(self, values: dict[str, float], progress: Progress) -> None:
         """Gives the parts what an earlier step measured, two steps late."""

@@ -101,10 +101,10 @@ def check_layers(recipe: Recipe, model: ModelSpec) -> None:
         value = getattr(recipe, part)
         if not isinstance(value, NeedsLayers) or value.needs_layers() <= 1:
             continue
-        config = model.config().get_text_config()
+        config, needed = model.config().get_text_config(), value.needs_layers()
         layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
-        if layers is not None and layers < value.needs_layers():
-            raise ValueError(f"{part} need a model of at least {value.needs_layers()} layers, {model.name!r} has {layers}; "
+        if layers is not None and layers < needed:
+            raise ValueError(f"{part} need a model of at least {needed} layers, {model.name!r} has {layers}; "
                              f"accepted: a larger model, or {part} that read fewer layers")  # fmt: skip
 
 

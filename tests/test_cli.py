@@ -47,6 +47,17 @@ def race_file(folder: Path, data: str) -> Path:
         (["race", "--set", "nobody:tokens.keep=0.5"], "arms.nobody: no such recipe in the race"),
         (["race", "--set", "tokens.keep"], "accepted: key=value"),
         (["race", "--seeds", "0,x"], "accepted: whole numbers"),
+        (
+            ["race", "cpu", "--dry-run", "--recipes", "baseline,cggr_model"],
+            "of at least 5 layers, 'tiny' has 4; accepted",
+        ),
+        (["race", "cpu", "--recipes", "cggr_model_sequence"], "rows need a model of at least 5 layers, 'tiny' has 4"),
+        (["race", "cpu", "--recipes", "cggr_skip"], "tokens need a model of at least 5 layers, 'tiny' has 4"),
+        (
+            ["race", "cpu", "--recipes", "random_rows", "--set", "rows.keep=0.2"],
+            "'random_rows': keep = 0.2 of a micro-",
+        ),
+        (["sweep", "cggr", "--set", 'tokens={kind="skipped_tokens"}', "--dry-run"], "at least 5 layers"),
         (["race", "nowhere.toml"], "unknown race 'nowhere.toml'"),
         (["race", "--executor", "magic"], "executor 'magic'"),
         (["race", "--data", "numina"], "data 'numina'; did you mean 'numinamath'?"),

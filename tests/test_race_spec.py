@@ -10,7 +10,7 @@ import pytest
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.sources import HuggingFace, Jsonl, Parquet, Problems
 from cggr_ray.models.presets import ModelSpec
-from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
+from cggr_ray.race import RACES, RaceSpec, Trial, load_race, plan_trials
 from cggr_ray.routing.tokens import RandomTokens, SelectedTokens
 
 
@@ -181,3 +181,96 @@ def test_a_bad_race_file_names_the_file(tmp_path: Path, text: str, message: str)
 def test_an_unknown_race_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown race 'nope'"):
         load_race("nope")
+
+
+# Whether recipes fit the model and the micro-batches
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RACES.glob("*.toml")])
+def test_a_shipped_race_fits(name: str) -> None:
+    load_race(name).check()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values", "least"),
+    [
+        ("cggr_model", {}, 5),
+        ("cggr_model_sequence", {}, 5),
+        ("cggr_seed", {}, 5),
+        ("cggr_skip", {}, 5),
+        ("cggr_model", {"tokens.router.layers": 6}, 7),
+        ("cggr_model_sequence", {"rows.layers": 9}, 10),
+        ("cggr_skip", {"tokens.entry": 0, "tokens.exit": 4}, 5),
+        ("cggr_model", {"tokens.score": "loss", "tokens.router": {"kind": "probe", "layers": 4}}, 5),
+    ],
+)
+def test_a_recipe_that_reads_more_layers_than_there_are(recipe: str, values: dict[str, Any], least: int) -> None:
+    spec = RaceSpec(recipes=("baseline", recipe), arms={recipe: values})
+    said = rf"^recipe '{recipe}': .*at least {least} layers, 'tiny' has 4; accepted: "
+    with pytest.raises(ValueError, match=said) as error:
+        spec.check()
+    assert "\n" not in str(error.value)
+    RaceSpec(recipes=("baseline", recipe), arms={recipe: values}, model=ModelSpec("llama-113m")).check()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values"),
+    [
+        ("baseline", {}),
+        ("cggr_loss", {}),
+        ("cggr_wrapper", {}),
+        ("random_tokens", {}),
+        ("cggr_model", {"tokens.router.layers": 3}),
+        ("cggr_model", {"tokens.score": "loss", "tokens.router": {"kind": "stale_scores"}}),
+        ("cggr_model_sequence", {"rows.layers": 3}),
+        ("cggr_skip", {"tokens.entry": 0, "tokens.exit": 3}),
+    ],
+)
+def test_what_reads_fewer_layers_fits(recipe: str, values: dict[str, Any]) -> None:
+    RaceSpec(recipes=(recipe,), values=values).check()
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "gpt2", "n_layer": 3}, {"model_type": "llama", "num_hidden_layers": 3}]
+)
+def test_layers_of_a_model_folder(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    model = ModelSpec(folder=str(tmp_path))
+    RaceSpec(recipes=("cggr_model",), values={"tokens.router.layers": 2}, model=model).check()
+    with pytest.raises(ValueError, match=r"at least 4 layers, .* has 3; accepted"):
+        RaceSpec(recipes=("cggr_model",), values={"tokens.router.layers": 3}, model=model).check()
+
+
+@pytest.mark.parametrize("recipe", ["random_rows", "cggr_model_sequence"])
+@pytest.mark.parametrize(
+    ("global_rows", "micro_rows", "keep", "refused"),
+    [
+        (16, 16, 0.25, None),
+        (16, 4, 0.25, None),
+        (16, 1, 0.25, 1),
+        (16, 6, 0.5, None),
+        (16, 6, 0.25, 6),
+        (10, 8, 0.25, 2),
+        (12, 8, 0.25, None),
+        (25, 25, 0.28, None),
+        (9, 3, 0.3333, None),
+        (9, 3, 0.33, 3),
+        (5, 1, 1.0, None),
+    ],
+)
+def test_a_micro_batch_has_to_hold_a_whole_share(
+    recipe: str, global_rows: int, micro_rows: int, keep: float, refused: int | None
+) -> None:
+    spec = RaceSpec(
+        recipes=("baseline", recipe),
+        arms={recipe: {"rows.keep": keep}},
+        global_rows=global_rows,
+        micro_rows=micro_rows,
+        model=ModelSpec("llama-113m"),
+    )
+    if refused is None:
+        spec.check()
+        return
+    with pytest.raises(ValueError, match=rf"^recipe '{recipe}': keep = {keep} of .* of {refused} rows.*; accepted: "):
+        spec.check()

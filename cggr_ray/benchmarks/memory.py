@@ -64,7 +64,7 @@ def rows_that_fit(adapter: Adapter, shape: Shape, tries: int) -> dict[str, tuple
     for name, part in PARTS.items():
         found[name] = most_rows(part, adapter, shape, tries)
         if found["full"][0] == 0:
-            raise ValueError(f"shape {shape.name!r}: not one row of full training fits in this device's memory; "
+            raise ValueError(f"shape {str(shape)!r}: not one row of full training fits in this device's memory; "
                              "accepted: a smaller model or shorter rows")  # fmt: skip
     return found
 

@@ -99,7 +99,9 @@ class ModelSpec:
         )
 
     def build(self, vocab_size: int | None, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model on `device` in `dtype`. Random weights depend on `seed` alone: drawn on the CPU in float32."""
+        """The model on `device`, its parameters in `dtype`. Random weights depend on `seed` alone: drawn on the CPU in
+        float32. Buffers keep their dtype, as when Hugging Face loads a model: rotary frequencies rounded to bf16 would
+        turn far positions by a tenth of a radian."""
         from transformers import AutoModelForCausalLM
 
         model: Any
@@ -107,11 +109,14 @@ class ModelSpec:
             model = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(self.config(vocab_size), dtype=torch.float32)
-        moved: PreTrainedModel = model.to(device=device, dtype=dtype)
+            moved: PreTrainedModel = model.to(device=device)
+            return moved
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(self.config(vocab_size), dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        moved = model.to(device=device)
         return moved
 
 

@@ -217,3 +217,21 @@ BAD = {
 def test_what_does_not_fit_is_named(case):
     with pytest.raises(ValueError, match="accepted"):
         head_stats(*BAD[case])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_other_dtypes_are_named(dtype):
+    hidden, head = torch.zeros(2, 3).to(dtype), torch.zeros(5, 3).to(dtype)
+    with pytest.raises(ValueError, match=f"{dtype} on 'cpu'; accepted: "):
+        head_stats(hidden, head, torch.zeros(2).long())
+
+
+def test_float64_is_for_the_cpu_alone():
+    g = torch.Generator().manual_seed(8)
+    hidden, head = (torch.randn(n, 6, generator=g, dtype=torch.float64) for n in (7, 40))
+    labels = torch.randint(40, (7,), generator=g)
+    stats = head_stats(hidden, head, labels)
+    assert {x.dtype for x in stats[:6]} == {torch.float64}
+    assert_near(as_columns(stats), expected_stats(hidden @ head.T, labels), 1e-12)
+    with pytest.raises(ValueError, match=r"torch\.float64 on 'meta'; accepted: "):
+        head_stats(hidden.to("meta"), head.to("meta"), labels.to("meta"))

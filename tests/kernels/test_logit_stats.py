@@ -120,6 +120,21 @@ def test_what_does_not_fit_is_named(logits, labels):
         logit_stats(torch.zeros(logits), torch.zeros(labels, dtype=torch.long))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_other_dtypes_are_named(dtype):
+    with pytest.raises(ValueError, match=f"{dtype} on 'cpu'; accepted: "):
+        logit_stats(torch.zeros(2, 5).to(dtype), torch.zeros(2).long())
+
+
+def test_float64_is_for_the_cpu_alone():
+    logits, labels = random_case(5, 60, torch.float64)
+    stats = logit_stats(logits, labels)
+    assert {x.dtype for x in stats[:6]} == {torch.float64}
+    assert_near(as_columns(stats), expected_stats(logits, labels), 1e-12)
+    with pytest.raises(ValueError, match=r"torch\.float64 on 'meta'; accepted: "):
+        logit_stats(logits.to("meta"), labels.to("meta"))
+
+
 @pytest.mark.parametrize("vocabulary", [32000, 50257, 128256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [3, 700])

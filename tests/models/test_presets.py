@@ -52,6 +52,16 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(first[name], other[name])
 
 
+def test_rotary_frequencies_are_not_rounded(tmp_path: Path) -> None:
+    spec = ModelSpec("tiny")
+    exact = spec.build(256, 7, CPU, torch.float32)
+    exact.save_pretrained(tmp_path / "saved")
+    loaded = ModelSpec(folder=str(tmp_path / "saved"))
+    for model in (spec.build(256, 7, CPU, torch.bfloat16), loaded.build(None, 7, CPU, torch.bfloat16)):
+        assert model.dtype == torch.bfloat16
+        assert torch.equal(model.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
+
+
 @pytest.fixture
 def folder(tiny_model: PreTrainedModel, tmp_path: Path) -> Path:
     tiny_model.save_pretrained(tmp_path / "mine")

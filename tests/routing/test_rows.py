@@ -106,7 +106,18 @@ def test_counts_are_rounded_up_at_every_level(part: HardestRows | RandomRows) ->
             found = picker.pick(micro, level, at())
             # Rational arithmetic: levels are multiples of 3/16 from a quarter on.
             assert len(found.tokens_BT) == -(-round(32 * level) * rows // 32), (rows, level)
+            assert picker.kept(level, rows) == len(found.tokens_BT) / rows
         assert picker.pick(micro, 1.0, at()) is micro
+
+
+@pytest.mark.parametrize("part", [HardestRows(0.25), RandomRows(0.25)])
+def test_a_share_that_is_no_whole_number_of_rows_is_refused(part: HardestRows | RandomRows) -> None:
+    for rows in (4, 8, 100):
+        part.check_rows(rows)
+    for rows in (1, 2, 3, 5, 6):
+        with pytest.raises(ValueError, match=rf"keep = 0\.25 of a micro-batch of {rows} rows.*; accepted: "):
+            part.check_rows(rows)
+    assert HardestRows(layers=3).needs_layers() == 4
 
 
 def test_rounding_errors_add_no_row() -> None:
@@ -115,6 +126,7 @@ def test_rounding_errors_add_no_row() -> None:
         assert keep * rows > expected
         picker = RandomRows(keep).build(0, Adapter(small_model("llama")))
         assert len(picker.pick(packed([[21]] * rows, 21), keep, at()).tokens_BT) == expected
+        assert picker.kept(keep, rows) == expected / rows
 
 
 @pytest.mark.parametrize("make", [lambda c: HardestRows(0.5, layers=1, curriculum=c), lambda c: RandomRows(0.5, c)])
@@ -131,7 +143,8 @@ def test_without_a_choice_nothing_is_left_out() -> None:
         picker = part.build(0, adapter)
         assert part.rows_per_step(9) == rows
         assert picker.levels() == (1.0,) and picker.ratio(at(fraction=0.7)) == 1.0
-        assert picker.pick(MICRO, 1.0, at()) is MICRO
+        assert picker.pick(MICRO, 1.0, at()) is MICRO and picker.kept(1.0, 7) == 1.0
+        part.check_rows(1)
     assert HardestRows().rows_per_step(9) == RandomRows().rows_per_step(9) == 9
 
 
