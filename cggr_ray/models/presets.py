@@ -109,15 +109,13 @@ class ModelSpec:
             model = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
-            moved: PreTrainedModel = model.to(device=device)
-            return moved
+            return model.to(device=device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(self.config(vocab_size), dtype=torch.float32)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        moved = model.to(device=device)
-        return moved
+        return model.to(device=device)
 
 
 def parameter_count(config: Any) -> int:
