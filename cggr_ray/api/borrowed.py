@@ -74,12 +74,14 @@ class Borrowed:
         return micro
 
     def _adapt(self) -> Adapter:
-        config, training = self.model.config.get_text_config(), self.model.training
+        config, training = self.model.config.get_text_config(), {m: m.training for m in self.model.modules()}
         attention = config._attn_implementation
-        adapter = Adapter(self.model, self._checkpointing)
-        config._attn_implementation = attention
-        self.model.train(training)
-        return adapter
+        try:
+            return Adapter(self.model, self._checkpointing)
+        finally:
+            config._attn_implementation = attention
+            for module, was in training.items():
+                module.training = was
 
 
 def check_parameters(adapter: Adapter) -> None:

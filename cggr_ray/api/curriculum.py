@@ -27,8 +27,9 @@ class HostCopy:
         self._host = tensor.detach().to("cpu", non_blocking=True, copy=True)
         self._event: torch.cuda.Event | None = None
         if tensor.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
+            with torch.cuda.device_of(tensor):
+                self._event = torch.cuda.Event()
+                self._event.record()
 
     def values(self) -> list[float]:
         """Waits if it has not arrived."""

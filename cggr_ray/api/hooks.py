@@ -9,7 +9,7 @@ Shapes: B rows of T positions, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -43,33 +43,30 @@ class Hung(Gates):
 
 
 class GatedLayers:
-    """Hooks on a stack of layers, idle but inside `hung`. `only`: the layers with a gate; None is all of them."""
+    """Hooks on a stack of layers, inside `hung` alone. `only`: the layers with a gate; None is all of them."""
 
     def __init__(self, layers: Sequence[nn.Module], leak_rate: float, only: set[int] | None) -> None:
         self.num_layers, self._leak_rate = len(layers), leak_rate
-        self._now: Hung | None = None
-        if only is None:
-            layers[0].register_forward_pre_hook(self._before, with_kwargs=True)
-        for i, layer in enumerate(layers):
-            if only is None or i in only:
-                layer.register_forward_hook(partial(self._after, index=i))
+        self._first = layers[0] if only is None else None
+        self._gated = {i: layer for i, layer in enumerate(layers) if only is None or i in only}
 
     @contextmanager
     def hung(self) -> Iterator[Hung]:
         """Gates for the forward inside."""
-        self._now = Hung(self._leak_rate)
-        try:
-            yield self._now
-        finally:
-            self._now = None
+        hung = Hung(self._leak_rate)
 
-    def _before(self, module: nn.Module, args: Any, keywords: Any) -> None:
-        if self._now is not None:
-            self._now.hang(args[0] if args else keywords["hidden_states"], 0)
+        def before(module: nn.Module, args: Any, keywords: Any) -> None:
+            hung.hang(args[0] if args else keywords["hidden_states"], 0)
 
-    def _after(self, module: nn.Module, args: Any, out: Any, index: int) -> None:
-        if self._now is not None:
-            self._now.hang(out if isinstance(out, Tensor) else out[0], index)
+        def after(module: nn.Module, args: Any, out: Any, index: int) -> None:
+            hung.hang(out if isinstance(out, Tensor) else out[0], index)
+
+        with ExitStack() as handles:
+            if self._first is not None:
+                handles.callback(self._first.register_forward_pre_hook(before, with_kwargs=True).remove)
+            for i, layer in self._gated.items():
+                handles.callback(layer.register_forward_hook(partial(after, index=i)).remove)
+            yield hung
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

@@ -195,8 +195,11 @@ class CGGRModel(nn.Module):
 
 def mean_loss(planned: Planned, micro: MicroBatch) -> Tensor:
     """The loss of a planned forward over the labelled positions of its micro-batch."""
-    scale = 1 / (micro.labels_BT >= 0).sum().clamp_min(1).float()
-    return NextToken().loss(planned.stream, micro, planned.route, scale).total
+    # Divided afterwards: 1 / labelled inside would push the slopes of fp16 logits below its smallest numbers, before a
+    # GradScaler's factor can lift them.
+    one = torch.ones((), device=micro.labels_BT.device)
+    total = NextToken().loss(planned.stream, micro, planned.route, one).total
+    return total / (micro.labels_BT >= 0).sum().clamp_min(1)
 
 
 def as_output(loss: Tensor) -> Any:

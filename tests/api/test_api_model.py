@@ -15,7 +15,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PreTra
 
 from cggr_ray import CGGRModel, create_truncated_router
 from cggr_ray.api.batches import prepare
+from cggr_ray.api.model import mean_loss
+from cggr_ray.models.adapter import Stream
+from cggr_ray.routing.route import TokenRoute
 from cggr_ray.schema import KEPT_LOSS, ROUTER_KEPT_FRACTION, TRAIN_LOSS
+from cggr_ray.sparse.plan import Planned
 
 ROTARY = [name for name in CONFIGS if name != "gpt2"]
 ROWS, WIDTH, VOCABULARY = 3, 17, 96
@@ -365,6 +369,51 @@ def test_micro_batches_add_up_with_the_count_of_the_step() -> None:
         cggr(**part, num_items_in_batch=torch.tensor(count)).loss.backward()
     assert_close(gradients(model), gradients(plain))
     assert cggr(**inputs, return_dict=False).ndim == 0
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_scaled_loss_in_fp16_is_as_exact_as_plain_pytorch(
+    routed: bool, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many labels that 1 / labelled, times the probability of a word, is below the smallest number of fp16."""
+    rows, width, words, factor = 2, 1024, 1024, 1024.0
+    if chunked:
+        monkeypatch.setattr("cggr_ray.kernels.selected_ce.op.CHUNK_BYTES", {"cpu": words * 2 * 700})
+    g = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(rows * width, 16, generator=g).half()
+    head_VD = (torch.randn(words, 16, generator=g) / 4).half()
+    labels_BT = torch.randint(words, (rows, width), generator=g)
+    labels_BT[:, :9] = -100
+    micro, _ = prepare(labels_BT.clamp_min(0), None, labels_BT, None, False)
+    route = None
+    if routed:
+        route = TokenRoute(torch.arange(width).repeat(rows, 1), torch.ones(rows, width), {})
+
+    def gradients_of(loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden_ND, head_VD)]
+        scaled = loss(*leaves) * factor
+        return tuple(grad.double() / factor for grad in torch.autograd.grad(scaled, leaves))
+
+    def plain(hidden: Tensor, head: Tensor) -> Tensor:
+        logits = hidden @ head.mT
+        return F.cross_entropy(logits.float() if logits.dtype == torch.half else logits, micro.labels_BT.flatten())
+
+    exact = gradients_of(plain, torch.float64)
+    expected = gradients_of(plain, torch.half)
+    found = gradients_of(lambda hidden, head: mean_loss(Planned(Stream(hidden, head), route, {}), micro), torch.half)
+    for ours, theirs, wanted in zip(found, expected, exact, strict=True):
+        error, usual = ((got - wanted).norm() / wanted.norm() for got in (ours, theirs))
+        assert error < 1e-2 and error <= 1.5 * usual
+
+
+def test_each_module_keeps_its_own_mode_when_wrapped() -> None:
+    model = small_model("llama").train()
+    model.model.layers[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    CGGRModel(model)
+    create_truncated_router(model, 2)
+    assert {name: module.training for name, module in model.named_modules()} == before
 
 
 def test_without_a_label_the_loss_is_zero() -> None:

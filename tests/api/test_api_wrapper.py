@@ -229,6 +229,24 @@ def neox() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.parametrize("engine", ["every", "faithful"])
+def test_no_hook_stays_on_the_layers(engine: str) -> None:
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    model = plain_model()
+    seen: list[int] = []
+    model.head.register_forward_hook(lambda *_: seen.append(hooks()))
+    wrapper = quietly(model, engine=engine)
+    assert hooks() == 1
+    wrapper(TOKENS).sum().backward()
+    cuts = [cut for cut in cut_layers(6, 4) if cut >= 0]
+    assert seen == [1 + (7 if engine == "every" else len(cuts))] and hooks() == 1
+    with pytest.raises(IndexError):
+        wrapper(TOKENS + VOCABULARY)
+    assert hooks() == 1
+
+
 def test_another_family_of_transformers_runs_with_hooks_and_learns() -> None:
     with pytest.warns(UserWarning, match="'gpt_neox' gates gradients by hooks, which saves no time"):
         wrapper = CGGRWrapper(neox(), warmup_steps=2, scoring="combined")
