@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # One function serves every layer, shape group and kept count of a race; each combination is a graph of its own, and
-# torch would silently go eager past its default limit of eight.
+# torch goes eager past its default limit of eight.
 RECOMPILE_LIMIT = 256
 
 
@@ -16,6 +16,12 @@ def compiled_on(device: torch.device, function: Callable[..., Any]) -> Callable[
     """`function` compiled with static shapes for a CUDA device, itself for any other."""
     if device.type != "cuda":
         return function
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(function, dynamic=False)
+
+
+def never_eager() -> None:
+    """From here on, in this process, more graphs than the limit are an error: where time is measured, code that goes
+    eager with a warning would be measured too. Not for other people's loops, whose own code is compiled beside ours."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True

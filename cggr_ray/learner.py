@@ -66,8 +66,8 @@ class Pass:
         loss.total.backward()
         self.router.learn(micro, loss.index_K, loss.nll_K)
         seen = planned.statistics
-        if compare and planned.final is not None:
-            seen = seen | self.router.agreement(planned.final(), self.adapter.head_VD.detach(), micro, ratio)
+        if compare and planned.whole is not None:
+            seen = seen | self.router.agreement(planned.whole(), micro, ratio)
         return loss.reported, seen
 
 

@@ -19,6 +19,7 @@ import torch
 
 from cggr_ray import checkpoint
 from cggr_ray.clock import RaceClock, SteppedClock, no_device
+from cggr_ray.compiling import never_eager
 from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
 from cggr_ray.environment import fingerprint
@@ -78,6 +79,7 @@ class Run:
         self.folder = Path(trial.folder)
         self.budget = Budget(self.spec.budget_seconds)
         self.device = pick_device(self.spec.device)
+        never_eager()
         self._started, self._wall_before = time.time(), 0.0
         fixed = self.spec.step_seconds
         synchronise = torch.cuda.synchronize if self.device.type == "cuda" else no_device
@@ -111,7 +113,7 @@ class Run:
         spec, recipe = self.spec, self.trial.recipe
         self.folder.mkdir(parents=True, exist_ok=True)
         self.data = open_data(spec.data, Path(self.trial.data_folder))
-        vocabulary = spec.model.vocabulary(self.data.vocab_size)
+        vocabulary = spec.model.vocabulary(len(self.data.tokenizer))
         dtype = recipe.execution.dtype(self.device)
         reference = None
         if recipe.reference is not None:

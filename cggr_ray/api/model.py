@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cggr_ray.api.borrowed import Borrowed
 from cggr_ray.api.curriculum import StepCurriculum
-from cggr_ray.api.router import TruncatedModel, scored_after
+from cggr_ray.api.router import TruncatedModel
 from cggr_ray.api.selection import Chooser, check_name, kept_fraction, on_host, seen_by, selected_tokens
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
@@ -26,7 +26,7 @@ from cggr_ray.routing.rows import row_means, rows_of
 from cggr_ray.routing.scorers import OwnScores, Scored, TruncatedRouter, own_scores
 from cggr_ray.routing.tokens import build_plan
 from cggr_ray.schema import KEPT_LOSS, ROUTER_CONFIDENCE, ROUTER_KEPT_FRACTION, TRAIN_LOSS
-from cggr_ray.sparse.plan import Dense, Plan, Planned, Seen
+from cggr_ray.sparse.plan import Dense, Plan, Planned, Seen, seen_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,7 +170,7 @@ class CGGRModel(nn.Module):
         @torch.no_grad()
         def decide(seen: Seen | None) -> TokenRoute:
             assert seen is not None
-            scored = self._observed(own_scores(self.tokens.score, seen.final_ND, seen.head_VD, micro))
+            scored = self._observed(own_scores(self.tokens.score, seen, micro))
             sequences, steps = micro.documents_BT, self.curriculum.steps
             return self._chooser.choose(scored.scores_BT, micro.labels_BT, sequences, ratio, steps)
 
@@ -179,7 +179,7 @@ class CGGRModel(nn.Module):
     @torch.no_grad()
     def _hardest_rows(self, adapter: Adapter, micro: MicroBatch, ratio: float) -> MicroBatch:
         rows = math.ceil(ratio * len(micro.tokens_BT) - 1e-9)
-        scored = self._observed(scored_after(self.tokens.score, adapter, micro, self._reads))
+        scored = self._observed(own_scores(self.tokens.score, seen_after(adapter, micro, self._reads), micro))
         return rows_of(micro, row_means(scored.scores_BT, micro.labels_BT).topk(rows).indices.sort().values)
 
     def _observed(self, scored: Scored) -> Scored:

@@ -10,10 +10,8 @@ from torch import Tensor
 from cggr_ray.api.borrowed import Borrowed
 from cggr_ray.api.selection import score_name
 from cggr_ray.data.batch import MicroBatch
-from cggr_ray.models.adapter import Adapter
-from cggr_ray.routing.scorers import Scored, own_scores
-from cggr_ray.routing.scores import ScoreName
-from cggr_ray.sparse.plan import Seen, seen
+from cggr_ray.routing.scorers import own_scores
+from cggr_ray.sparse.plan import Seen, seen_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +56,7 @@ class TruncatedModel:
         labels = input_ids if labels is None else labels
         micro = self.borrowed.micro_batch(input_ids, attention_mask, labels, position_ids)
         found = self._seen(micro)
-        return own_scores(name, found.final_ND, found.head_VD, micro).scores_BT
+        return own_scores(name, found, micro).scores_BT
 
     def _seen(self, micro: MicroBatch) -> Seen:
         with self.borrowed.running() as adapter:
@@ -72,17 +70,3 @@ def create_truncated_router(model: PreTrainedModel, num_layers: int = 4) -> Trun
         ValueError: the family is not supported, or the model has no more than `num_layers` layers.
     """
     return TruncatedModel(model, num_layers)
-
-
-@torch.no_grad()
-def seen_after(adapter: Adapter, micro: MicroBatch, num_layers: int) -> Seen:
-    """What a router sees behind some layers, by a forward of their own."""
-    documents, first = adapter.documents(micro), slice(0, num_layers)
-    hidden = adapter.run_layers(adapter.embed(micro), micro.positions_BT, documents, first)
-    return seen(adapter, hidden.flatten(0, 1))
-
-
-@torch.no_grad()
-def scored_after(name: ScoreName, adapter: Adapter, micro: MicroBatch, num_layers: int) -> Scored:
-    found = seen_after(adapter, micro, num_layers)
-    return own_scores(name, found.final_ND, found.head_VD, micro)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any, cast, get_args, get_type_hints
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cggr_ray.routing.curriculum import DynamicThreshold, ratio_levels, snap
+from cggr_ray.routing.draws import TOKENS, seed_of
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.routers import choose, counts, route_of
 from cggr_ray.routing.scorers import Scored
@@ -84,8 +84,7 @@ class Chooser:
 
     def _generator(self, device: torch.device, steps: int) -> torch.Generator:
         self._at, self._call = steps, self._call + 1 if steps == self._at else 0
-        words = np.random.SeedSequence((self._seed, steps, self._call)).generate_state(1, np.uint64)
-        return torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))
+        return torch.Generator(device).manual_seed(seed_of(self._seed, TOKENS, steps, self._call))
 
 
 def seen_by(scored: Scored) -> dict[str, Tensor]:

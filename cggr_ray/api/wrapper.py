@@ -137,7 +137,7 @@ class CGGRWrapper(nn.Module):
         @torch.no_grad()
         def decide(seen: Seen | None) -> TokenRoute:
             assert seen is not None
-            scored = own_scores(self.depth.score, seen.final_ND, seen.head_VD, micro)
+            scored = own_scores(self.depth.score, seen, micro)
             return route_of_buckets(self._buckets(scored, micro.labels_BT, last), last)
 
         with borrowed.running() as adapter:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from cggr_ray.benchmarks.costs import costs_of
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.timing import Timing, interleaved
-from cggr_ray.compiling import compiled_on
+from cggr_ray.compiling import compiled_on, never_eager
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.graphs import Graphs
 from cggr_ray.learner import Pass
@@ -62,6 +62,7 @@ class Work:
     """One model and one micro-batch of random tokens, on which all providers run."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
+        never_eager()
         self.shape, self.device = shape, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = random_model(shape.model, device, self.dtype)

@@ -78,11 +78,6 @@ class PreparedData:
     val: tuple[TokenStore, ...]
 
     @property
-    def vocab_size(self) -> int:
-        """Rows of an embedding for this tokenizer: its size, rounded up to a multiple of 128 for the GEMMs."""
-        return -(-len(self.tokenizer) // 128) * 128
-
-    @property
     def num_positions(self) -> int:
         """Tokens of all training streams; stable position ids are below it."""
         return sum(len(store.tokens) for store in self.train)

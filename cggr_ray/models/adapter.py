@@ -6,7 +6,7 @@ the same layers piece by piece. Shapes: B rows, T positions, D width, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -135,11 +135,17 @@ class Adapter:
         return documents_of(micro.positions_BT, micro.document_starts, micro.longest_document)
 
     def run_layers(
-        self, hidden_BTD: Tensor, positions_BT: Tensor, documents: Documents, span: slice = slice(None)
+        self,
+        hidden_BTD: Tensor,
+        positions_BT: Tensor,
+        documents: Documents,
+        span: slice = slice(None),
+        visit: Callable[[Tensor, int], None] | None = None,
     ) -> Tensor:
-        """Hidden states after the layers of `span`."""
+        """Hidden states after the layers of `span`. `visit` is shown what each layer returns, and its number."""
         keywords = self.keywords(hidden_BTD, positions_BT, documents)
-        for layer, shape in list(zip(self.layers, self.shapes, strict=True))[span]:
+        for i in range(len(self.layers))[span]:
+            layer, shape = self.layers[i], self.shapes[i]
             own = keywords[shape.window, shape.rotary]
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_BTD = torch.utils.checkpoint.checkpoint(
@@ -147,6 +153,8 @@ class Adapter:
                 )
             else:
                 hidden_BTD = self._block(layer, hidden_BTD, own)
+            if visit is not None:
+                visit(hidden_BTD, i)
         return hidden_BTD
 
     def keywords(

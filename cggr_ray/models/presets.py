@@ -63,16 +63,19 @@ class ModelSpec:
     def name(self) -> str:
         return Path(self.folder).name if self.folder else self.preset
 
-    def vocabulary(self, needed: int) -> int | None:
-        """The vocabulary to build for a tokenizer that needs so many rows; None leaves a folder's own.
+    def vocabulary(self, num_tokens: int) -> int | None:
+        """The rows to give the embedding for a tokenizer of so many tokens; None leaves a folder's own.
+
+        A preset without a size of its own takes the next multiple of 128, for the GEMMs.
 
         Raises:
             ValueError: the model has fewer rows than the tokenizer has tokens.
         """
-        own = self.config().vocab_size if self.folder else self.vocab_size
-        if own is not None and own < needed:
-            raise ValueError(f"model vocabulary of {own}; accepted: at least the tokenizer's {needed}")
-        return None if self.folder else own or needed
+        own = self.config().get_text_config().vocab_size if self.folder else self.vocab_size
+        if own is not None and own < num_tokens:
+            raise ValueError(f"model {self.name!r} with a vocabulary of {own}; "
+                             f"accepted: at least the tokenizer's {num_tokens}")  # fmt: skip
+        return None if self.folder else own or -(-num_tokens // 128) * 128
 
     def config(self, vocab_size: int | None = None) -> Any:
         """The Hugging Face configuration; `vocab_size` replaces a preset's own (a folder keeps its own)."""

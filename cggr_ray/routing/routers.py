@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from cggr_ray.progress import Progress
 from cggr_ray.routing import selectors
 from cggr_ray.routing.agreement import recall_at_k, spearman
 from cggr_ray.routing.curriculum import Curriculum, ratio_levels, snap
+from cggr_ray.routing.draws import TOKENS, seed_of
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.scorers import Scored, Scorer, Setting, own_scores
 from cggr_ray.routing.scores import score_histogram
@@ -55,7 +55,10 @@ class Router(Protocol):
         """Whether this step shows the model's own scores to `agreement`."""
         ...
 
-    def agreement(self, final_ND: Tensor, head_VD: Tensor, micro: MicroBatch, ratio: float) -> dict[str, Tensor]: ...
+    def agreement(self, whole: Seen, micro: MicroBatch, ratio: float) -> dict[str, Tensor]:
+        """Of the last route with the model's own scores."""
+        ...
+
     def observe(self, values: dict[str, float], progress: Progress) -> None: ...
     def tensors(self) -> dict[str, Tensor]:
         """State on the device, to be saved and restored in place."""
@@ -86,8 +89,7 @@ class RatioRouter:
         return None
 
     def begin(self, micro: MicroBatch, progress: Progress) -> None:
-        seed = np.random.SeedSequence((self._seed, progress.step, micro.index)).generate_state(1, np.uint64)
-        self._generator.manual_seed(int(seed[0] >> np.uint64(1)))
+        self._generator.manual_seed(seed_of(self._seed, TOKENS, progress.step, micro.index))
 
     def generators(self) -> list[torch.Generator]:
         return [self._generator]
@@ -98,7 +100,7 @@ class RatioRouter:
     def compares(self, ratio: float, progress: Progress) -> bool:
         return False
 
-    def agreement(self, final_ND: Tensor, head_VD: Tensor, micro: MicroBatch, ratio: float) -> dict[str, Tensor]:
+    def agreement(self, whole: Seen, micro: MicroBatch, ratio: float) -> dict[str, Tensor]:
         raise AssertionError("nothing to compare")
 
     def observe(self, values: dict[str, float], progress: Progress) -> None:
@@ -196,10 +198,10 @@ class ScoreRouter(RatioRouter):
         return self._early and routed and progress.step % STEPS_PER_COMPARISON == 0
 
     @torch.no_grad()
-    def agreement(self, final_ND: Tensor, head_VD: Tensor, micro: MicroBatch, ratio: float) -> dict[str, Tensor]:
+    def agreement(self, whole: Seen, micro: MicroBatch, ratio: float) -> dict[str, Tensor]:
         """Of the scores of the last `route` with the model's own, and of the positions that top-k would keep."""
         found_BT = self._last_BT
-        own_BT = own_scores(self.config.score, final_ND, head_VD, micro, self._reference_nll).scores_BT
+        own_BT = own_scores(self.config.score, whole, micro, self._reference_nll).scores_BT
         keep_B = counts(micro.labels_BT, min(ratio, self.keep))[0]
         kept = [selectors.top_k(scores, keep_B).mask_BT for scores in (found_BT, own_BT)]
         return {ROUTER_SPEARMAN: spearman(found_BT, own_BT), ROUTER_RECALL: recall_at_k(*kept)}

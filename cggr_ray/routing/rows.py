@@ -9,17 +9,18 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cggr_ray.data.batch import MicroBatch
-from cggr_ray.kernels.head_stats.op import head_stats
 from cggr_ray.kernels.select.op import compact
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Progress
 from cggr_ray.routing.curriculum import Curriculum, ratio_levels, snap
-from cggr_ray.routing.scores import HeadScore, score
+from cggr_ray.routing.draws import ROWS, seed_of
+from cggr_ray.routing.scorers import own_scores
+from cggr_ray.routing.scores import HeadScore
+from cggr_ray.sparse.plan import seen_after
 
 # How far keep x rows may be from a whole number: a third is written with a few digits.
 WHOLE = 1e-3
@@ -198,8 +199,7 @@ class ChancePicker(RatioPicker):
         self._seed, self._generator = seed, torch.Generator(device)
 
     def keys(self, micro: MicroBatch, progress: Progress) -> Tensor:
-        words = np.random.SeedSequence((self._seed, progress.step, micro.index)).generate_state(1, np.uint64)
-        generator = self._generator.manual_seed(int(words[0] >> np.uint64(1)))
+        generator = self._generator.manual_seed(seed_of(self._seed, ROWS, progress.step, micro.index))
         return torch.rand(len(micro.tokens_BT), generator=generator, device=micro.tokens_BT.device)
 
 
@@ -211,12 +211,8 @@ class HardPicker(RatioPicker):
     @torch.no_grad()
     def keys(self, micro: MicroBatch, progress: Progress) -> Tensor:
         """Mean score of each row's labelled positions; a row without any comes last."""
-        adapter, documents = self.adapter, self.adapter.documents(micro)
-        first = slice(0, self.config.layers)
-        hidden = adapter.run_layers(adapter.embed(micro), micro.positions_BT, documents, first)
-        final = adapter.final_norm(hidden).flatten(0, 1)
-        stats = head_stats(final, adapter.head_VD, micro.labels_BT.flatten())
-        return row_means(score(self.config.score, stats).view(micro.labels_BT.shape), micro.labels_BT)
+        seen = seen_after(self.adapter, micro, self.config.layers)
+        return row_means(own_scores(self.config.score, seen, micro).scores_BT, micro.labels_BT)
 
 
 def row_means(scores_BT: Tensor, labels_BT: Tensor) -> Tensor:

@@ -145,14 +145,13 @@ def check_depth(layers: int, setting: Setting) -> None:
 
 def own_scores(
     name: ScoreName,
-    final_ND: Tensor,
-    head_VD: Tensor,
+    seen: Seen,
     micro: MicroBatch,
     reference: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Scored:
-    """Scores from final hidden states and the head. `reference`: by position id, the entry of padding last."""
-    stats = head_stats(final_ND, head_VD, micro.labels_BT.flatten())
+    """Scores by the head, of what it sees. `reference`: by position id, the entry of padding last."""
+    stats = head_stats(seen.final_ND, seen.head_VD, micro.labels_BT.flatten())
     reference_N = None if reference is None else reference[micro.position_ids_BT.flatten()].float()
     return Scored(score(name, stats, reference_N, generator).view(micro.labels_BT.shape), stats)
 
@@ -173,7 +172,7 @@ class HeadScorer:
 
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         assert seen is not None
-        return own_scores(self.name, seen.final_ND, seen.head_VD, micro, self.reference, generator)
+        return own_scores(self.name, seen, micro, self.reference, generator)
 
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
         """Nothing to learn."""

@@ -111,13 +111,13 @@ class DepthRows:
     def _enter(self, run: Rows, rows: RowSet, hidden_ND: Tensor) -> None:
         """The first rows are embeddings, with gradient; those that join later are constants."""
         index_K, filled_K, whole = rows
-        if not hasattr(run, "kept"):
+        if run.kept is None:
             run.start(index_K, filled_K)
             return
         base_KD = hidden_ND if whole else hidden_ND.index_select(0, index_K)
         # An empty slot finds whatever row comes next: it takes nothing from there.
-        places = torch.searchsorted(index_K, run.kept.index_K).clamp_max(len(index_K) - 1)
-        run.hidden_KD = Overlay.apply(run.hidden_KD, base_KD, places, run.kept.filled_K)
+        places = torch.searchsorted(index_K, run.slots.index_K).clamp_max(len(index_K) - 1)
+        run.hidden_KD = Overlay.apply(run.hidden_KD, base_KD, places, run.slots.filled_K)
         run.kept = kept_rows(index_K, filled_K, run.micro, self.adapter.shapes, run.rotary)
 
 
@@ -139,10 +139,12 @@ class DepthGates:
         hidden = adapter.embed(micro)
         if not self.cuts_only:
             gates.hang(hidden, 0)
-        for i in range(len(adapter.layers)):
-            hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(i, i + 1))
-            if i in self._gated:
-                gates.hang(hidden, i)
+
+        def visit(hidden_BTD: Tensor, layer: int) -> None:
+            if layer in self._gated:
+                gates.hang(hidden_BTD, layer)
+
+        hidden = adapter.run_layers(hidden, micro.positions_BT, documents, visit=visit)
         route = decide(seen(adapter, hidden.detach().flatten(0, 1)))
         assert route is not None and route.depth is not None, "a plan for buckets, and no buckets"
         gates.cut_BT = self._cuts[route.depth.bucket_BT]

@@ -1,4 +1,4 @@
-"""The two things that a plan does with a layer: capture what a forward of all rows leaves, and replay the kept rows.
+"""What a plan does with a layer: capture what a forward of all rows leaves, and replay the kept rows.
 
 Compiled on a GPU, once for all layers of equal shape. What dropped positions `lend` to the kept ones is their keys and
 values (`detach="const"`: constants) or their hidden states (`detach="live"`: constants of which W_K and W_V learn).
@@ -69,6 +69,14 @@ def _capture(
     return after, lent, every if index_K is None else every.rows(index_K)
 
 
+def _lend(shape: BlockShape, w: BlockWeights, hidden_ND: Tensor, rotary: Rotary, detach: Detach) -> Lent:
+    kv = block.linear(block.first_norm(shape, w, hidden_ND), *block.joined(w, "kv"), None)
+    if detach == "live":
+        return Lent(hidden_ND, kv)
+    k, v = block.keys(shape, w, kv, rotary)
+    return Lent(k, v.contiguous())
+
+
 class Overlay(torch.autograd.Function):
     """Hidden states of all positions, constants but for the kept ones, whose values are equal."""
 
@@ -118,7 +126,7 @@ class SparseLayers:
 
     def __init__(self, device: torch.device, detach: Detach, gradient_checkpointing: bool) -> None:
         self.detach, self.checkpoint = detach, gradient_checkpointing
-        self._capture = compiled_on(device, _capture)
+        self._capture, self._lend = compiled_on(device, _capture), compiled_on(device, _lend)
         self._inputs = compiled_on(device, _inputs_const if detach == "const" else _inputs_live)
         self._after = compiled_on(device, _after)
 
@@ -137,6 +145,11 @@ class SparseLayers:
         products = products and not self.checkpoint
         hidden_ND, lent, found = self._capture(shape, w, hidden_ND, rotary, documents, index_K, self.detach, products)
         return hidden_ND, Trace(lent, found)
+
+    @torch.no_grad()
+    def lend(self, shape: BlockShape, w: BlockWeights, hidden_ND: Tensor, rotary: Rotary) -> Trace:
+        """What all rows leave for the kept ones, and nothing else: of a layer behind which only those are read."""
+        return Trace(self._lend(shape, w, hidden_ND, rotary, self.detach), None)
 
     def replay(
         self, shape: BlockShape, w: BlockWeights, hidden_KD: Tensor, rotary_N: Rotary, kept: Kept, trace: Trace

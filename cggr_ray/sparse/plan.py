@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -52,8 +53,8 @@ class Planned:
     stream: Stream
     route: TokenRoute | None
     statistics: dict[str, Tensor]
-    final: Callable[[], Tensor] | None = None
-    """Final hidden states of all positions by the whole model, without gradient, where the plan has them."""
+    whole: Callable[[], Seen] | None = None
+    """What a router would see behind all layers, of all positions, where the plan has run them, or nearly."""
 
 
 class Plan(Protocol):
@@ -79,12 +80,21 @@ class Dense:
         route = decide(seen(adapter, hidden.detach().flatten(0, 1)) if reads else None)
         hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(reads, None))
         stream = adapter.finish(hidden)
-        return Planned(stream, route, route.statistics if route else {}, stream.hidden_RD.detach)
+        whole = partial(seen, adapter, hidden.detach().flatten(0, 1))
+        return Planned(stream, route, route.statistics if route else {}, whole)
 
 
 @torch.no_grad()
 def seen(adapter: Adapter, hidden_ND: Tensor) -> Seen:
     return Seen(hidden_ND, adapter.final_norm(hidden_ND), adapter.head_VD.detach())
+
+
+@torch.no_grad()
+def seen_after(adapter: Adapter, micro: MicroBatch, num_layers: int) -> Seen:
+    """What a router sees behind the first layers, by a forward of their own."""
+    documents, first = adapter.documents(micro), slice(0, num_layers)
+    hidden = adapter.run_layers(adapter.embed(micro), micro.positions_BT, documents, first)
+    return seen(adapter, hidden.flatten(0, 1))
 
 
 class KeptRows:
@@ -101,10 +111,11 @@ class KeptRows:
         traces = [run.capture(i) for i in range(reads)]
         route = run.keep(decide(seen(self.adapter, run.hidden_ND) if reads else None))
         for i, trace in enumerate(traces):
-            traces[i] = trace.rows(run.kept.index_K)
+            traces[i] = trace.rows(run.slots.index_K)
         traces.reverse()
-        for i in range(len(self.adapter.layers)):
-            run.replay(i, traces.pop() if traces else run.capture(i))
+        last = len(self.adapter.layers) - 1
+        for i in range(last + 1):
+            run.replay(i, traces.pop() if traces else run.lend(i) if i == last else run.capture(i))
         return run.finish(route)
 
 
@@ -118,8 +129,9 @@ class TwoPass:
         self.layers = SparseLayers(adapter.device, detach, adapter.gradient_checkpointing)
 
     def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
-        run = Rows(self.adapter, self.layers, micro)
-        traces = [run.capture(i, products=False) for i in range(len(self.adapter.layers))]
+        run, layers = Rows(self.adapter, self.layers, micro), len(self.adapter.layers)
+        assert reads == layers, "the first forward is the whole model's"
+        traces = [run.capture(i, products=False) for i in range(layers)]
         route = run.keep(decide(seen(self.adapter, run.hidden_ND)))
         for i, trace in enumerate(traces):
             run.replay(i, trace)
@@ -139,21 +151,36 @@ class Rows:
             kind: (cos.flatten(0, 1), sin.flatten(0, 1)) for kind, (cos, sin) in rotary.items()
         }
         self.hidden_ND = hidden.flatten(0, 1)
-        self.kept: Kept
+        self.kept: Kept | None = None
         self.hidden_KD: Tensor
+        self._through = 0
+
+    @property
+    def slots(self) -> Kept:
+        """Those of the kept rows, once there are any."""
+        assert self.kept is not None, "nothing has been kept yet"
+        return self.kept
 
     def rotary_of(self, layer: int) -> Rotary:
         kind = self.adapter.shapes[layer].rotary
         return None if kind is None else self.rotary[kind]
 
     def capture(self, layer: int, products: bool = True) -> Trace:
-        """Runs a layer on all rows. Leaves the kept rows' products, or everybody's while nobody has been chosen."""
+        """Runs the next layer on all rows. Leaves the kept rows' products, or everybody's while nobody is chosen."""
+        assert layer == self._through
         shape, weights = self.adapter.shapes[layer], self.adapter.family.weights(layer)
-        index = self.kept.index_K if hasattr(self, "kept") else None
+        index = None if self.kept is None else self.kept.index_K
         self.hidden_ND, trace = self.layers.capture(
             shape, weights, self.hidden_ND, self.rotary_of(layer), self.documents, index, products
         )
+        self._through += 1
         return trace
+
+    def lend(self, layer: int) -> Trace:
+        """Of the next layer, no more than what kept rows need of the others."""
+        assert layer == self._through
+        shape, weights = self.adapter.shapes[layer], self.adapter.family.weights(layer)
+        return self.layers.lend(shape, weights, self.hidden_ND, self.rotary_of(layer))
 
     def keep(self, route: TokenRoute | None) -> TokenRoute:
         """From here on there are kept rows: their embeddings, with gradient."""
@@ -173,16 +200,17 @@ class Rows:
     def replay(self, layer: int, trace: Trace) -> None:
         """Runs a layer on the kept rows, with gradient."""
         shape, weights = self.adapter.shapes[layer], self.adapter.family.weights(layer)
-        self.hidden_KD = self.layers.replay(shape, weights, self.hidden_KD, self.rotary_of(layer), self.kept, trace)
+        self.hidden_KD = self.layers.replay(shape, weights, self.hidden_KD, self.rotary_of(layer), self.slots, trace)
 
     def finish(self, route: TokenRoute) -> Planned:
         hidden_KD = self.adapter.final_norm(self.hidden_KD)
-        stream = Stream(hidden_KD, self.adapter.head_VD, self.kept.index_K)
-        return Planned(stream, route, route.statistics, self._final)
+        stream = Stream(hidden_KD, self.adapter.head_VD, self.slots.index_K)
+        return Planned(stream, route, route.statistics, self._whole)
 
-    @torch.no_grad()
-    def _final(self) -> Tensor:
-        return self.adapter.final_norm(self.hidden_ND)
+    def _whole(self) -> Seen:
+        for layer in range(self._through, len(self.adapter.layers)):
+            self.capture(layer, products=False)
+        return seen(self.adapter, self.hidden_ND)
 
 
 class Skip:

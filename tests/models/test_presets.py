@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from cggr_ray.models.presets import PRESETS, ModelSpec, check_folder, parameter_count
 
@@ -29,6 +29,19 @@ def test_parameters_by_hand(preset: str, published: float, tied: bool) -> None:
 def test_a_race_sets_the_vocabulary() -> None:
     small, large = (parameter_count(ModelSpec("tiny").config(v)) for v in (256, 512))
     assert large - small == 256 * 128
+
+
+def test_a_preset_gets_the_tokenizer_s_rows_and_a_folder_keeps_its_own(tmp_path: Path) -> None:
+    assert ModelSpec("tiny").vocabulary(257) == 384
+    assert ModelSpec("tiny", vocab_size=300).vocabulary(300) == 300
+    with pytest.raises(ValueError, match="'tiny' with a vocabulary of 300; accepted: at least the tokenizer's 301"):
+        ModelSpec("tiny", vocab_size=300).vocabulary(301)
+    # Like GPT-2's, an odd number of rows, as many as the tokenizer has tokens.
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=257, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+    model.save_pretrained(tmp_path)
+    assert ModelSpec(folder=str(tmp_path)).vocabulary(257) is None
+    with pytest.raises(ValueError, match="a vocabulary of 257"):
+        ModelSpec(folder=str(tmp_path)).vocabulary(258)
 
 
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from cggr_ray.routing.routers import Router
 from cggr_ray.routing.scorers import OwnScores, Setting, TruncatedRouter, own_scores
 from cggr_ray.routing.tokens import SelectedTokens
 from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_SCORES
-from cggr_ray.sparse.plan import seen
+from cggr_ray.sparse.plan import seen, seen_after
 
 ROWS, WIDTH, KEEP = 3, 32, 0.25
 OWN, EARLY = OwnScores(), TruncatedRouter(layers=1)
@@ -106,7 +106,7 @@ def test_scores_equal_float64(
             adapter.embed(micro), micro.positions_BT, adapter.documents(micro), slice(0, layers)
         )
         found = seen(adapter, hidden.flatten(0, 1))
-        scores = own_scores(score, found.final_ND, found.head_VD, micro, reference).scores_BT  # type: ignore[arg-type]
+        scores = own_scores(score, found, micro, reference).scores_BT  # type: ignore[arg-type]
     expected = by_hand(tiny_model, micro, layers, reference)[score]
     assert scores.dtype == torch.float32 and (scores == -torch.inf).any()
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
@@ -179,8 +179,7 @@ def test_a_router_is_compared_with_the_excess_of_the_whole_model(
     running = part.build(0, setting_of(adapter, reference))
     route_by(part, adapter, running, micro)
     with torch.no_grad():
-        stream = adapter.forward(micro)
-        agreement = running.agreement(stream.hidden_RD, stream.head_VD, micro, KEEP)
+        agreement = running.agreement(seen_after(adapter, micro, len(adapter.layers)), micro, KEEP)
     early, own = (by_hand(tiny_model, micro, layers, reference)["excess"] for layers in (1, 2))
     tops = []
     for scores in (early, own):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from small_models import CONFIGS, small_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from cggr_ray.data.batch import MicroBatch
@@ -19,6 +20,7 @@ from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.attention import document_mask
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.routing.route import TokenRoute
+from cggr_ray.sparse.layers import Detach
 from cggr_ray.sparse.plan import Dense, KeptRows, Plan, Seen, Skip, TwoPass
 
 VOCABULARY = 96
@@ -250,6 +252,45 @@ def test_a_router_sees_what_the_model_computes(family: str, plan: str) -> None:
         expected = adapter.forward(micro)
     torch.testing.assert_close(shown[0].final_ND, expected.hidden_RD, rtol=1e-5, atol=1e-5)
     assert not shown[0].final_ND.requires_grad and not shown[0].head_VD.requires_grad
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("detach", ["const", "live"])
+def test_the_whole_model_can_be_seen_afterwards(family: str, plan: str, detach: str) -> None:
+    micro, route = ROUTES["packed rows, empty slots"]
+    adapter = Adapter(small_model(family))
+    build, reads = PLANS[plan]
+    layers = len(adapter.layers) if reads is None else reads
+    planned = build(adapter, detach).forward(micro, layers, lambda seen: route)
+    with torch.no_grad():
+        expected = adapter.forward(micro)
+    assert planned.whole is not None
+    for _ in range(2):
+        torch.testing.assert_close(planned.whole().final_ND, expected.hidden_RD, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("detach", ["const", "live"])
+def test_behind_the_last_layer_dropped_positions_are_not_computed(detach: Detach) -> None:
+    """Its matrices but those of keys and values multiply kept rows alone, forward and backward."""
+    micro, route = ROUTES["packed rows, empty slots"]
+    model = small_model("llama")
+    adapter = Adapter(model)
+    weights = adapter.family.weights(len(adapter.layers) - 1)
+    seen: dict[str, list[int]] = {name: [] for name in ("o", "gate", "up", "down")}
+    pointers = {getattr(weights, name).data_ptr(): name for name in seen}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            for tensor in args:
+                if isinstance(tensor, Tensor) and tensor.data_ptr() in pointers and func is torch.ops.aten.mm.default:
+                    seen[pointers[tensor.data_ptr()]].append(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        KeptRows(adapter, detach).forward(micro, 0, lambda _: route)
+    slots = route.index_BK.numel()
+    assert seen == {name: [slots] for name in seen}
 
 
 # Skip
