@@ -92,7 +92,7 @@ def render(race: Race) -> str:
         ("## Validation, run by run", f"{validation_table(race)}\n\n{_unfinished(race)}"),
         ("## Where the time went", f"{_ledger_words(race)}\n\n{ledger_table(race)}"),
         ("## Order of the data", f"{_order_words(race)}\n\n{order_table(race)}"),
-        ("## Settings of every recipe", settings_table(race)),
+        ("## Settings of every recipe", f"{tuning_words(race)}\n\n{settings_table(race)}"),
         ("## What these figures cannot say", _bullets(_caveats(race))),
         ("## Specification", f"```json\n{json.dumps(race.spec.get('spec', {}), indent=2, ensure_ascii=False)}\n```"),
     )
@@ -224,6 +224,27 @@ def _order_words(race: Race) -> str:
     if agree.isna().any() or len(agree) == 0:
         return "Some runs had no run of the same data seed to compare with."
     return "Every run read the same rows in the same order as the other runs of its data seed, at every mark compared."
+
+
+def tuning_words(race: Race) -> str:
+    """How the arms were tuned before the race, in a sentence; an arm without any of the values tried was not."""
+    spec = race.spec.get("spec", {})
+    tuning = spec.get("tuning")
+    if tuning is None:
+        return "No arm was tuned for this race."
+    arms, tried = spec.get("arms", {}), tuning["values"]
+    names = list(spec.get("recipes", race.recipes))
+    untuned = [name for name in names if not any(entry.items() <= arms.get(name, {}).items() for entry in tried)]
+    if len(untuned) == len(names):
+        return "The race's file describes a tuning, but no arm has any of its values: no arm was tuned for this race."
+    keys = "; ".join(f"{key} = {plain([entry[key] for entry in tried])}" for key in tried[0])
+    together = " (varied together)" if len(tried[0]) > 1 else ""
+    words = (
+        f"Before the race each arm had {len(tried)} trials of {plain(tuning['seconds'])} train seconds, seed "
+        f"{tuning['seed']}, over {keys}{together}; it races with the values of its lowest loss on the same held-out "
+        "documents."
+    )
+    return f"{words} **Not so {', '.join(untuned)}: none of these values.**" if untuned else words
 
 
 def _caveats(race: Race) -> list[str]:

@@ -1,4 +1,4 @@
-"""cggr-ray: race, sweep, report, recipe, bench, doctor. Each command imports what it needs, when it runs."""
+"""cggr-ray: race, tune, sweep, report, recipe, bench, doctor. Each command imports what it needs, when it runs."""
 
 from __future__ import annotations
 
@@ -77,6 +77,28 @@ def race(
         save_model=save_model or None,
     )
     commands.race(spec, out, changes, commands.assignments(sets), executor or "train", address, resume, trials, dry_run)
+
+
+@app.command()
+def tune(
+    spec: Annotated[str | None, typer.Argument(help="A race file (.toml) with a [tuning].")] = None,
+    out: Out = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Comma-separated recipes, the baseline first; all by default.")
+    ] = None,
+    executor: ExecutorName = None,
+    address: Address = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the tuning in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and take nothing.")] = False,
+) -> None:
+    """Try the same values with every recipe of a race, and write the race with each recipe's best: tuned.toml.
+
+    Example: cggr-ray tune mine.toml --out outputs/tuning, then cggr-ray race outputs/tuning/tuned.toml
+    """
+    from cggr_ray import commands, tune_command
+
+    changes = commands.given(recipes=recipes.split(",") if recipes else None)
+    tune_command.tune(spec, out, changes, executor or "train", address, resume, dry_run)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cggr_ray.evaluation.reference import check_reference
 from cggr_ray.loop import pick_device
 from cggr_ray.models.presets import parameter_count
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
-from cggr_ray.recipe import references_beside
+from cggr_ray.recipe import Recipe, references_beside
 from cggr_ray.schema import RACE_FILE, SUMMARY_FILE
 from cggr_ray.telemetry.console import RaceConsole
 
@@ -73,31 +73,48 @@ def race(
 ) -> None:
     """Plans a race, or takes one up again, runs what is left of it and writes the report."""
     if resume is not None:
-        if name or out or changes or values:
-            raise ValueError("--resume with other settings; accepted: --resume alone, a race keeps what it began with")
+        refuse_changes(name or out or changes or values)
         spec, folder = read_spec(resume), resume
     else:
         spec = specify(name, changes, values)
-        folder = out or Path("outputs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = out or new_folder(spec.name)
     trials = plan_trials(spec, folder)
     check(spec, executor, address)
     if dry_run:
         show_plan(spec, trials)
         return
     begin(folder, spec, trials)
-    left = [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()][:most]
     console = Console()
+    failed = run_left(trials, folder, executor, address, most, console)
+    finish(folder, failed, console)
+
+
+def refuse_changes(changes: object) -> None:
+    """Raises ValueError where settings are given to what goes on."""
+    if changes:
+        raise ValueError("--resume with other settings; accepted: --resume alone, a race keeps what it began with")
+
+
+def new_folder(name: str) -> Path:
+    return Path("outputs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def run_left(
+    trials: Sequence[Trial], folder: Path, executor: str, address: str | None, most: int | None, console: Console
+) -> list[str]:
+    """Prepares the data and runs the trials that have no summary, `most` at most; the ids of those that did not end."""
+    spec = trials[0].race
+    left = [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()][:most]
     prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
-    check_references(spec, folder / "data")
+    check_tokens(spec, [trial.recipe for trial in trials], folder / "data")
     if address is None and default_race(spec.device) == "cpu":
         console.print("on the CPU: float32, eager, nothing is compiled", style="dim")
-    failed: list[str] = []
-    if left:
-        from trainables.driver import run_trials
+    if not left:
+        return []
+    from trainables.driver import run_trials
 
-        with RaceConsole(spec.budget_seconds, [trial.trial_id for trial in left], console) as live:
-            failed = run_trials(left, folder, executor, address, live.show)
-    finish(folder, failed, console)
+    with RaceConsole(spec.budget_seconds, [trial.trial_id for trial in left], console) as live:
+        return run_trials(left, folder, executor, address, live.show)
 
 
 def check(spec: RaceSpec, executor: str, address: str | None) -> None:
@@ -111,11 +128,15 @@ def check(spec: RaceSpec, executor: str, address: str | None) -> None:
         pick_device(spec.device)
 
 
-def check_references(spec: RaceSpec, data_folder: Path) -> None:
-    """Whether the reference models that recipes name read the tokens of the prepared data."""
-    named = {recipe.reference for recipe in map(spec.recipe, spec.recipes) if recipe.reference is not None}
-    for reference in sorted(named):
-        check_reference(reference, open_data(spec.data, data_folder))
+def check_tokens(spec: RaceSpec, recipes: Iterable[Recipe], data_folder: Path) -> None:
+    """Whether the model, and the reference models that recipes name, read the tokens of the prepared data."""
+    references = {recipe.reference for recipe in recipes if recipe.reference is not None}
+    if not references and spec.model.folder is None and spec.model.vocab_size is None:
+        return
+    data = open_data(spec.data, data_folder)
+    spec.model.vocabulary(len(data.tokenizer))
+    for reference in sorted(references):
+        check_reference(reference, data)
 
 
 def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
@@ -156,7 +177,7 @@ def sweep(
     changes = dict(changes) | {"recipes": [space.recipe], "name": f"sweep-{space_name}"}
     spec = specify(race_name, changes, values)
     check(spec, executor, address)
-    folder = out or Path("outputs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = out or new_folder(spec.name)
     console = Console()
     if dry_run:
         console.print(f"{trials} trials of {space.recipe}, at most {trials * spec.budget_seconds:g} train seconds")
@@ -167,7 +188,7 @@ def sweep(
 
     begin(folder, spec, [])
     prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
-    check_references(spec, folder / "data")
+    check_tokens(spec, map(spec.recipe, spec.recipes), folder / "data")
     with RaceConsole(spec.budget_seconds, console=console) as live:
         run_sweep(spec, space, folder, trials, seed, early_stopping, executor, address, live.show)
     table = Table("trial", "status", "val/loss", "values", title="best trials")
@@ -210,37 +231,42 @@ def default_race(device: str) -> str:
 
 
 def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
-    """Makes the folder the race's own, or checks that it is.
-
-    Raises:
-        ValueError: the folder holds something else; nothing is overwritten.
-    """
-    plain = json.loads(json.dumps(spec.to_plain()))
-    if (folder / RACE_FILE).is_file():
-        if json.loads((folder / RACE_FILE).read_text())["spec"] != plain:
-            raise ValueError(f"{str(folder)!r} holds another race; accepted: a new folder, or --resume {folder}")
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} is not empty and holds no race; accepted: a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Makes the folder the race's own, or checks that it is."""
     record = {
         "name": spec.name,
         "recipes": list(spec.recipes),
         "baseline": spec.recipes[0],
         "budget_seconds": spec.budget_seconds,
         "seeds": list(spec.seeds),
-        "spec": plain,
+        "spec": spec.to_plain(),
         "versions": fingerprint(),
         "trials": [trial.trial_id for trial in trials],
     }
-    (folder / RACE_FILE).write_text(json.dumps(record, indent=1))
+    claim(folder, RACE_FILE, record)
 
 
-def read_spec(folder: Path) -> RaceSpec:
-    """The specification of the race in a folder."""
-    if not (folder / RACE_FILE).is_file():
-        raise ValueError(f"{str(folder)!r} holds no race; accepted: a folder with {RACE_FILE}")
-    return RaceSpec.from_plain(json.loads((folder / RACE_FILE).read_text())["spec"])
+def claim(folder: Path, file: str, record: Mapping[str, Any]) -> None:
+    """Writes the record of a race, or of a tuning, into a folder that becomes its own, unless it is that already.
+
+    Raises:
+        ValueError: the folder holds something else; nothing is overwritten.
+    """
+    what, text = Path(file).stem, json.dumps(record, indent=1)
+    if (folder / file).is_file():
+        if json.loads((folder / file).read_text())["spec"] != json.loads(text)["spec"]:
+            raise ValueError(f"{str(folder)!r} holds another {what}; accepted: a new folder, or --resume {folder}")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty and holds no {what}; accepted: a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(text)
+
+
+def read_spec(folder: Path, file: str = RACE_FILE) -> RaceSpec:
+    """The specification of the race, or of the tuning's race, in a folder."""
+    if not (folder / file).is_file():
+        raise ValueError(f"{str(folder)!r} holds no {Path(file).stem}; accepted: a folder with {file}")
+    return RaceSpec.from_plain(json.loads((folder / file).read_text())["spec"])
 
 
 def show_plan(spec: RaceSpec, trials: Sequence[Trial]) -> None:

@@ -6,6 +6,7 @@ A trial is one recipe x one draw of hyperparameters x one seed. `RaceSpec` is a 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ from cggr_ray.data.dataset import DataSpec
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.progress import Budget
 from cggr_ray.recipe import Recipe, beside, load_recipe, references_beside
+from cggr_ray.schema import RUNS_FOLDER
 
 RACES = Path(__file__).with_name("races")
 
@@ -27,12 +29,40 @@ class NeedsLayers(Protocol):
 
 
 @dataclass(frozen=True)
+class Tuning(Plain):
+    """The same small sweep for every arm, before the race: each entry of `values` is one trial of each arm.
+
+    `values` holds dotted recipe keys, the same in every entry; keys that move together stand in one entry. `seconds`
+    are a trial's train seconds; `seed` is none of the race's.
+    """
+
+    seconds: float
+    seed: int
+    values: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"tuning.seconds = {self.seconds}; accepted: a positive number of train seconds")
+        if self.seed < 0:
+            raise ValueError(f"tuning.seed = {self.seed}; accepted: 0 or more")
+        if not self.values:
+            raise ValueError("tuning.values = []; accepted: at least one table of recipe values")
+        for number, entry in enumerate(self.values):
+            if not entry or entry.keys() != self.values[0].keys():
+                raise ValueError(
+                    f"tuning.values[{number}] = {entry}; accepted: the same keys in every entry, at least one"
+                )
+            if entry in self.values[:number]:
+                raise ValueError(f"tuning.values[{number}] = {entry}; accepted: no entry twice")
+
+
+@dataclass(frozen=True)
 class RaceSpec(Plain):
     """All that trials share.
 
     `values` are dotted recipe keys for every arm, `arms` for one recipe by name. `milestones` are fractions of the
     budget at which the clock stops for validation; the end is always one. `step_seconds` replaces the real clock by one
-    that advances so much a step: for exact reproduction, never for comparison.
+    that advances so much a step: for exact reproduction, never for comparison. `tuning` is how `arms` are found.
     """
 
     name: str = "race"
@@ -53,6 +83,7 @@ class RaceSpec(Plain):
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "cggr-ray"
     tensorboard: bool = False
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         Budget(self.budget_seconds)
@@ -73,20 +104,34 @@ class RaceSpec(Plain):
         for name in self.arms:
             if name not in self.recipes:
                 raise ValueError(f"arms.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
+        if self.tuning and self.tuning.seed in self.seeds:
+            raise ValueError(f"tuning.seed = {self.tuning.seed}; accepted: none of the race's seeds {list(self.seeds)}")
 
     def recipe(self, name: str) -> Recipe:
         """A recipe of the race with the race's values, then the arm's own."""
-        return load_recipe(name).with_values({**self.values, **self.arms.get(name, {})})
+        return load_recipe(name).with_values(self.changes(name))
+
+    def changes(self, name: str) -> dict[str, Any]:
+        """The dotted values of an arm: the race's, then its own; a part that is replaced whole before its keys."""
+        arm = self.arms.get(name, {})
+        shared = {key: value for key, value in self.values.items() if key not in arm}
+        return {key: table[key] for table in (shared, arm) for key in sorted(table, key=lambda key: key.count("."))}
+
+    def with_arms(self, arms: Mapping[str, Mapping[str, Any]]) -> RaceSpec:
+        """The same race with values for some arms, on top of what these have."""
+        changed = {name: {**self.arms.get(name, {}), **values} for name, values in arms.items()}
+        return replace(self, arms={**self.arms, **changed})
 
     def check(self) -> None:
         """Whether every recipe fits the race's model and micro-batches, from shapes alone.
 
         Raises:
-            ValueError: a model of too few layers, or a micro-batch of which a recipe cannot keep what it says.
+            ValueError: a value that does not fit, a model of too few layers, or a micro-batch of which a recipe cannot
+                keep what it says.
         """
         for name in self.recipes:
-            recipe = self.recipe(name)
             try:
+                recipe = self.recipe(name)
                 check_layers(recipe, self.model)
                 step = recipe.rows.rows_per_step(self.global_rows)
                 for rows in {min(self.micro_rows, step), step % self.micro_rows} - {0}:
@@ -139,8 +184,10 @@ def load_race(name: str) -> RaceSpec:
         for source in sources if isinstance(sources, list) else []:
             beside(path.parent, source, "path")
         beside(path.parent, table.get("model"), "folder")
-        arms = table.get("arms")
-        for values in (table.get("values"), *(arms.values() if isinstance(arms, dict) else ())):
+        arms, tuning = table.get("arms"), table.get("tuning")
+        tried = tuning.get("values") if isinstance(tuning, dict) else None
+        own = (*(arms.values() if isinstance(arms, dict) else ()), *(tried if isinstance(tried, list) else ()))
+        for values in (table.get("values"), *own):
             references_beside(path.parent, values)
         return RaceSpec.from_plain({"name": path.stem} | table)
     except (tomllib.TOMLDecodeError, ValueError) as error:
@@ -158,10 +205,23 @@ def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:
     for number, seed in enumerate(spec.seeds):
         names = spec.recipes if number % 2 == 0 else spec.recipes[::-1]
         for name in names:
-            recipe, values = spec.recipe(name), {**spec.values, **spec.arms.get(name, {})}
-            trial_id = f"{recipe.name.replace('/', '-')}-s{seed}"
-            if any(trial.trial_id == trial_id for trial in trials):
-                raise ValueError(f"two trials {trial_id!r}; accepted: recipes with a name of their own")
-            where = (folder / "runs" / trial_id).resolve()
-            trials.append(Trial(trial_id, recipe, seed, spec, str(where), str((folder / "data").resolve()), values))
+            trials.append(plan_trial(spec, name, seed, f"s{seed}", folder))
+    refuse_doubles(trials)
     return trials
+
+
+def plan_trial(spec: RaceSpec, name: str, seed: int, number: str, folder: Path) -> Trial:
+    """The trial of a recipe of the race; its id is the recipe's name and `number`."""
+    recipe = spec.recipe(name)
+    trial_id = f"{recipe.name.replace('/', '-')}-{number}"
+    where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / "data").resolve()
+    return Trial(trial_id, recipe, seed, spec, str(where), str(data), spec.changes(name))
+
+
+def refuse_doubles(trials: Sequence[Trial]) -> None:
+    """Raises ValueError where two trials would share an id and a folder."""
+    seen: set[str] = set()
+    for trial in trials:
+        if trial.trial_id in seen:
+            raise ValueError(f"two trials {trial.trial_id!r}; accepted: recipes with a name of their own")
+        seen.add(trial.trial_id)

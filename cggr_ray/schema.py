@@ -7,7 +7,8 @@ A run folder holds
     summary.json    how it ended: status, ledgers, tokens, final validation (written last)
     checkpoints/    the last two, safetensors and JSON
 
-and a race folder holds race.json and runs/<trial id>/. Readers need nothing but this module.
+and a race folder holds race.json and runs/<trial id>/; that of a tuning holds tuning.json, runs/<trial id>/,
+tuning.jsonl with a row a trial, and the race it leads to. Readers need nothing but this module.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ SUMMARY_FILE: Final = "summary.json"
 RACE_FILE: Final = "race.json"
 RUNS_FOLDER: Final = "runs"
 SWEEP_FILE: Final = "sweep.jsonl"
+TUNING_FILE: Final = "tuning.json"
+TUNING_ROWS_FILE: Final = "tuning.jsonl"
+TUNED_FILE: Final = "tuned.toml"
 
 RowKind = Literal["step", "milestone", "resumed"]
 Status = Literal["finished", "diverged", "stopped", "failed"]
@@ -47,6 +51,7 @@ TOKENS_SEEN: Final = "tokens_seen"
 TRAIN_LOSS: Final = "train/loss"
 KEPT_LOSS: Final = "train/loss_kept_positions"
 SKIP_LOSS: Final = "train/loss_thinned_forward"
+AUXILIARY_LOSS: Final = "train/loss_auxiliary"
 TOKENS_PER_SEC: Final = "train/tokens_per_sec"
 SAMPLES_PER_SEC: Final = "train/samples_per_sec"
 LEARNING_RATE: Final = "train/learning_rate"
@@ -80,6 +85,7 @@ METRICS: Final = tuple(
         (TRAIN_LOSS, "nats/token", "mean negative log-likelihood of all labelled positions of the step; full recipes"),
         (KEPT_LOSS, "nats/token", "the same, weighted, over kept positions alone; recipes that select"),
         (SKIP_LOSS, "nats/token", "mean over all labelled positions, most of which skipped layers; recipes that skip"),
+        (AUXILIARY_LOSS, "nats/token", "what is minimised beyond the next-token loss of the step, with its weights"),
         (TOKENS_PER_SEC, "tokens/s", "tokens seen per train second since the last row"),
         (SAMPLES_PER_SEC, "rows/s", "packed rows per train second since the last row"),
         (LEARNING_RATE, "1", "learning rate of the hidden matrices"),

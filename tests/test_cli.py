@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cggr_ray import cli, commands
 
-COMMANDS = {"race", "sweep", "report", "recipe", "bench", "doctor"}
+COMMANDS = {"race", "tune", "sweep", "report", "recipe", "bench", "doctor"}
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -63,6 +63,10 @@ def race_file(folder: Path, data: str) -> Path:
         (["race", "--data", "numina"], "data 'numina'; did you mean 'numinamath'?"),
         (["race", "cpu", "--device", "tpu"], "device = 'tpu'"),
         (["race", "--resume", "nowhere"], "'nowhere' holds no race"),
+        (["tune", "cpu"], "race 'cpu' has no [tuning]; accepted: "),
+        (["tune", "--resume", "nowhere"], "'nowhere' holds no tuning; accepted: a folder with tuning.json"),
+        (["tune", "cpu", "--resume", "nowhere"], "--resume with other settings"),
+        (["tune", "cpu", "--executor", "magic"], "executor 'magic'"),
         (["sweep", "cgr"], "search space 'cgr'; did you mean 'cggr'?"),
         (["sweep", "cggr", "--trials", 0], "--trials 0; accepted: at least 1"),
         (["recipe", "show", "basline"], "did you mean 'baseline'?"),

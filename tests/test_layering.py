@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("cggr_ray", "trainables", "search_spaces", "analysis")
 STANDARD = sys.stdlib_module_names
 # The command line knows everybody; nothing in the core may know it.
-COMMANDS = ("cggr_ray.cli", "cggr_ray.commands")
+COMMANDS = ("cggr_ray.cli", "cggr_ray.commands", "cggr_ray.tune_command")
 BELOW_METHODS = ("cggr_ray.compiling", "cggr_ray.codec", "cggr_ray.progress", "cggr_ray.schema", "cggr_ray.kernels")
 METHODS = ("cggr_ray.data.batch", "cggr_ray.models.adapter", "cggr_ray.routing", "cggr_ray.sparse")
 

@@ -105,6 +105,29 @@ def test_broken_fairness_is_said_aloud(pair_race: Path) -> None:
     assert "miss the wall clock by up to 20.00 %" in bad and "read different rows" in bad
 
 
+def with_spec(race: Path, spec: dict[str, Any]) -> str:
+    """The report of a race whose specification is another."""
+    record = json.loads((race / "race.json").read_text())
+    (race / "race.json").write_text(json.dumps(record | {"spec": spec}))
+    return render(read_race(race))
+
+
+def test_how_the_arms_were_tuned_is_said(pair_race: Path) -> None:
+    assert "No arm was tuned for this race." in render(read_race(pair_race))
+    tried = [{"optimizer.matrix.lr": lr, "optimizer.rest.lr": lr / 2} for lr in (0.002, 0.004, 0.008)]
+    spec = {"recipes": ["baseline", "quick"], "tuning": {"seconds": 20.0, "seed": 1000, "values": tried}}
+    tuned = {"baseline": tried[1], "quick": {"tokens.keep": 0.5, **tried[2]}}
+    words = (
+        "each arm had 3 trials of 20 train seconds, seed 1000, over optimizer.matrix.lr = 0.002, 0.004, 0.008; "
+        "optimizer.rest.lr = 0.001, 0.002, 0.004 (varied together)"
+    )
+    text = with_spec(pair_race, spec | {"arms": tuned})
+    assert words in text and "Not so" not in text and "No arm was tuned" not in text
+    text = with_spec(pair_race, spec | {"arms": {"baseline": tried[1], "quick": {"optimizer.matrix.lr": 0.002}}})
+    assert words in text and "**Not so quick: none of these values.**" in text
+    assert "no arm was tuned for this race" in with_spec(pair_race, spec | {"arms": {}})
+
+
 def test_a_race_that_has_just_begun_can_be_reported(tmp_path: Path, run_writer: Writer) -> None:
     run_writer(tmp_path, "baseline", 0, [])
     out = tmp_path / "elsewhere"

@@ -232,9 +232,11 @@ def test_a_race_refuses_it_before_anything_runs(folder: str, data_folder: Path, 
         spec = replace(spec, arms={"cggr_loss": values | {"tokens.reference": where}})
         if refused:
             with pytest.raises(ValueError, match="vocabulary of 512"):
-                commands.check_references(spec, data_folder)
+                commands.check_tokens(spec, map(spec.recipe, spec.recipes), data_folder)
         else:
-            commands.check_references(spec, data_folder)
+            commands.check_tokens(spec, map(spec.recipe, spec.recipes), data_folder)
+    with pytest.raises(ValueError, match=r"model 'small' with a vocabulary of 512"):
+        commands.check_tokens(replace(spec, model=ModelSpec(folder=small)), [], data_folder)
 
 
 def test_paths_are_relative_to_the_file_or_to_where_the_command_runs(
