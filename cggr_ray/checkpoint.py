@@ -1,6 +1,7 @@
 """Checkpoints: safetensors and JSON, written aside, flushed to disk, renamed; the last two are kept.
 
 checkpoints/step_00000123/model.safetensors      weights by parameter name
+                          objective.safetensors  what the objective owns beside the model, if it does
                           optimizer.safetensors  masters and states by stack
                           router.safetensors     what the router has learned, where it learns
                           state.json             everything else: step, ledgers, loader, parts
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cggr_ray.learner import Learner
 
@@ -30,7 +31,8 @@ def save(run_folder: Path, step: int, learner: Learner, state: dict[str, Any]) -
     aside = final.with_name(f".{final.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file(_weights(learner), aside / "model.safetensors")
+    save_file(_copied(learner.adapter.named_parameters()), aside / "model.safetensors")
+    save_file(_copied(learner.objective.named_parameters()), aside / "objective.safetensors")
     save_file({k: v.contiguous() for k, v in learner.optimizer.state_dict().items()}, aside / "optimizer.safetensors")
     save_file({k: v.contiguous() for k, v in learner.router.tensors().items()}, aside / "router.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": step, "learner": learner.state_dict(), **state}))
@@ -55,14 +57,8 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
     """Restores weights, optimizer and parts in place; returns the rest of the state."""
     device = learner.adapter.device
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    weights = load_file(folder / "model.safetensors", device=str(device))
-    mine = dict(learner.adapter.named_parameters())
-    different = {(name, p.shape) for name, p in mine.items()} ^ {(name, w.shape) for name, w in weights.items()}
-    if different:
-        raise ValueError(f"{folder} holds another model: {sorted({name for name, _ in different})[:3]}")
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(weights[name])
+    _restore(folder / "model.safetensors", learner.adapter.named_parameters(), device)
+    _restore(folder / "objective.safetensors", learner.objective.named_parameters(), device)
     learner.optimizer.load_state_dict(load_file(folder / "optimizer.safetensors", device=str(device)))
     routing = load_file(folder / "router.safetensors", device=str(device))
     for name, tensor in learner.router.tensors().items():
@@ -75,9 +71,19 @@ def remove_all(run_folder: Path) -> None:
     shutil.rmtree(run_folder / FOLDER, ignore_errors=True)
 
 
-def _weights(learner: Learner) -> dict[str, Tensor]:
+def _copied(named: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
     # Parameters are views of stacks; safetensors refuses tensors that share storage, so each is copied.
-    return {name: p.detach().clone() for name, p in learner.adapter.named_parameters()}
+    return {name: p.detach().clone() for name, p in named}
+
+
+@torch.no_grad()
+def _restore(file: Path, named: list[tuple[str, nn.Parameter]], device: torch.device) -> None:
+    weights = load_file(file, device=str(device))
+    different = {(name, p.shape) for name, p in named} ^ {(name, w.shape) for name, w in weights.items()}
+    if different:
+        raise ValueError(f"{file} holds another {file.stem}: {sorted({name for name, _ in different})[:3]}")
+    for name, parameter in named:
+        parameter.copy_(weights[name])
 
 
 def _all(run_folder: Path) -> list[Path]:

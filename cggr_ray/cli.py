@@ -103,7 +103,7 @@ def tune(
 
 @app.command()
 def sweep(
-    space: Annotated[str, typer.Argument(help="A search space: baseline, cggr.")],
+    space: Annotated[str, typer.Argument(help="A search space: baseline, cggr, e3.")],
     spec: Annotated[str | None, typer.Option("--race", help="Race file that gives model, data and budget.")] = None,
     out: Out = None,
     trials: Annotated[int, typer.Option(help="Configurations to draw.")] = 16,
@@ -159,7 +159,7 @@ def recipe_list() -> None:
 
 @recipe_app.command("show")
 def recipe_show(name: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")]) -> None:
-    """A recipe's parts in a line each, then all its values.
+    """A recipe's parts in a line each, the parts inside them too, then all its values.
 
     Example: cggr-ray recipe show cggr_loss
     """
@@ -169,8 +169,10 @@ def recipe_show(name: Annotated[str, typer.Argument(help="A recipe's name, or th
 
     recipe = load_recipe(name)
     typer.echo(f"{recipe.name}: {recipe.description}\n")
-    for part, kind, meaning in explain(recipe):
-        typer.echo(f"{part:10} {kind:16} {meaning}")
+    lines = explain(recipe)
+    width = max(len(part) for part, _, _ in lines)
+    for part, kind, meaning in lines:
+        typer.echo(f"{part:{width}}  {kind:16} {meaning}")
     typer.echo("\n" + json.dumps(recipe.to_plain(), indent=2))
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cggr_ray.data.batch import Batch, MicroBatch
 from cggr_ray.graphs import Graphs
@@ -16,6 +16,7 @@ from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.scorers import Setting
 from cggr_ray.schema import (
+    AUXILIARY_LOSS,
     GRAD_NORM,
     LEARNING_RATE,
     ROUTER_ACTIVE_PARAMS,
@@ -48,7 +49,7 @@ class Pass:
         self, recipe: Recipe, adapter: Adapter, seed: int, num_positions: int, reference: Tensor | None = None
     ) -> None:
         setting = Setting(adapter.device, len(adapter.layers), adapter.head_VD.shape[1], num_positions, reference)
-        self.adapter, self.objective = adapter, recipe.objective
+        self.adapter, self.objective = adapter, recipe.objective.build(adapter, seed)
         self.router = recipe.tokens.build(seed, setting)
         self.plan, self.full = recipe.tokens.plan_for(adapter), Dense(adapter)
 
@@ -66,6 +67,8 @@ class Pass:
         loss.total.backward()
         self.router.learn(micro, loss.index_K, loss.nll_K)
         seen = planned.statistics
+        if loss.auxiliary is not None:
+            seen = seen | {AUXILIARY_LOSS: loss.auxiliary}
         if compare and planned.whole is not None:
             seen = seen | self.router.agreement(planned.whole(), micro, ratio)
         return loss.reported, seen
@@ -82,15 +85,19 @@ class Learner:
         self, recipe: Recipe, adapter: Adapter, seed: int, num_positions: int, reference: Tensor | None = None
     ) -> None:
         self.recipe, self.adapter = recipe, adapter
-        named = adapter.named_parameters()
         self.rows = recipe.rows.build(seed, adapter)
         self.run_pass = Pass(recipe, adapter, seed, num_positions, reference)
-        self.router = self.run_pass.router
-        self.optimizer = recipe.optimizer.build(named, adapter.hidden_names(), adapter.device)
+        self.router, self.objective = self.run_pass.router, self.run_pass.objective
+        named, hidden = self.named_parameters(), [*adapter.hidden_names(), *self.objective.hidden_names()]
+        self.optimizer = recipe.optimizer.build(named, hidden, adapter.device)
         self.parameters = sum(p.numel() for _, p in named)
         self.graphs: Graphs | None = None
         if recipe.execution.cuda_graphs and adapter.device.type == "cuda":
             self.graphs = Graphs([p for _, p in named], self.router.generators())
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """All that learns: the language model's, then what the objective owns."""
+        return [*self.adapter.named_parameters(), *self.objective.named_parameters()]
 
     def levels(self) -> list[Levels]:
         """All combinations of ratios that a step may run at; each is a graph of its own."""
@@ -110,6 +117,8 @@ class Learner:
         kept = sum(self.rows.kept(rows, len(m.tokens_BT)) * len(m.tokens_BT) for m in batch.micros) / batch.rows
         scale, compare = _one_over_labelled(micros), self.router.compares(ratio, progress)
         micro_step = partial(self.run_pass, ratio=ratio, compare=compare)
+        self.optimizer.begin(progress)
+        self.objective.begin(progress)
         losses, statistics = [], []
         for micro in micros:
             self.router.begin(micro, progress)
@@ -153,6 +162,6 @@ def _one_over_labelled(micros: list[MicroBatch]) -> Tensor:
 
 
 def _merge(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Means over micro-batches; a histogram's counts are averaged too."""
-    names = statistics[0].keys()
-    return {name: torch.stack([s[name] for s in statistics]).mean(dim=0) for name in names}
+    """Means over micro-batches; a histogram's counts are averaged too. Parts of the loss add up."""
+    stacked = {name: torch.stack([s[name] for s in statistics]) for name in statistics[0]}
+    return {name: s.sum(dim=0) if name == AUXILIARY_LOSS else s.mean(dim=0) for name, s in stacked.items()}

@@ -131,7 +131,8 @@ class Run:
         found = checkpoint.latest(self.folder)
         state = self._restore(found) if found else None
         micro_rows = min(spec.micro_rows, self.rows_per_step)
-        self.loader = Loader(order, self.rows_per_step, micro_rows, self.device, state["loader"] if state else None)
+        at = state["loader"] if state else None
+        self.loader = Loader(order, self.rows_per_step, micro_rows, self.device, at, recipe.execution.prefetch)
         self.flight = Flight(self.device)
         run = self._run_file()
         (self.folder / RUN_FILE).write_text(json.dumps(run, indent=1))
@@ -163,6 +164,7 @@ class Run:
     def _run_file(self) -> Row:
         trial, spec, adapter = self.trial, self.spec, self.learner.adapter
         dtype = str(adapter.head_VD.dtype).removeprefix("torch.")
+        parameters = sum(p.numel() for _, p in adapter.named_parameters())
         return {
             "trial_id": trial.trial_id,
             "recipe": trial.recipe.name,
@@ -171,7 +173,7 @@ class Run:
             "race": spec.name,
             "values": trial.values,
             "parts": trial.recipe.to_plain(),
-            "model": {"name": spec.model.name, "parameters": self.learner.parameters, "dtype": dtype},
+            "model": {"name": spec.model.name, "parameters": parameters, "dtype": dtype},
             "device": device_info(self.device),
             "process": {"host": platform.node(), "pid": os.getpid()},
             "execution": adapter.execution_note,

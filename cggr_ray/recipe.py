@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,11 @@ import torch
 
 from cggr_ray.codec import Plain, kind_of, nearest, with_values
 from cggr_ray.models.presets import check_folder
+from cggr_ray.objectives.multi_token import MultiToken
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.routing.buckets import DepthBuckets
+from cggr_ray.routing.collider import Collider
 from cggr_ray.routing.rows import AllRows, FewerRows, HardestRows, RandomRows
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens, SkippedTokens
 from cggr_ray.updates.full import FullUpdate
@@ -34,12 +36,18 @@ RECIPES = Path(__file__).with_name("recipes")
 class Execution:
     """How a step runs. `precision`: `auto` is bf16 with float32 masters on a GPU and float32 elsewhere.
 
-    `cuda_graphs`: on a GPU, forward and backward of a micro-batch are one launch; for small models.
+    `cuda_graphs`: on a GPU, forward and backward of a micro-batch are one launch; for small models. `prefetch`: batches
+    that the loader's thread has packed and copied ahead.
     """
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
     cuda_graphs: bool = False
+    prefetch: int = 3
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch = {self.prefetch}; accepted: at least 1 batch")
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of weights and activations on `device`."""
@@ -54,8 +62,10 @@ class Recipe(Plain):
     name: str
     description: str = ""
     rows: AllRows | FewerRows | HardestRows | RandomRows = field(default_factory=AllRows)
-    tokens: AllTokens | SelectedTokens | RandomTokens | SkippedTokens | DepthBuckets = field(default_factory=AllTokens)
-    objective: NextToken = field(default_factory=NextToken)
+    tokens: AllTokens | SelectedTokens | RandomTokens | SkippedTokens | DepthBuckets | Collider = field(
+        default_factory=AllTokens
+    )
+    objective: NextToken | MultiToken = field(default_factory=NextToken)
     optimizer: Optimizer = field(default_factory=Optimizer)
     updates: FullUpdate = field(default_factory=FullUpdate)
     execution: Execution = field(default_factory=Execution)
@@ -63,6 +73,13 @@ class Recipe(Plain):
     def __post_init__(self) -> None:
         if self.reference is not None:
             check_folder(Path(self.reference))
+        if self.execution.cuda_graphs and self.optimizer.project_early:
+            raise ValueError("cuda_graphs with project_early, whose backward pass does more than leave gradients; "
+                             "accepted: one of the two")  # fmt: skip
+        if not (self.objective.runs_on_kept_rows() or self.tokens.runs_all_positions()):
+            raise ValueError(f"{self.objective} reads all positions, and {self.tokens} leaves some out; accepted: "
+                             "all_tokens, plan 'dense', skipped_tokens with exit of at least 1, depth_buckets with "
+                             "engine 'every' or 'faithful'")  # fmt: skip
 
     @property
     def reference(self) -> str | None:
@@ -112,9 +129,14 @@ def references_beside(folder: Path, values: Any) -> None:
 
 
 def explain(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """(part, kind, first line of its documentation) for every part, for `recipe show`."""
-    lines = []
-    for part in ("rows", "tokens", "objective", "optimizer", "updates"):
-        value = getattr(recipe, part)
-        lines.append((part, kind_of(type(value)), (type(value).__doc__ or "").split("\n")[0]))
-    return lines
+    """(part, kind, first line of its documentation) for every part and the parts inside it, for `recipe show`."""
+    return [line for part in ("rows", "tokens", "objective", "optimizer", "updates") for line in _lines(recipe, part)]
+
+
+def _lines(owner: Any, part: str, name: str = "") -> list[tuple[str, str, str]]:
+    value = getattr(owner, part)
+    if not hasattr(type(value), "IS_PART"):
+        return []
+    name = f"{name}.{part}" if name else part
+    own = (name, kind_of(type(value)), (type(value).__doc__ or "").split("\n")[0])
+    return [own, *(line for field in fields(value) for line in _lines(value, field.name, name))]

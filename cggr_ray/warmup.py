@@ -20,7 +20,7 @@ def warm_up(learner: Learner, heldout: HeldOut, order: RowOrder, rows: int, micr
     Without a compiler one ratio is enough: there is nothing to compile, only allocations to touch.
     """
     device = learner.adapter.device
-    weights = {name: p.detach().to("cpu", copy=True) for name, p in learner.adapter.named_parameters()}
+    weights = {name: p.detach().to("cpu", copy=True) for name, p in learner.named_parameters()}
     tensors = {name: t.to("cpu", copy=True) for name, t in learner.optimizer.state_dict().items()}
     routing = {name: t.to("cpu", copy=True) for name, t in learner.router.tensors().items()}
     host = learner.state_dict()
@@ -31,7 +31,7 @@ def warm_up(learner: Learner, heldout: HeldOut, order: RowOrder, rows: int, micr
             learner.step(batch, Progress(step, 0.0, 1.0, 1), level)
     heldout.evaluate(learner.adapter)
     with torch.no_grad():
-        for name, parameter in learner.adapter.named_parameters():
+        for name, parameter in learner.named_parameters():
             parameter.copy_(weights[name])
         for name, tensor in learner.router.tensors().items():
             tensor.copy_(routing[name])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from search_spaces.baseline import baseline
 from search_spaces.cggr import cggr
+from search_spaces.e3 import e3
 
 
 class Space(NamedTuple):
@@ -16,4 +17,8 @@ class Space(NamedTuple):
     domains: Callable[[], dict[str, Any]]
 
 
-SPACES: dict[str, Space] = {"baseline": Space("baseline", baseline), "cggr": Space("cggr_loss", cggr)}
+SPACES: dict[str, Space] = {
+    "baseline": Space("baseline", baseline),
+    "cggr": Space("cggr_loss", cggr),
+    "e3": Space("e3/full", e3),
+}

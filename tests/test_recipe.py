@@ -22,13 +22,15 @@ def test_every_shipped_recipe_round_trips_and_says_what_it_is(name: str) -> None
     recipe = load_recipe(name)
     assert recipe.description
     assert Recipe.from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
-    assert [part for part, _, line in explain(recipe) if line] == [
-        "rows",
-        "tokens",
-        "objective",
-        "optimizer",
-        "updates",
-    ]
+    lines = explain(recipe)
+    assert [part for part, _, _ in lines if "." not in part] == ["rows", "tokens", "objective", "optimizer", "updates"]
+    assert all(kind and meaning for _, kind, meaning in lines)
+
+
+def test_parts_inside_parts_are_explained() -> None:
+    inside = {part: kind for part, kind, _ in explain(load_recipe("e3/full"))}
+    assert inside["optimizer.matrix"] == "galore" and inside["optimizer.matrix.rule"] == "muon"
+    assert inside["optimizer.matrix.rule.state"] == "int8_blockwise" and inside["objective.form"] == "heads"
 
 
 def test_the_baseline_is_neutral() -> None:

@@ -1,4 +1,5 @@
-"""`bench memory`: the largest micro-batch that fits beside weights, gradients and optimizer state, found by trying.
+"""`bench memory`: what every optimizer holds (`accounting`), and the largest micro-batch that fits beside weights,
+gradients and optimizer state, found by trying.
 
 Forward and backward of rows of the shape's length, one document each, more rows every time until the device has no
 memory left. The shape's row count is where the search starts. The chunked head serves all providers. The value is the
@@ -7,13 +8,13 @@ largest number of rows over that of full training.
 
 from __future__ import annotations
 
-import gc
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from cggr_ray.benchmarks.accounting import accounting, release
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.step import NOW, random_micro, random_model
 from cggr_ray.benchmarks.timing import MIB, Timing
@@ -36,10 +37,15 @@ PARTS: dict[str, AllTokens | SelectedTokens | RandomTokens] = {
 
 
 def bench_memory(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
-    """`rounds` bounds the number of tries of a provider."""
+    """`rounds` bounds the number of tries of a provider. Without a GPU, whose memory has an end, nothing is tried."""
     found = pick_device(device)
-    if found.type != "cuda":
-        raise ValueError(f"benchmark 'memory' on {found}; accepted: a GPU, whose memory has an end")
+    held = accounting(replace(shape, rows=1), found)
+    return held + largest_rows(shape, found, rounds) if found.type == "cuda" else held
+
+
+def largest_rows(shape: Shape, found: torch.device, rounds: int) -> list[BenchRow]:
+    """The largest micro-batch of every plan, beside that of full training."""
+    release()
     model = random_model(shape.model, found, torch.bfloat16)
     adapter = Adapter(model)
     optimizer = Recipe("bench").optimizer.build(adapter.named_parameters(), adapter.hidden_names(), found)
@@ -115,5 +121,4 @@ def peak_of(part: AllTokens | SelectedTokens | RandomTokens, adapter: Adapter, s
     finally:
         for _, parameter in adapter.named_parameters():
             parameter.grad = None
-        gc.collect()
-        torch.cuda.empty_cache()
+        release()

@@ -1,30 +1,36 @@
 """`bench optimizer`: what part of a training step the optimizer takes.
 
-step_fraction = optimizer / (forward + backward + optimizer), medians of interleaved runs. Providers: `muon_compiled` is
-ours as it runs, `muon_eager` the same without the compiler, `muon_torch` torch.optim.Muon and fused AdamW.
+step_fraction = optimizer / (forward + backward + optimizer), medians of interleaved runs. Providers: those of
+`optimizers` as they run, GaLore's refreshes in their turn; `muon_eager` is `muon_fp32` without the compiler,
+`muon_torch` is torch.optim.Muon and fused AdamW. `of_muon_fp32`: the time of an update over that of `muon_fp32`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.timing import interleaved
 from cggr_ray.benchmarks.workload import prepared_run
 from cggr_ray.data.batch import Batch
 from cggr_ray.learner import Learner
 from cggr_ray.loop import Run
-from cggr_ray.optim.optimizer import StackedOptimizer
+from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
 from cggr_ray.optim.partition import partition
 from cggr_ray.progress import Progress
 
 Gradients = dict[int, Tensor | None]
 
-SHAPES = ("smollm-135m/32x1024", "llama-113m/32x1024")
+SHAPES = ("smollm-135m/32x1024", "llama-113m/32x1024", "llama-1.5b/4x2048")
+# Side by side on one device, each with weights, masters and state of its own: AdamW's state would not fit there too.
+TIMED = {name: replace(config, project_early=False) for name, config in OPTIMIZERS.items() if name != "adamw_fp32"}
 NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
 
 
@@ -39,7 +45,7 @@ def _measure(run: Run, shape: Shape, rounds: int) -> list[BenchRow]:
     _forward_backward(learner, batch)
     gradients = {id(p): p.grad for _, p in learner.adapter.named_parameters()}
     providers: dict[str, Callable[[], None]] = {
-        "muon_compiled": _ours(learner, learner.optimizer, gradients),
+        **{name: _ours(learner, _build(learner, config), gradients) for name, config in TIMED.items()},
         "muon_eager": _ours(learner, _eager(learner), gradients),
         "muon_torch": _torch_optimizers(learner, gradients),
         "forward_backward": lambda: _forward_backward(learner, batch),
@@ -49,10 +55,11 @@ def _measure(run: Run, shape: Shape, rounds: int) -> list[BenchRow]:
     dtype = learner.adapter.head_VD.dtype
     rows = []
     for name, timing in times.items():
-        muon = name.startswith("muon_")
-        fraction = timing.p50 / (times["forward_backward"].p50 + timing.p50)
-        value, unit = (fraction, "step_fraction") if muon else (timing.p50, "ms")
-        rows.append(bench_row("optimizer", shape, name, dtype, run.device, timing, value, unit))
+        values = {"ms": timing.p50}
+        if name not in ("forward_backward", "full_step"):
+            fraction = timing.p50 / (times["forward_backward"].p50 + timing.p50)
+            values = {"step_fraction": fraction, "of_muon_fp32": timing.p50 / times["muon_fp32"].p50}
+        rows += [bench_row("optimizer", shape, name, dtype, run.device, timing, v, unit) for unit, v in values.items()]
     return rows
 
 
@@ -62,17 +69,24 @@ def _forward_backward(learner: Learner, batch: Batch) -> None:
     for micro in batch.micros:
         stream = learner.adapter.forward(micro)
         scale = torch.tensor(1 / batch.labelled, device=learner.adapter.device)
-        learner.recipe.objective.loss(stream, micro, None, scale).total.backward()
+        learner.objective.loss(stream, micro, None, scale).total.backward()
 
 
 def _full_step(learner: Learner, batch: Batch) -> None:
     learner.step(batch, NOW)
 
 
+def _build(learner: Learner, config: Optimizer) -> StackedOptimizer:
+    adapter = learner.adapter
+    return config.build(adapter.named_parameters(), adapter.hidden_names(), adapter.device)
+
+
 def _ours(learner: Learner, optimizer: StackedOptimizer, gradients: Gradients) -> Callable[[], None]:
+    steps = itertools.count()
+
     def call() -> None:
         _give(learner, gradients)
-        optimizer.step(NOW)
+        optimizer.step(replace(NOW, step=next(steps)))
 
     return call
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from cggr_ray.data.batch import Batch, MicroBatch
 from cggr_ray.data.packing import OrderState, PackedRow, RowOrder, RowShape
 
-PREFETCH = 3
 # How often a step that waits for data looks whether the thread is still there.
 ALIVE_SECONDS = 1.0
 # A trial keeps the chained hash of its rows at every multiple of this many rows, for comparison with other trials.
@@ -62,11 +61,18 @@ class Loader:
     """Hands out one batch a step. Use as a context manager, or call `close`: it owns a thread.
 
     Args:
-        rows: rows a step. micro_rows: rows a forward. state: from `state_dict`, to go on from there.
+        rows: rows a step. micro_rows: rows a forward. state: from `state_dict`, to go on from there. prefetch: batches
+            that wait on the device, beside the one that is being packed.
     """
 
     def __init__(
-        self, order: RowOrder, rows: int, micro_rows: int, device: torch.device, state: dict[str, Any] | None = None
+        self,
+        order: RowOrder,
+        rows: int,
+        micro_rows: int,
+        device: torch.device,
+        state: dict[str, Any] | None = None,
+        prefetch: int = 3,
     ) -> None:
         self._order, self._count, self._micro_rows, self._device = order, rows, micro_rows, device
         self._state = order.start()
@@ -77,7 +83,7 @@ class Loader:
             self.tokens_seen, self.marks = state["tokens_seen"], dict(state["marks"])
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._stop = threading.Event()
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=PREFETCH)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
         self._thread = threading.Thread(target=self._produce, args=(self._state,), daemon=True)
         self._thread.start()
 

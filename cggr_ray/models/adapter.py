@@ -31,6 +31,8 @@ class Stream:
     head_VD: Tensor
     index_R: Tensor | None = None
     """Flat positions of the rows; None when they are all positions of the micro-batch."""
+    trunk_BTD: Tensor | None = None
+    """What entered the last layer, where a plan ran that layer on all positions."""
 
     def at(self, index_K: Tensor) -> Tensor:
         """The rows of some positions; of a stream that holds kept rows only, exactly these."""
@@ -123,9 +125,9 @@ class Adapter:
         """(B, T, D), what enters the first layer."""
         return self.family.embed(micro.tokens_BT, micro.positions_BT)
 
-    def finish(self, hidden_BTD: Tensor) -> Stream:
+    def finish(self, hidden_BTD: Tensor, trunk_BTD: Tensor | None = None) -> Stream:
         """The last norm, and the head that reads it."""
-        return Stream(self.final_norm(hidden_BTD).flatten(0, 1), self.head_VD)
+        return Stream(self.final_norm(hidden_BTD).flatten(0, 1), self.head_VD, trunk_BTD=trunk_BTD)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         out: Tensor = self._norm(self.family.norm, hidden)
@@ -146,16 +148,40 @@ class Adapter:
         keywords = self.keywords(hidden_BTD, positions_BT, documents)
         for i in range(len(self.layers))[span]:
             layer, shape = self.layers[i], self.shapes[i]
-            own = keywords[shape.window, shape.rotary]
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_BTD = torch.utils.checkpoint.checkpoint(
-                    self._block, layer, hidden_BTD, own, use_reentrant=False, context_fn=self._recomputing
-                )
-            else:
-                hidden_BTD = self._block(layer, hidden_BTD, own)
+            hidden_BTD = self._run_layer(layer, hidden_BTD, keywords[shape.window, shape.rotary])
             if visit is not None:
                 visit(hidden_BTD, i)
         return hidden_BTD
+
+    def run_beside(self, layer: nn.Module, hidden_BTD: Tensor, micro: MicroBatch) -> Tensor:
+        """Runs a layer of `layer_beside` as the model's last layer is run."""
+        keywords, shape = self.keywords(hidden_BTD, micro.positions_BT, self.documents(micro)), self.shapes[-1]
+        return self._run_layer(layer, hidden_BTD, keywords[shape.window, shape.rotary])
+
+    def layer_beside(self) -> nn.Module:
+        """A decoder layer built like the model's last one, and none of the model's. Its weights are not drawn yet."""
+        kind: Any = type(self.layers[-1])
+        layer: nn.Module = kind(self.family.config, len(self.layers) - 1)
+        return layer
+
+    def drawn(self, make: Callable[[], nn.Module], seed: int) -> nn.Module:
+        """A module beside the model, initialised as the model initialises its own, in its dtype and on its device.
+
+        The weights depend on `seed` alone: they are drawn on the CPU in float32, and nobody else's draws move.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = make().apply(self.model._init_weights)
+        return module.to(device=self.device, dtype=self.head_VD.dtype)
+
+    def _run_layer(self, layer: nn.Module, hidden_BTD: Tensor, own: dict[str, Any]) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            out: Tensor = torch.utils.checkpoint.checkpoint(
+                self._block, layer, hidden_BTD, own, use_reentrant=False, context_fn=self._recomputing
+            )
+        else:
+            out = self._block(layer, hidden_BTD, own)
+        return out
 
     def keywords(
         self, hidden: Tensor, positions_BT: Tensor, documents: Documents

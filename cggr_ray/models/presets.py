@@ -30,6 +30,7 @@ class Preset(NamedTuple):
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(4, 128, 4, 2, 384, 2048),
     "llama-113m": Preset(16, 768, 12, 4, 2048, 16384),
+    "e3": Preset(12, 1024, 16, 4, 3584, 32000),
     "smollm-135m": Preset(30, 576, 9, 3, 1536, 49152),
     "llama-1.5b": Preset(24, 2048, 32, 8, 8192, 49152),
     "gemma-3-4b": Preset(34, 2560, 8, 4, 10240, 262144, "gemma3"),

@@ -3,46 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.kernels.selected_ce.op import selected_cross_entropy
-from cggr_ray.models.adapter import Stream
+from cggr_ray.models.adapter import Adapter, Stream
+from cggr_ray.objectives.objective import Loss, Objective, rows_of
+from cggr_ray.progress import Progress
 from cggr_ray.routing.route import TokenRoute
-
-
-class Loss(NamedTuple):
-    total: Tensor
-    """What is differentiated: weighted NLL summed over kept positions, over the labelled count of the global batch."""
-    reported: Tensor
-    """The same number, detached: this micro-batch's part of the step's training loss."""
-    index_K: Tensor
-    """Flat positions whose loss was computed."""
-    nll_K: Tensor
-    """Their NLL in nats, float32, 0 without a label, NaN in an empty slot. No gradient."""
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """L = (1 / labelled) sum_t w_t nll_t over kept positions t; w = 1 on all labelled positions without a route."""
+    """L = (1 / labelled) sum_t w_t nll_t over kept positions t; w = 1 on all labelled positions without a route.
+
+    With `label_smoothing` e and `entropy_bonus` b, what is minimised is (1 - e) nll + e mean_v(-log p_v) - b H in place
+    of nll. Differs from the E3 seed, whose reported loss has both in it: here they are in no reported number.
+    """
 
     IS_PART: ClassVar[bool] = True
 
+    label_smoothing: float = 0.0
+    entropy_bonus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing = {self.label_smoothing}; accepted: a share in [0, 1)")
+        if not 0 <= self.entropy_bonus < float("inf"):
+            raise ValueError(f"entropy_bonus = {self.entropy_bonus}; accepted: a factor of at least 0")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next-token loss is all that is minimised."""
+        return not (self.label_smoothing or self.entropy_bonus)
+
+    def build(self, adapter: Adapter, seed: int) -> Objective:
+        """Itself: it has no state."""
+        return self
+
+    def runs_on_kept_rows(self) -> bool:
+        return True
+
+    def begin(self, progress: Progress) -> None:
+        """Nothing changes from step to step."""
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return []
+
+    def hidden_names(self) -> list[str]:
+        return []
+
     def loss(self, stream: Stream, micro: MicroBatch, route: TokenRoute | None, scale: Tensor) -> Loss:
-        """`scale`: 1 / labelled positions of the global batch, 0-d float32, so that micro-batches add up."""
-        labels = micro.labels_BT.flatten()
-        if route is None:
-            index = torch.arange(len(labels), device=labels.device)
-            hidden, weights = stream.hidden_RD, scale.expand(len(labels))
-        else:
-            index = route.flat_index(len(labels) // len(route.index_BK))
-            hidden, labels = stream.at(index), labels.index_select(0, index)
-            weights = route.weights_BK.flatten() * scale
-        total, nll = selected_cross_entropy(hidden, stream.head_VD, labels, weights)
-        if route is not None:
-            # An empty slot repeats a position, but a forward of kept rows may give it no attention.
-            nll = torch.where(route.filled_BK.flatten(), nll, torch.nan)
-        return Loss(total, total.detach(), index, nll)
+        rows = rows_of(micro, route, scale)
+        labels_K, weights_K = rows.of(micro.labels_BT), rows.weights_K
+        total, nll_K = selected_cross_entropy(
+            rows.hidden(stream), stream.head_VD, labels_K, weights_K, self.label_smoothing, self.entropy_bonus
+        )
+        return rows.loss(total, nll_K, None if self.plain else (nll_K * weights_K).sum())

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from cggr_ray.optim.rule import Rule
+from cggr_ray.optim.state_formats import MOST_MEMORY, Float32, Int8Blockwise, State, turn_rows
+
 
 @dataclass(frozen=True)
-class AdamW:
-    """m <- b1 m + (1-b1) g, v <- b2 v + (1-b2) g^2, D = (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps), all float32."""
+class AdamW(Rule):
+    """m <- b1 m + (1-b1) g, v <- b2 v + (1-b2) g^2, D = (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps), in float32.
+
+    `state`: how m and v are kept between steps; a step uses its fresh values. `cautious`: weight decay only where it
+    has the sign of the update (arXiv:2510.12402).
+    """
 
     IS_PART: ClassVar[bool] = True
     KIND: ClassVar[str] = "adamw"
@@ -21,27 +28,41 @@ class AdamW:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
+    cautious: bool = False
+    state: Float32 | Int8Blockwise = field(default_factory=Float32)
 
     def __post_init__(self) -> None:
         # Without eps a weight that never had a gradient would become 0 / 0.
         if self.lr < 0 or self.weight_decay < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
             raise ValueError(f"{self}; accepted: lr >= 0, weight_decay >= 0, betas in [0, 1), eps > 0")
+        if isinstance(self.state, Int8Blockwise) and max(self.beta1, self.beta2) > MOST_MEMORY:
+            raise ValueError(f"beta1 = {self.beta1}, beta2 = {self.beta2} with 8-bit state; accepted: at most "
+                             f"{MOST_MEMORY}, longer averages would stand still between two codes")  # fmt: skip
 
-    def init_state(self, weights: Tensor) -> dict[str, Tensor]:
-        first = torch.zeros_like(weights, dtype=torch.float32)
+    def init_state(self, weights: Tensor) -> State:
         count = torch.zeros((), dtype=torch.float32, device=weights.device)
-        return {"first": first, "second": torch.zeros_like(first), "count": count}
+        moments = self.state.zeros("first", weights, "geometric") | self.state.zeros("second", weights, "squares")
+        return moments | {"count": count}
 
-    def direction(self, grad: Tensor, state: dict[str, Tensor], finite: Tensor) -> Tensor:
+    def direction(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
         """Updates both moments in place and returns D, float32. A step that is not finite changes nothing."""
-        first, second, count = state["first"], state["second"], state["count"]
+        count = state["count"]
         count.add_(finite)
-        first.lerp_(grad, (1 - self.beta1) * finite)
-        second.lerp_(grad.square(), (1 - self.beta2) * finite)
+        first = self.state.read(state, "first", "geometric").lerp(grad, 1 - self.beta1)
+        second = self.state.read(state, "second", "squares").lerp(grad.square(), 1 - self.beta2)
+        self.state.write(state, "first", first, "geometric", finite)
+        self.state.write(state, "second", second, "squares", finite)
         # A count of zero (nothing finite yet) would divide 0 by 0.
         steps = count.clamp_min(1)
         denominator = (second / (1 - self.beta2**steps)).sqrt_().add_(self.eps)
         return (first / (1 - self.beta1**steps)).div_(denominator)
 
-    def shape_scale(self, rows: int, columns: int) -> float:
-        return 1.0
+    def rotate(self, state: State, which: slice, turn_nRR: Tensor, keep_n11: Tensor) -> None:
+        """Writes the moments of some matrices in another basis of their rows, the second as if rows did not covary;
+        where `keep_n11` is 0 no bit changes."""
+        turn_rows(self.state, state, "first", "geometric", which, turn_nRR, keep_n11)
+        turn_rows(self.state, state, "second", "squares", which, turn_nRR.square(), keep_n11)
+
+    def low_rank_scale(self, smaller: int, rank: int) -> float:
+        """GaLore's alpha (arXiv:2403.03507, algorithm 1)."""
+        return 0.25

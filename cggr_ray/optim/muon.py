@@ -3,17 +3,22 @@
     M <- beta M + (1 - beta) G,   U = (1 - beta) G + beta M (Nesterov) or M,   D = orth(U)
 
 `orth` is the polar factor up to a few percent, by five odd quintic polynomials in bf16: Newton-Schulz with one set of
-coefficients, or Polar Express (arXiv:2505.16932), which lands closer to 1. Shapes: G_NMK is a stack of N matrices of
-one shape, so that every product is one batched GEMM.
+coefficients, or Polar Express (arXiv:2505.16932), which lands closer to 1. With M kept in 8 bits (arXiv:2509.23106) a
+step reads it, forms the new M and U in float32, and stores M again; D is made of the fresh values.
+NorMuon (arXiv:2510.05491) divides each row of D by the root of a moving average of its mean square, and restores the
+norm of D. Shapes: G_NMK is a stack of N matrices of one shape, so that every product is one batched GEMM.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from cggr_ray.optim.rule import Rule
+from cggr_ray.optim.state_formats import MOST_MEMORY, Float32, Int8Blockwise, State, turn_rows
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 POLAR_EXPRESS = (
@@ -45,11 +50,13 @@ def orthogonalise(matrices_NMK: Tensor, method: Literal["newton_schulz", "polar_
 
 
 @dataclass(frozen=True)
-class Muon:
-    """Rule for hidden matrices.
+class Muon(Rule):
+    """The momentum of every hidden matrix, orthogonalised.
 
     `scale` multiplies the learning rate by the matrix' shape M x K: `keller` sqrt(max(1, M/K)); `moonlight`
     0.2 sqrt(max(M, K)), whose update has the RMS of AdamW's, so AdamW learning rates carry over; `spectral` sqrt(M/K).
+    `state`: how M is kept between steps. `row_beta`: the average of NorMuon, None for plain Muon. `cautious`: weight
+    decay only where it has the sign of the update (arXiv:2510.12402).
     """
 
     IS_PART: ClassVar[bool] = True
@@ -60,20 +67,50 @@ class Muon:
     orthogonalise: Literal["newton_schulz", "polar_express"] = "polar_express"
     scale: Literal["keller", "moonlight", "spectral"] = "moonlight"
     weight_decay: float = 0.0
+    cautious: bool = False
+    state: Float32 | Int8Blockwise = field(default_factory=Float32)
+    row_beta: float | None = None
 
     def __post_init__(self) -> None:
         if self.lr < 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
             raise ValueError(f"{self}; accepted: lr >= 0, weight_decay >= 0, momentum in [0, 1)")
+        if self.row_beta is not None and not 0 <= self.row_beta < 1:
+            raise ValueError(f"row_beta = {self.row_beta}; accepted: none, or in [0, 1)")
+        if isinstance(self.state, Int8Blockwise) and self.momentum > MOST_MEMORY:
+            raise ValueError(f"momentum = {self.momentum} with 8-bit state; accepted: at most {MOST_MEMORY}, a longer "
+                             "average would stand still between two codes")  # fmt: skip
 
-    def init_state(self, weights_NMK: Tensor) -> dict[str, Tensor]:
-        return {"momentum": torch.zeros_like(weights_NMK, dtype=torch.float32)}
+    def init_state(self, weights: Tensor) -> State:
+        state = self.state.zeros("momentum", weights, "linear")
+        if self.row_beta is not None:
+            state["rows"] = torch.zeros_like(weights[..., :1], dtype=torch.float32)
+        return state
 
-    def direction(self, grad_NMK: Tensor, state: dict[str, Tensor], finite: Tensor) -> Tensor:
+    def direction(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
         """Updates the momentum in place and returns D, float32. A step that is not finite leaves the momentum as is."""
-        buffer = state["momentum"]
-        buffer.lerp_(grad_NMK, (1 - self.momentum) * finite)
-        update = grad_NMK.lerp(buffer, self.momentum) if self.nesterov else buffer
-        return orthogonalise(update, self.orthogonalise)
+        momentum = self.state.read(state, "momentum", "linear").lerp(grad, 1 - self.momentum)
+        self.state.write(state, "momentum", momentum, "linear", finite)
+        update = grad.lerp(momentum, self.momentum) if self.nesterov else momentum
+        found = orthogonalise(update, self.orthogonalise)
+        return found if self.row_beta is None else self._even_rows(found, state["rows"], self.row_beta, finite)
+
+    def _even_rows(self, found_NMK: Tensor, rows_NM1: Tensor, beta: float, finite: Tensor) -> Tensor:
+        """NorMuon: rows of equal mean square over time, and the norm that the whole had before."""
+        rows_NM1.lerp_(found_NMK.square().mean(-1, keepdim=True), (1 - beta) * finite)
+        even = found_NMK * torch.where(rows_NM1 > 0, rows_NM1.rsqrt(), 0.0)
+        before, after = (x.square().sum((-2, -1), keepdim=True) for x in (found_NMK, even))
+        return even * torch.where(after > 0, (before / after).sqrt(), 0.0)
+
+    def rotate(self, state: State, which: slice, turn_nRR: Tensor, keep_n11: Tensor) -> None:
+        """Writes the momenta of some matrices in another basis of their rows; where `keep_n11` is 0 no bit changes."""
+        turn_rows(self.state, state, "momentum", "linear", which, turn_nRR, keep_n11)
+        if self.row_beta is not None:
+            # As if rows did not covary.
+            turn_rows(Float32(), state, "rows", "squares", which, turn_nRR.square(), keep_n11)
+
+    def low_rank_scale(self, smaller: int, rank: int) -> float:
+        """Restores the RMS of a full-rank update, whose `smaller` singular values are all near 1."""
+        return (smaller / rank) ** 0.5
 
     def shape_scale(self, rows: int, columns: int) -> float:
         if self.scale == "keller":

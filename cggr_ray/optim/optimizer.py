@@ -7,45 +7,51 @@ master copy here; a float32 model is its own master.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from cggr_ray.compiling import compiled_on
 from cggr_ray.optim.adamw import AdamW
+from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.partition import Named, by_shape, partition
+from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.schedules import WSD, Linear
 from cggr_ray.progress import Progress
 
-
-class Rule(Protocol):
-    """What an optimizer rule declares. `direction` updates its state in place and must ignore a step not finite."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    def init_state(self, weights: Tensor) -> dict[str, Tensor]: ...
-    def direction(self, grad: Tensor, state: dict[str, Tensor], finite: Tensor) -> Tensor: ...
-    def shape_scale(self, rows: int, columns: int) -> float: ...
+# Values of a stack at most, so that what is formed in full size on the way of an update stays small beside the model.
+LARGEST_STACK = 2**28
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How gradients become updates: one rule for hidden matrices, one for the rest, a clip and a schedule."""
+    """How gradients become updates: one rule for hidden matrices, one for the rest, a clip and a schedule.
+
+    `lr_scale` multiplies the rates of both rules: what a race tunes, whatever the rules. `project_early`: a gradient
+    that is projected (GaLore) is freed inside the backward pass, as soon as it is; all projected gradients together are
+    what is left of those matrices' gradients. The norm is that of what is left.
+    """
 
     IS_PART: ClassVar[bool] = True
 
-    matrix: Muon | AdamW = field(default_factory=Muon)
+    matrix: Muon | AdamW | GaLore = field(default_factory=Muon)
     rest: AdamW = field(default_factory=AdamW)
     schedule: Linear | WSD = field(default_factory=WSD)
     clip_norm: float = 1.0
+    project_early: bool = False
+    lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.project_early and not isinstance(self.matrix, GaLore):
+            raise ValueError("project_early with a rule that projects nothing; accepted: with matrix = GaLore")
+        if not 0 < self.lr_scale < math.inf:
+            raise ValueError(f"lr_scale = {self.lr_scale}; accepted: a positive number")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm = {self.clip_norm}; accepted: a positive number (inf clips nothing)")
 
@@ -64,16 +70,31 @@ class Stack:
             parameter.data = view
         self.master = self.weights if self.weights.dtype == torch.float32 else self.weights.float()
         self.state = rule.init_state(self.master)
+        self._first, self._due, self._arrived = False, range(0), [0] * len(self.parameters)
         self.scale = rule.shape_scale(shape[0], shape[1]) if len(shape) == 2 else 1.0
         self._sum: Tensor | None = None
+        self._early = False
+
+    def begin(self, step: int) -> None:
+        """Before the first gradient of a step."""
+        self._first, self._due = step == 0, self.rule.due(len(self.parameters), step)
+        self._arrived = [0] * len(self.parameters)
+
+    def project_early(self) -> None:
+        """From now on, inside the backward pass; where the rule projects this stack."""
+        self._early = self.rule.projects(self.state)
+        for i, parameter in enumerate(self.parameters if self._early else []):
+            parameter.register_post_accumulate_grad_hook(partial(self._project_one, i))
 
     def accumulate(self) -> None:
         """Moves the parameters' gradients into a float32 sum: one micro-batch of several."""
-        gradient = self._take()
-        self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
+        if not self._early:
+            gradient = self._take()
+            self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
 
     def gradient(self) -> Tensor:
-        """The stacked gradient of the step, of shape (N, *shape); the parameters' own are gone afterwards."""
+        """What the rule uses of the step's gradients, stacked; the parameters' own are gone afterwards."""
+        assert len(set(self._arrived)) == 1, "a parameter of an active layer has no gradient"
         gradient, self._sum = self._take() if self._sum is None else self._sum, None
         return gradient
 
@@ -82,11 +103,40 @@ class Stack:
         assert len(gradients) == len(self.parameters), "a parameter of an active layer has no gradient"
         for parameter in self.parameters:
             parameter.grad = None
-        return torch.stack(gradients) if len(gradients) > 1 else gradients[0].unsqueeze(0)
+        stacked = torch.stack(gradients) if len(gradients) > 1 else gradients[0].unsqueeze(0)
+        if self._due and self.rule.projects(self.state):
+            which = slice(self._due.start, self._due.stop)
+            self.rule.refresh(stacked[which], self.state, which, self._first)
+        self._due = range(0)
+        return self.rule.project(stacked, self.state)
+
+    @torch.no_grad()
+    def _project_one(self, i: int, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.unsqueeze(0), None
+        which = slice(i, i + 1)
+        if i in self._due and not self._arrived[i]:
+            self.rule.refresh(gradient, self.state, which, self._first)
+        self._arrived[i] += 1
+        found = self.rule.project(gradient, self.state, which)
+        if self._sum is None:
+            self._sum = torch.zeros(len(self.parameters), *found.shape[1:], device=found.device)
+        self._sum[i] += found[0]
+
+    @property
+    def projected(self) -> Tensor | None:
+        """What there is of this step's gradients beside the parameters' own: sums of several, or projected ones."""
+        return self._sum
 
     def tensors(self) -> dict[str, Tensor]:
         masters = {} if self.master is self.weights else {"master": self.master}
         return {"weights": self.weights, **masters, **self.state}
+
+
+def parts(same: list[Named]) -> list[list[Named]]:
+    """Parameters of one shape, in stacks of LARGEST_STACK values at most."""
+    most = max(1, LARGEST_STACK // same[0][1].numel())
+    return [same[at : at + most] for at in range(0, len(same), most)]
 
 
 def apply_rule(stack: Stack, gradient: Tensor, lr: Tensor, clip: Tensor, finite: Tensor) -> Tensor:
@@ -99,7 +149,8 @@ def apply_rule(stack: Stack, gradient: Tensor, lr: Tensor, clip: Tensor, finite:
     direction = stack.rule.direction(gradient, stack.state, finite)
     rate = lr * finite
     if stack.rule.weight_decay:
-        stack.master.mul_(1 - rate * stack.rule.weight_decay)
+        decay = rate * stack.rule.weight_decay
+        stack.master.mul_(1 - decay * (direction * stack.master > 0) if stack.rule.cautious else 1 - decay)
     stack.master.sub_(direction * (rate * stack.scale))
     if stack.master is not stack.weights:
         stack.weights.copy_(stack.master)
@@ -115,7 +166,12 @@ class StackedOptimizer:
         self.stacks: dict[str, Stack] = {}
         for group, rule, members in (("matrix", config.matrix, matrix), ("rest", config.rest, rest)):
             for shape, same in by_shape(members).items():
-                self.stacks[f"{group}.{'x'.join(map(str, shape))}"] = Stack(rule, same)
+                for part, some in enumerate(parts(same)):
+                    name = f"{group}.{'x'.join(map(str, shape))}"
+                    self.stacks[f"{name}.{part}" if part else name] = Stack(rule, some)
+        for stack in self.stacks.values() if config.project_early else ():
+            stack.project_early()
+        self._begun: int | None = None
         stacked = [id(p) for stack in self.stacks.values() for p in stack.parameters]
         self._model_order = [stacked.index(id(p)) for _, p in named]
         self._rates = {id(rule): torch.zeros((), device=device) for rule in (config.matrix, config.rest)}
@@ -123,7 +179,17 @@ class StackedOptimizer:
 
     def learning_rate(self, progress: Progress) -> float:
         """Learning rate of the hidden matrices, as logged."""
-        return self.config.matrix.lr * self.config.schedule.multiplier(progress)
+        return self.config.matrix.lr * self._multiplier(progress)
+
+    def _multiplier(self, progress: Progress) -> float:
+        return self.config.lr_scale * self.config.schedule.multiplier(progress)
+
+    def begin(self, progress: Progress) -> None:
+        """Before the backward pass of a step; `step` makes up for it where no gradient is accumulated or projected
+        before."""
+        self._begun = progress.step
+        for stack in self.stacks.values():
+            stack.begin(progress.step)
 
     @torch.no_grad()
     def step(self, progress: Progress) -> Tensor:
@@ -131,13 +197,17 @@ class StackedOptimizer:
 
         A norm that is not finite changes nothing: no weight, no moment, no count.
         """
-        multiplier = self.config.schedule.multiplier(progress)
+        if self._begun != progress.step:
+            self.begin(progress)
+        self._begun = None
+        multiplier = self._multiplier(progress)
         for rule in (self.config.matrix, self.config.rest):
             self._rates[id(rule)].fill_(rule.lr * multiplier)
         gradients = [stack.gradient() for stack in self.stacks.values()]
         single = [g for gradient in gradients for g in gradient.unbind()]
-        # In the model's order, so that the norm is the one torch's own clipping would find.
-        norm = nn.utils.get_total_norm([single[i] for i in self._model_order]).float()
+        # In the model's order and in float32, so that the norm is the one torch's own clipping would find there.
+        norms = torch._foreach_norm([single[i] for i in self._model_order], 2.0, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         clip = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         finite = norm.isfinite().float()
         for stack, gradient in zip(self.stacks.values(), gradients, strict=True):

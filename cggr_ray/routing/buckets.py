@@ -59,6 +59,9 @@ class DepthBuckets:
     def build(self, seed: int, setting: Setting) -> Router:
         return DepthRouter(self, seed, setting)
 
+    def runs_all_positions(self) -> bool:
+        return self.engine != "sparse"
+
     def plan_for(self, adapter: Adapter) -> Plan:
         if self.engine == "sparse":
             return DepthRows(adapter, self.num_buckets, self.detach)

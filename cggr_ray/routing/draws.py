@@ -12,4 +12,4 @@ def seed_of(*words: int) -> int:
 
 
 # What draws, so that two parts of one recipe draw apart.
-ROWS, TOKENS = 0, 1
+ROWS, TOKENS, OBJECTIVE = 0, 1, 2

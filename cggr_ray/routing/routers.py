@@ -174,11 +174,15 @@ class ScoreRouter(RatioRouter):
 
     def _route(self, scored: Scored, micro: MicroBatch, ratio: float) -> TokenRoute:
         scores_BT, documents_BT, labels_BT = self._in_scope(scored.scores_BT, micro)
-        keep_B, labelled_B = counts(labels_BT, ratio)
+        keep_B, labelled_B = self.counts(scores_BT, labels_BT, ratio)
         selection = choose(self.config, scores_BT, keep_B, labelled_B, documents_BT, self._generator)
         route = route_of(selection, keep_B, labelled_B, ratio, self.config.weights == "inverse_probability")
         route.statistics.update(statistics_of(scored))
         return route
+
+    def counts(self, scores_BT: Tensor, labels_BT: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+        """(positions to keep, labelled positions) of each row of the scope; at most what `ratio` keeps."""
+        return counts(labels_BT, ratio)
 
     def _in_scope(self, scores_BT: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(scores, documents, labels) in rows of the selection's scope."""

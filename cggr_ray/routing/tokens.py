@@ -33,6 +33,10 @@ class AllTokens:
     def build(self, seed: int, setting: Setting) -> Router:
         return RatioRouter(1.0, Curriculum(), seed, setting)
 
+    def runs_all_positions(self) -> bool:
+        """Whether every position passes the last layer, as objectives with layers of their own need it."""
+        return True
+
     def plan_for(self, adapter: Adapter) -> Plan:
         return Dense(adapter)
 
@@ -53,6 +57,9 @@ class RandomTokens:
 
     def build(self, seed: int, setting: Setting) -> Router:
         return RandomRouter(self.keep, self.curriculum, seed, setting)
+
+    def runs_all_positions(self) -> bool:
+        return self.plan == "dense"
 
     def plan_for(self, adapter: Adapter) -> Plan:
         return build_plan(self.plan, self.detach, adapter)
@@ -129,6 +136,9 @@ class SelectedTokens:
     def build(self, seed: int, setting: Setting) -> Router:
         return ScoreRouter(self, self.router.build(self.score, setting, seed), seed, setting)
 
+    def runs_all_positions(self) -> bool:
+        return self.plan == "dense"
+
     def plan_for(self, adapter: Adapter) -> Plan:
         return build_plan(self.plan, self.detach, adapter)
 
@@ -166,6 +176,9 @@ class SkippedTokens:
             self.keep, "loss", plan="before", router=Probe(layers=self.entry), curriculum=self.curriculum
         )
         return chosen.build(seed, setting)
+
+    def runs_all_positions(self) -> bool:
+        return self.exit > 0
 
     def plan_for(self, adapter: Adapter) -> Plan:
         return Skip(adapter, self.entry, self.exit)

@@ -34,7 +34,7 @@ from cggr_ray.routing.route import Depth
 from cggr_ray.schema import TRAIN_LOSS
 from cggr_ray.sparse.kept import kept_rows
 from cggr_ray.sparse.layers import Detach, Overlay, SparseLayers, Trace
-from cggr_ray.sparse.plan import Decide, Planned, Rows, seen
+from cggr_ray.sparse.plan import Decide, Planned, Rows, Trunk, seen
 
 
 class Stage(NamedTuple):
@@ -137,10 +137,12 @@ class DepthGates:
         assert reads == len(adapter.layers), "buckets are made of the model's own scores"
         gates = Gates(self.leak_rate)
         hidden = adapter.embed(micro)
+        trunk = Trunk(adapter, hidden)
         if not self.cuts_only:
             gates.hang(hidden, 0)
 
         def visit(hidden_BTD: Tensor, layer: int) -> None:
+            trunk(hidden_BTD, layer)
             if layer in self._gated:
                 gates.hang(hidden_BTD, layer)
 
@@ -148,7 +150,7 @@ class DepthGates:
         route = decide(seen(adapter, hidden.detach().flatten(0, 1)))
         assert route is not None and route.depth is not None, "a plan for buckets, and no buckets"
         gates.cut_BT = self._cuts[route.depth.bucket_BT]
-        return Planned(adapter.finish(hidden), None, route.statistics)
+        return Planned(adapter.finish(hidden, trunk.hidden_BTD), None, route.statistics)
 
 
 class Gates:

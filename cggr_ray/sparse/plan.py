@@ -76,12 +76,25 @@ class Dense:
 
     def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
         adapter, documents = self.adapter, self.adapter.documents(micro)
-        hidden = adapter.run_layers(adapter.embed(micro), micro.positions_BT, documents, slice(0, reads))
+        hidden = adapter.embed(micro)
+        trunk = Trunk(adapter, hidden)
+        hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(0, reads), trunk)
         route = decide(seen(adapter, hidden.detach().flatten(0, 1)) if reads else None)
-        hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(reads, None))
-        stream = adapter.finish(hidden)
+        hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(reads, None), trunk)
+        stream = adapter.finish(hidden, trunk.hidden_BTD)
         whole = partial(seen, adapter, hidden.detach().flatten(0, 1))
         return Planned(stream, route, route.statistics if route else {}, whole)
+
+
+class Trunk:
+    """Keeps what enters the last layer: a `visit` of `Adapter.run_layers`, for plans that run it on all positions."""
+
+    def __init__(self, adapter: Adapter, hidden_BTD: Tensor) -> None:
+        self.hidden_BTD, self._at = hidden_BTD, len(adapter.layers) - 2
+
+    def __call__(self, hidden_BTD: Tensor, layer: int) -> None:
+        if layer == self._at:
+            self.hidden_BTD = hidden_BTD
 
 
 @torch.no_grad()
@@ -243,8 +256,9 @@ class Skip:
         target = torch.where(route.filled_BK.flatten(), index, micro.tokens_BT.numel())
         padded = torch.cat((hidden.flatten(0, 1), hidden.new_zeros(1, hidden.shape[-1])))
         joined = padded.index_copy(0, target, kept.flatten(0, 1))[:-1].view_as(hidden)
-        joined = adapter.run_layers(joined, micro.positions_BT, documents, slice(middle.stop, None))
-        return Planned(adapter.finish(joined), None, route.statistics)
+        trunk = Trunk(adapter, joined)
+        joined = adapter.run_layers(joined, micro.positions_BT, documents, slice(middle.stop, None), trunk)
+        return Planned(adapter.finish(joined, trunk.hidden_BTD if self.exit else None), None, route.statistics)
 
 
 def among_kept(documents: Documents, route: TokenRoute, micro: MicroBatch) -> Documents:

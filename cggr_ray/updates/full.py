@@ -11,6 +11,8 @@ from cggr_ray.progress import Progress
 
 @dataclass(frozen=True)
 class FullUpdate:
+    """Every layer learns in every step."""
+
     IS_PART: ClassVar[bool] = True
 
     def active_layers(self, layers: int, progress: Progress) -> Sequence[bool]:

@@ -13,7 +13,7 @@ from cggr_ray.learner import Learner, Levels
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Progress
 from cggr_ray.recipe import load_recipe
-from cggr_ray.schema import GRAD_NORM, ROUTER_SPEARMAN
+from cggr_ray.schema import AUXILIARY_LOSS, GRAD_NORM, ROUTER_SPEARMAN
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -27,6 +27,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cggr_seed": {"tokens.router.layers": 2},
     "cggr_skip": {"tokens.entry": 1, "tokens.exit": 1},
     "cggr_wrapper": {},
+    "mtp_shared_logits": {},
+    "mtp_heads": {},
+    "mtp_trunk_heads": {},
+    "mtp_sequential": {},
 }
 # The start, the middle, a step that compares a router with the model's own scores, the end.
 STEPS = [Progress(step, used, 1.0, 10**6) for step, used in ((1, 0.0), (2, 0.3), (3, 0.3), (64, 0.3), (65, 0.9))]
@@ -38,11 +42,11 @@ def test_nothing_waits_after_the_warm_up(name: str, graphs: bool, order: RowOrde
     recipe = load_recipe(name).with_values(RECIPES[name] | {"execution.cuda_graphs": graphs})
     learner = Learner(recipe, Adapter(tiny()), 7, POSITIONS)
     levels = sorted({Levels(learner.rows.ratio(at), learner.router.ratio(at)) for at in STEPS})
-    assert len(levels) == (1 if name == "baseline" else 2)
+    assert len(levels) == (1 if name == "baseline" or name.startswith("mtp_") else 2)
     batches = batches_of(order, len(STEPS), ROWS // 2)
-    weights = [p.detach().clone() for _, p in learner.adapter.named_parameters()]
+    weights = [p.detach().clone() for _, p in learner.named_parameters()]
     warmed(learner, levels, order, ROWS // 2)
-    after = [p for _, p in learner.adapter.named_parameters()]
+    after = [p for _, p in learner.named_parameters()]
     assert all(torch.equal(a, b) for a, b in zip(after, weights, strict=True))
     torch.cuda.synchronize()
     with no_waiting():
@@ -51,6 +55,19 @@ def test_nothing_waits_after_the_warm_up(name: str, graphs: bool, order: RowOrde
     assert all(value.isfinite().all() for row in rows for value in row.device_values.values())
     compared = [step.step for step, row in zip(STEPS, rows, strict=True) if ROUTER_SPEARMAN in row.device_values]
     assert compared == ([64] if name in ("cggr_model", "cggr_seed") else [])
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_weights_that_fade_are_read_where_they_are(graphs: bool, order: RowOrder) -> None:
+    recipe = load_recipe("mtp_shared_logits").with_values({"execution.cuda_graphs": graphs})
+    learner = Learner(recipe, Adapter(tiny()), 7, POSITIONS)
+    warmed(learner, learner.levels(), order, ROWS)
+    early, late = batches_of(order, 2)
+    beside = [
+        learner.step(batch, Progress(step, used, 1.0, 10**6)).device_values[AUXILIARY_LOSS].item()
+        for step, (batch, used) in enumerate(((early, 0.0), (late, 0.9)))
+    ]
+    assert beside[0] > 1 and abs(beside[1]) < 1e-4
 
 
 def test_waiting_is_noticed() -> None:

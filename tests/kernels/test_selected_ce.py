@@ -164,3 +164,82 @@ def test_a_vocabulary_larger_than_a_chunk_still_works(monkeypatch):
     monkeypatch.setitem(op.CHUNK_BYTES, "cpu", 1)
     inputs = problem(3, 2, 50)
     assert_near(ours(*inputs), truth(*inputs), 2e-6)
+
+
+# Several targets, smoothing, entropy bonus
+
+
+def targets(rows, vocabulary, count, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(vocabulary, (rows, count), generator=g)
+    labels[torch.rand(rows, count, generator=g) < 0.3] = -100
+    labels[0], labels[-1] = -100, vocabulary - 1
+    return labels, torch.rand(rows, count, generator=g) * 2
+
+
+def written_out(hidden, head, labels, weights, smoothing, bonus):
+    """Row by row and target by target, in float64."""
+    hidden, head = (x.detach().double().requires_grad_() for x in (hidden, head))
+    nll, total = torch.zeros(labels.shape, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for i, row in enumerate(hidden @ head.T):
+        for j, label in enumerate(labels[i].tolist()):
+            if label >= 0:
+                loss = F.cross_entropy(row, torch.tensor(label))
+                nll[i, j] = loss.detach()
+                if j == 0:
+                    spread = torch.stack([F.cross_entropy(row, torch.tensor(v)) for v in range(len(row))]).mean()
+                    entropy = torch.distributions.Categorical(logits=row).entropy()
+                    loss = (1 - smoothing) * loss + smoothing * spread - bonus * entropy
+                total = total + weights[i, j].double() * loss
+    total.backward()
+    return total.detach(), nll, hidden.grad, head.grad
+
+
+def settled(hidden, head, labels, weights, smoothing=0.0, bonus=0.0, factor=1.0):
+    hidden, head = (x.detach().requires_grad_() for x in (hidden, head))
+    total, nll = selected_cross_entropy(hidden, head, labels, weights, smoothing, bonus)
+    assert nll.shape == labels.shape and not nll.requires_grad
+    (total * factor).backward()
+    return total.detach(), nll, hidden.grad, head.grad
+
+
+@pytest.mark.parametrize("rows_a_chunk", [None, 1, 7])
+@pytest.mark.parametrize(("smoothing", "bonus"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.3, 0.7)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_several_targets_and_settings(count, smoothing, bonus, rows_a_chunk, monkeypatch):
+    set_chunk(monkeypatch, rows_a_chunk, 31)
+    hidden, head, _, _ = problem(17, 8, 31)
+    labels, weights = targets(17, 31, count)
+    expected = written_out(hidden, head, labels, weights, smoothing, bonus)
+    assert_near(settled(hidden, head, labels, weights, smoothing, bonus), expected, 3e-6)
+    if count == 1:
+        total, nll, *gradients = settled(hidden, head, labels[:, 0], weights[:, 0], smoothing, bonus)
+        assert_near((total, nll.unsqueeze(1), *gradients), expected, 3e-6)
+    found = settled(hidden, head, labels, weights, smoothing, bonus, factor=-2.5)
+    assert_near((found[0], found[1], *(g / -2.5 for g in found[2:])), expected, 3e-6)
+
+
+def test_a_row_without_a_first_target_has_no_settings():
+    hidden, head, _, _ = problem(5, 4, 13)
+    labels, weights = torch.full((5, 1), -100), torch.ones(5, 1)
+    for value in settled(hidden, head, labels, weights, 0.3, 0.7):
+        assert (value == 0).all()
+
+
+@pytest.mark.parametrize("rows_a_chunk", [None, 4])
+def test_targets_without_a_weight_change_no_bit_of_the_gradient(rows_a_chunk, monkeypatch):
+    set_chunk(monkeypatch, rows_a_chunk, 37)
+    hidden, head, labels, weights = problem(19, 6, 37)
+    more, _ = targets(19, 37, 2)
+    both = torch.cat([labels.unsqueeze(1), more], dim=1), torch.nn.functional.pad(weights.unsqueeze(1), (0, 2))
+    one, several = ours(hidden, head, labels, weights), settled(hidden, head, *both)
+    assert torch.equal(several[1][:, 0], one[1])
+    assert torch.equal(several[2], one[2]) and torch.equal(several[3], one[3])
+
+
+def test_one_plain_target_never_sees_the_settings(monkeypatch):
+    one, nll, _ = op._on(torch.device("cpu"))
+    monkeypatch.setattr(op, "_on", lambda device: (one, nll, None))
+    inputs = problem(17, 8, 31)
+    assert one is op.chunk_loss
+    assert_near(ours(*inputs), truth(*inputs), 2e-6)

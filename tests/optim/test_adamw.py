@@ -9,6 +9,7 @@ from torch import nn
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.optim.schedules import Linear
+from cggr_ray.optim.state_formats import Int8Blockwise
 from cggr_ray.progress import Progress
 
 SHAPES = [(5, 3), (7,), (1,), (3, 5), (7,), (2, 3, 4), (5, 3)]
@@ -94,3 +95,50 @@ def test_never_a_gradient_means_no_update():
 def test_impossible_values_are_refused(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))}={next(iter(values.values()))}"):
         AdamW(**values)
+
+
+# Moments in 8 bits
+
+
+def rarely_seen(generator, rows=256, columns=128):
+    """Which rows have a gradient: all, half, a tenth, a thirtieth of the time."""
+    often = torch.tensor([1.0, 0.5, 0.1, 0.03]).repeat_interleave(rows // 4)
+    # Sizes over two decades among rows and among the values of a block.
+    size = torch.randn(rows, 1, generator=generator).exp() * torch.randn(1, columns, generator=generator).exp() * 1e-3
+    drift = 0.3 * torch.randn(rows, columns, generator=generator)
+    for _ in range(100):
+        seen = torch.rand(rows, generator=generator) < often
+        yield seen, (torch.randn(rows, columns, generator=generator) + drift) * size * seen[:, None]
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.98])
+def test_updates_with_8_bits_stay_close_to_those_of_torch(beta2):
+    rule = AdamW(beta2=beta2, state=Int8Blockwise())
+    state, exact = rule.init_state(torch.zeros(1, 256, 128)), nn.Parameter(torch.zeros(256, 128))
+    oracle = torch.optim.AdamW([exact], lr=1.0, betas=(0.9, beta2), eps=1e-8, weight_decay=0.0)
+    assert {t.dtype for k, t in state.items() if k.endswith("codes")} == {torch.int8, torch.uint8}
+    unseen, peak = torch.zeros(256), torch.zeros(256)
+    for seen, gradient in rarely_seen(torch.Generator().manual_seed(8)):
+        before, exact.grad = exact.detach().clone(), gradient
+        oracle.step()
+        theirs = before - exact.detach()
+        mine = rule.direction(gradient[None], state, torch.ones(()))[0]
+        unseen = torch.where(seen, 0.0, unseen + 1)
+        long, expected = mine.norm(dim=-1), theirs.norm(dim=-1)
+        assert (long[expected == 0] == 0).all()
+        cosines = (mine * theirs).sum(-1)[expected > 0] / (long * expected)[expected > 0]
+        assert cosines.min() > 0.97 and cosines.mean() > 0.994
+        # A row that is not seen decays as it should, but for what scales are rounded up by, 0.2 % a step.
+        ratio = (long / expected)[expected > 0]
+        assert (ratio < 1.06 * 1.002 ** unseen[expected > 0]).all() and (ratio > 0.9).all()
+        peak = torch.where(seen, expected, torch.maximum(peak, expected))
+        assert (long - expected <= 0.06 * peak).all()
+    assert unseen.max() > 30
+
+
+def test_an_average_too_long_for_8_bits_is_refused():
+    with pytest.raises(ValueError, match=r"beta2 = 0.999 with 8-bit state; accepted: at most 0.98"):
+        AdamW(beta2=0.999, state=Int8Blockwise())
+    with pytest.raises(ValueError, match=r"beta1 = 0.99, beta2"):
+        AdamW(beta1=0.99, state=Int8Blockwise())
+    AdamW(beta2=0.999)

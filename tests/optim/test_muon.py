@@ -10,6 +10,7 @@ from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.muon import Muon, orthogonalise
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.optim.schedules import Linear
+from cggr_ray.optim.state_formats import Int8Blockwise
 from cggr_ray.progress import Progress
 
 METHODS = ["newton_schulz", "polar_express"]
@@ -124,9 +125,9 @@ def test_shape_scales(scale, rows, columns, expected):
     assert Muon(scale=scale).shape_scale(rows, columns) == pytest.approx(expected, rel=1e-12)
 
 
-def optimizer_of(parameters, muon):
+def optimizer_of(parameters, muon, schedule=STEADY):
     names = [f"p{i}" for i in range(len(parameters))]
-    config = Optimizer(matrix=muon, rest=AdamW(), schedule=STEADY, clip_norm=math.inf)
+    config = Optimizer(matrix=muon, rest=AdamW(), schedule=schedule, clip_norm=math.inf)
     return config.build(zip(names, parameters, strict=True), names, torch.device("cpu"))
 
 
@@ -186,3 +187,95 @@ def test_weight_decay_alone_shrinks_geometrically():
 def test_impossible_values_are_refused(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))}={next(iter(values.values()))}"):
         Muon(**values)
+
+
+@pytest.mark.parametrize("row_beta", [1.0, 1.5, -0.1, math.nan])
+def test_row_average_must_forget(row_beta):
+    with pytest.raises(ValueError, match=f"row_beta = {row_beta}"):
+        Muon(row_beta=row_beta)
+
+
+# Momentum in 8 bits
+
+
+@pytest.mark.parametrize("momentum, nesterov", [(0.95, True), (0.98, False)])
+def test_direction_with_8_bits_stays_close_to_that_of_float32(momentum, nesterov):
+    generator = torch.Generator().manual_seed(6)
+    full, eight = (Muon(momentum=momentum, nesterov=nesterov, **s) for s in ({}, {"state": Int8Blockwise()}))
+    states = [rule.init_state(torch.zeros(2, 256, 384)) for rule in (full, eight)]
+    # Columns of very different sizes, so that a block holds large values and small ones.
+    signal = torch.randn(2, 256, 384, generator=generator) * torch.logspace(0.3, -1.7, 384)
+    for _ in range(60):
+        gradient = signal + torch.randn(2, 256, 384, generator=generator)
+        found = [rule.direction(gradient, s, torch.ones(())) for rule, s in zip((full, eight), states, strict=True)]
+        assert min(cosine(a, b) for a, b in zip(*found, strict=True)) > 0.997
+    assert states[1]["momentum.codes"].dtype == torch.int8 and not torch.equal(*found)
+
+
+def final_loss(muon, seed, steps=300):
+    """Of a small regression, noise in the labels, rate falling to 0."""
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = torch.randn(512, 64, generator=generator), 0.3 * torch.randn(512, 64, generator=generator)
+    first, second = (torch.randn(64, 64, generator=generator) / 8 for _ in range(2))
+    y = (x @ first).tanh() @ second + noise
+    a, b = (nn.Parameter(torch.randn(shape, generator=generator) / 8) for shape in [(64, 96), (96, 64)])
+    optimizer = optimizer_of([a, b], muon, Linear(warmup_tokens=0, floor=0.0))
+    for step in range(steps):
+        batch = torch.randint(0, 512, (64,), generator=generator)
+        ((x[batch] @ a).tanh() @ b - y[batch]).square().mean().backward()
+        optimizer.step(Progress(step, float(step), float(steps), step))
+    return ((x @ a).tanh() @ b - y).square().mean().item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_regression_ends_as_well_with_8_bits(seed):
+    full, eight = final_loss(Muon(lr=0.01), seed), final_loss(Muon(lr=0.01, state=Int8Blockwise()), seed)
+    assert full < 0.4 * final_loss(Muon(lr=0.01), seed, steps=10)
+    assert full != eight and eight == pytest.approx(full, rel=0.01)
+
+
+def test_a_momentum_too_long_for_8_bits_is_refused():
+    with pytest.raises(ValueError, match=r"momentum = 0.99 with 8-bit state; accepted: at most 0.98"):
+        Muon(momentum=0.99, state=Int8Blockwise())
+    Muon(momentum=0.99)
+
+
+# NorMuon
+
+
+@pytest.mark.parametrize("row_beta", [0.0, 0.6, 0.95])
+@pytest.mark.parametrize("rows, columns", [(24, 40), (40, 24)])
+def test_rows_are_evened_as_by_hand(rows, columns, row_beta):
+    generator = torch.Generator().manual_seed(7)
+    muon, plain = Muon(row_beta=row_beta), Muon()
+    state, of_plain = (rule.init_state(torch.zeros(2, rows, columns)) for rule in (muon, plain))
+    mean_squares = [[0.0] * rows for _ in range(2)]
+    uneven = torch.logspace(0, -2, rows)[:, None]
+    for _ in range(6):
+        gradient = torch.randn(2, rows, columns, generator=generator) * uneven
+        found = muon.direction(gradient, state, torch.ones(())).double()
+        orthogonal = plain.direction(gradient, of_plain, torch.ones(())).double()
+        for matrix in range(2):
+            expected = orthogonal[matrix].clone()
+            for i in range(rows):
+                square = sum(v * v for v in orthogonal[matrix, i].tolist()) / columns
+                mean_squares[matrix][i] = row_beta * mean_squares[matrix][i] + (1 - row_beta) * square
+                expected[i] /= math.sqrt(mean_squares[matrix][i])
+            expected *= orthogonal[matrix].norm() / expected.norm()
+            torch.testing.assert_close(found[matrix], expected, atol=1e-5, rtol=1e-4)
+            assert found[matrix].norm() == pytest.approx(orthogonal[matrix].norm().item(), rel=1e-5)
+    if row_beta == 0:
+        norms = found.norm(dim=-1)
+        torch.testing.assert_close(norms, norms.mean(-1, keepdim=True).expand_as(norms), rtol=1e-4, atol=0)
+
+
+def test_rows_that_are_zero_stay_zero_when_rows_are_evened():
+    muon = Muon(row_beta=0.9)
+    state = muon.init_state(torch.zeros(2, 12, 20))
+    for step in range(4):
+        gradient = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(step))
+        gradient[0, 3:] *= 0
+        gradient[1] *= 0
+        found = muon.direction(gradient, state, torch.ones(()))
+        assert found.isfinite().all() and (found[0, 3:] == 0).all() and (found[1] == 0).all()
+        assert (found[0, :3].norm(dim=-1) > 0.5).all()

@@ -1,8 +1,8 @@
-"""The optimizer around the rules: partition, clipping, bad gradients, accumulation, resume, schedules."""
+"""The optimizer around the rules: partition, clipping, bad gradients, accumulation, resume, early projection."""
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,17 +10,36 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cggr_ray.models.adapter import Adapter
+from cggr_ray.optim import optimizer as optimizer_module
 from cggr_ray.optim.adamw import AdamW
+from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.optim.partition import by_shape, partition
-from cggr_ray.optim.schedules import WSD, Linear
+from cggr_ray.optim.rule import Rule
+from cggr_ray.optim.schedules import Linear
+from cggr_ray.optim.state_formats import Int8Blockwise
 from cggr_ray.progress import Progress
 
 CPU = torch.device("cpu")
 STEADY = Linear(warmup_tokens=0, floor=1.0)
 PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
+EIGHT = Int8Blockwise()
+EIGHT_ADAMW = AdamW(state=EIGHT, weight_decay=0.1)
+# Half of each of the larger matrices of `wide`, so that the states are large enough for 8 bits.
+HALF = {"rank": 48, "largest_fraction": 0.5}
+OPTIMIZERS = {
+    "muon8": Optimizer(matrix=Muon(state=EIGHT, weight_decay=0.1), schedule=STEADY),
+    "adamw8": Optimizer(matrix=EIGHT_ADAMW, rest=EIGHT_ADAMW, schedule=STEADY),
+    "normuon": Optimizer(matrix=Muon(row_beta=0.95, weight_decay=0.1, cautious=True), schedule=STEADY),
+    "normuon8": Optimizer(matrix=Muon(row_beta=0.95, state=EIGHT), rest=EIGHT_ADAMW, schedule=STEADY),
+    "galore": Optimizer(matrix=GaLore(Muon(weight_decay=0.1), **HALF), schedule=STEADY),
+    "galore8": Optimizer(matrix=GaLore(Muon(state=EIGHT), **HALF, basis=EIGHT), schedule=STEADY),
+    "galore_adamw": Optimizer(matrix=GaLore(AdamW(), **HALF), schedule=STEADY),
+    "galore_adamw8": Optimizer(matrix=GaLore(EIGHT_ADAMW, **HALF, basis=EIGHT), schedule=STEADY),
+}
+ALL_NEW = pytest.mark.parametrize("config", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
 def at(step=0, fraction=0.0, tokens=1):
@@ -28,7 +47,7 @@ def at(step=0, fraction=0.0, tokens=1):
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Rule):
     """Gradient descent: makes what the optimizer does around a rule visible."""
 
     lr: float = 1.0
@@ -40,9 +59,6 @@ class Plain:
     def direction(self, grad, state, finite):
         return grad
 
-    def shape_scale(self, rows, columns):
-        return 1.0
-
 
 def llama(tied=True, dtype=torch.float32, **values):
     # A vocabulary as large as the width: the embedding has the shape of a hidden matrix.
@@ -51,6 +67,11 @@ def llama(tied=True, dtype=torch.float32, **values):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**(small | heads | {"tie_word_embeddings": tied} | values))).to(dtype)
+
+
+def wide(dtype=torch.float32):
+    """Matrices of 96 x 96 and more, but for two of 48 x 96 a layer, which are too short to be projected."""
+    return llama(dtype=dtype, vocab_size=96, hidden_size=96, intermediate_size=128)
 
 
 def build(model, config):
@@ -174,6 +195,23 @@ def test_a_step_that_is_not_finite_never_happened(value, dtype, good_steps):
     assert_same(snapshot(hurt), snapshot(clean))
 
 
+@ALL_NEW
+def test_a_step_that_is_not_finite_changes_no_bit_of_any_state(config):
+    model = wide()
+    optimizer = build(model, config)
+    for step in range(2):
+        random_gradients(model, step)
+        optimizer.step(at(step))
+    before = snapshot(optimizer)
+    random_gradients(model, 50)
+    model.model.layers[1].mlp.up_proj.weight.grad[0, 1] = math.nan
+    assert not optimizer.step(at(2)).isfinite()
+    assert_same(snapshot(optimizer), before)
+    random_gradients(model, 51)
+    optimizer.step(at(3))
+    assert all(t.isfinite().all() for t in snapshot(optimizer).values())
+
+
 def test_one_bad_micro_batch_spoils_its_step_alone():
     victim, twin = llama(), llama()
     hurt, clean = build(victim, Optimizer(schedule=STEADY)), build(twin, Optimizer(schedule=STEADY))
@@ -245,23 +283,23 @@ def test_a_missing_gradient_is_noticed():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [Optimizer(), Optimizer(matrix=AdamW(), schedule=Linear()), Optimizer(clip_norm=50)])
-def test_save_and_load_in_the_middle_changes_no_bit(dtype, config):
+def test_save_and_load_in_the_middle_changes_no_bit(dtype, config, make=llama):
     def train(model, optimizer, steps):
         for step in steps:
             random_gradients(model, step)
             optimizer.step(at(step, fraction=step / 8, tokens=(step + 1) * 300_000))
 
-    straight = llama(dtype=dtype)
+    straight = make(dtype=dtype)
     uninterrupted = build(straight, config)
     train(straight, uninterrupted, range(8))
 
-    first = llama(dtype=dtype)
+    first = make(dtype=dtype)
     optimizer = build(first, config)
     train(first, optimizer, range(4))
     weights = {n: p.detach().clone() for n, p in first.named_parameters()}
     state = {n: t.clone() for n, t in optimizer.state_dict().items()}
 
-    second = llama(dtype=dtype)
+    second = make(dtype=dtype)
     for p in second.parameters():
         p.data.normal_()
     resumed = build(second, config)
@@ -274,10 +312,40 @@ def test_save_and_load_in_the_middle_changes_no_bit(dtype, config):
     assert_same(dict(second.named_parameters()), dict(straight.named_parameters()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@ALL_NEW
+def test_save_and_load_in_the_middle_changes_no_bit_of_any_state(dtype, config):
+    if isinstance(config.matrix, GaLore):
+        # Some bases move before the break and some after.
+        config = replace(config, matrix=replace(config.matrix, refresh_every=3))
+    state = build(wide(dtype), config).state_dict()
+    assert {t.dtype for t in state.values()} <= {torch.float32, torch.bfloat16, torch.int8, torch.uint8}
+    assert any(t.dtype == torch.int8 for t in state.values()) == ("Int8" in str(config))
+    test_save_and_load_in_the_middle_changes_no_bit(dtype, config, wide)
+
+
 def test_state_of_another_optimizer_is_refused():
     muon, adamw = build(llama(), Optimizer()), build(llama(), Optimizer(matrix=AdamW()))
     with pytest.raises(ValueError, match="optimizer state holds"):
         adamw.load_state_dict(muon.state_dict())
+
+
+def test_a_scale_of_the_rates_scales_both():
+    models = [llama(), llama()]
+    rules = {"schedule": STEADY, "clip_norm": math.inf}
+    configs = [Optimizer(Plain(0.5), Plain(0.25), lr_scale=3.0, **rules), Optimizer(Plain(1.5), Plain(0.75), **rules)]
+    for model, config in zip(models, configs, strict=True):
+        random_gradients(model, 4)
+        optimizer = build(model, config)
+        optimizer.step(at())
+        assert optimizer.learning_rate(at()) == 1.5
+    assert_same(*(dict(model.named_parameters()) for model in models))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_of_the_rates_must_be_positive(scale):
+    with pytest.raises(ValueError, match=f"lr_scale = {scale}"):
+        Optimizer(lr_scale=scale)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.nan])
@@ -286,50 +354,160 @@ def test_clip_norm_must_be_positive(clip_norm):
         Optimizer(clip_norm=clip_norm)
 
 
-# Schedules
+# Gradients that are projected inside the backward pass
 
 
-@pytest.mark.parametrize(
-    "schedule, fraction, tokens, expected",
-    [
-        (Linear(warmup_tokens=0, floor=0.0), 0.0, 0, 1.0),
-        (Linear(warmup_tokens=0, floor=0.0), 0.25, 0, 0.75),
-        (Linear(warmup_tokens=0, floor=0.2), 0.5, 0, 0.6),
-        (Linear(warmup_tokens=0, floor=0.2), 1.0, 0, 0.2),
-        (Linear(warmup_tokens=1000, floor=0.0), 0.0, 250, 0.25),
-        (Linear(warmup_tokens=1000, floor=0.0), 0.5, 500, 0.25),
-        (Linear(warmup_tokens=1000, floor=0.0), 0.5, 10_000, 0.5),
-        (WSD(warmup_tokens=0, decay_start=0.6), 0.0, 0, 1.0),
-        (WSD(warmup_tokens=0, decay_start=0.6), 0.6, 0, 1.0),
-        (WSD(warmup_tokens=0, decay_start=0.6), 0.7, 0, 0.75),
-        (WSD(warmup_tokens=0, decay_start=0.6, floor=0.1), 0.8, 0, 0.55),
-        (WSD(warmup_tokens=0, decay_start=0.6, floor=0.1), 1.0, 0, 0.1),
-        (WSD(warmup_tokens=0, decay_start=0.6, floor=0.1), 1.7, 0, 0.1),
-        (WSD(warmup_tokens=0, decay_start=0.0), 0.5, 0, 0.5),
-        (WSD(warmup_tokens=4000, decay_start=0.5), 0.1, 1000, 0.25),
-        (WSD(warmup_tokens=4000, decay_start=0.5), 0.75, 2000, 0.25),
-    ],
-)
-def test_schedules_by_hand(schedule, fraction, tokens, expected):
-    progress = at(fraction=fraction, tokens=tokens)
-    assert schedule.multiplier(progress) == pytest.approx(expected, abs=1e-12)
-    model = nn.Linear(3, 2, bias=False)
-    start = model.weight.detach().clone()
-    config = Optimizer(matrix=Plain(lr=0.5), rest=Plain(), schedule=schedule, clip_norm=math.inf)
-    optimizer = config.build(model.named_parameters(), ["weight"], CPU)
-    model.weight.grad = torch.ones(2, 3)
-    optimizer.step(progress)
-    assert optimizer.learning_rate(progress) == pytest.approx(0.5 * expected, abs=1e-12)
-    torch.testing.assert_close(start - model.weight.detach(), torch.full((2, 3), 0.5 * expected), atol=1e-6, rtol=0)
+def losses(model, seed, micro_batches):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(micro_batches):
+        tokens = torch.randint(0, 96, (2, 24), generator=generator)
+        yield model(input_ids=tokens, labels=tokens).loss / micro_batches
 
 
-def test_schedules_never_rise_after_warm_up():
-    for schedule in (Linear(1000, 0.1), WSD(1000, 0.3, 0.1)):
-        values = [schedule.multiplier(at(fraction=i / 50, tokens=1000 + i)) for i in range(51)]
-        assert all(a >= b for a, b in itertools.pairwise(values)) and values[-1] == pytest.approx(0.1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("name", ["galore", "galore8", "galore_adamw"])
+def test_projecting_early_equals_projecting_at_the_step(name, micro_batches, dtype):
+    late = replace(OPTIMIZERS[name], matrix=replace(OPTIMIZERS[name].matrix, refresh_every=3))
+    runs = [(model, build(model, config)) for config in (late, replace(late, project_early=True))
+            for model in [wide(dtype)]]  # fmt: skip
+    start = snapshot(runs[0][1])
+    for step in range(5):
+        norms = []
+        for model, optimizer in runs:
+            optimizer.begin(at(step))
+            for loss in losses(model, step, micro_batches):
+                loss.backward()
+                if micro_batches > 1:
+                    optimizer.accumulate()
+            norms.append(optimizer.step(at(step)))
+            assert all(p.grad is None for p in model.parameters())
+        torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
+    found, expected = snapshot(runs[1][1]), snapshot(runs[0][1])
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-5, msg=key)
+        assert value.ndim == 0 or not torch.equal(value, start[key])
 
 
-@pytest.mark.parametrize("decay_start", [-0.1, 1.0, 1.5])
-def test_wsd_refuses_a_decay_outside_the_budget(decay_start):
-    with pytest.raises(ValueError, match=f"decay_start = {decay_start}"):
-        WSD(decay_start=decay_start)
+def test_no_projected_gradient_outlives_its_place_in_the_backward_pass():
+    model = wide()
+    optimizer = build(model, replace(OPTIMIZERS["galore"], project_early=True))
+    projected, short = [], []
+    for name, p in model.named_parameters():
+        if name.startswith("model.layers") and p.ndim == 2:
+            (short if min(p.shape) < 64 else projected).append(p)
+    assert len(projected) == 10 and len(short) == 4
+    held = []
+    for name, p in model.named_parameters():
+        if "norm" in name or "embed" in name:
+            p.register_post_accumulate_grad_hook(lambda _: held.append(sum(q.grad is not None for q in projected)))
+    optimizer.begin(at())
+    for loss in losses(model, 0, 1):
+        loss.backward()
+    assert held == [0] * 6 and all(p.grad is None for p in projected) and all(p.grad is not None for p in short)
+    before = [p.detach().clone() for p in projected]
+    assert optimizer.step(at()).isfinite()
+    assert not any(torch.equal(p, q) for p, q in zip(projected, before, strict=True))
+
+
+def test_a_missing_gradient_is_noticed_where_gradients_are_projected_early():
+    model = wide()
+    optimizer = build(model, replace(OPTIMIZERS["galore"], project_early=True))
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    optimizer.begin(at())
+    next(losses(model, 0, 1)).backward()
+    with pytest.raises(AssertionError, match="no gradient"):
+        optimizer.step(at())
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_bases_follow_all_gradients_at_first_and_then_each_once_a_period(early, monkeypatch):
+    model, seen, refresh = wide(), [], GaLore.refresh
+    config = replace(OPTIMIZERS["galore"], matrix=GaLore(**HALF, refresh_every=5), project_early=early)
+    optimizer = build(model, config)
+
+    def watched(self, gradient, state, which, first):
+        assert len(gradient) == which.stop - which.start
+        seen.extend((id(state), i, first) for i in range(which.start, which.stop))
+        refresh(self, gradient, state, which, first)
+
+    monkeypatch.setattr(GaLore, "refresh", watched)
+    every = {(id(s.state), i) for s in optimizer.stacks.values() if s.rule.projects(s.state)
+             for i in range(len(s.parameters))}  # fmt: skip
+    for step in range(6):
+        optimizer.begin(at(step))
+        for loss in losses(model, step, 2):
+            loss.backward()
+            optimizer.accumulate()
+        optimizer.step(at(step))
+        if step == 0:
+            assert len(seen) == 10 and set(seen) == {(*one, True) for one in every}
+            seen.clear()
+    assert len(seen) == 10 and set(seen) == {(*one, False) for one in every}
+
+
+@pytest.mark.parametrize("matrix", [Muon(), AdamW()])
+def test_projecting_early_is_refused_where_nothing_is_projected(matrix):
+    with pytest.raises(ValueError, match="project_early with a rule that projects nothing"):
+        Optimizer(matrix=matrix, project_early=True)
+
+
+# Decay and stacks
+
+
+@pytest.mark.parametrize("rule", [Muon, AdamW, lambda **values: GaLore(Muon(**values), rank=4, smallest=8)])
+def test_cautious_decay_touches_what_the_update_shrinks(rule):
+    lr, decay, generator = 0.05, 0.8, torch.Generator().manual_seed(6)
+    start = torch.randn(16, 24, generator=generator)
+    gradients = [torch.randn(16, 24, generator=generator) for _ in range(4)]
+    runs = []
+    for values in ({}, {"weight_decay": decay, "cautious": True}, {"weight_decay": decay}):
+        p = nn.Parameter(start.clone())
+        config = Optimizer(matrix=rule(lr=lr, **values), schedule=STEADY, clip_norm=math.inf)
+        optimizer, seen = config.build([("p", p)], ["p"], CPU), [start]
+        for step, gradient in enumerate(gradients):
+            p.grad = gradient.clone()
+            optimizer.step(at(step))
+            seen.append(p.detach().clone())
+        runs.append(seen)
+    undecayed, cautious, everywhere = runs
+    touched = 0
+    for step in range(4):
+        for i, j in itertools.product(range(16), range(24)):
+            moved = (undecayed[step + 1][i, j] - undecayed[step][i, j]).item()
+            weight = cautious[step][i, j].item()
+            # Only where the update, minus the direction, and the weight differ in sign does decay add to it.
+            expected = weight * (1 - lr * decay) + moved if moved * weight < 0 else weight + moved
+            assert cautious[step + 1][i, j].item() == pytest.approx(expected, abs=2e-6)
+            touched += moved * weight < 0
+    assert 0.3 < touched / (4 * 16 * 24) < 0.7
+    torch.testing.assert_close(everywhere[1], start * (1 - lr * decay) + undecayed[1] - start, atol=2e-6, rtol=0)
+
+
+@ALL_NEW
+@pytest.mark.parametrize("most, stacks", [(2 * 96 * 96, {"96x96": 2, "128x96": 4, "96x128": 2, "48x96": 1}),
+                                          (1, {"96x96": 4, "128x96": 4, "96x128": 2, "48x96": 4})])  # fmt: skip
+def test_smaller_stacks_make_the_same_updates(config, most, stacks, monkeypatch):
+    whole = wide()
+    unsplit = build(whole, config)
+    monkeypatch.setattr(optimizer_module, "LARGEST_STACK", most)
+    parted = wide()
+    split = build(parted, config)
+    for shape, number in stacks.items():
+        assert sum(name.startswith(f"matrix.{shape}") for name in split.stacks) == number
+        assert sum(name.startswith(f"matrix.{shape}") for name in unsplit.stacks) == 1
+    start = {n: p.detach().clone() for n, p in whole.named_parameters()}
+    for step in range(3):
+        norms = []
+        for model, optimizer in ((whole, unsplit), (parted, split)):
+            generator = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            norms.append(optimizer.step(at(step)))
+        torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+    for (name, p), q in zip(whole.named_parameters(), parted.parameters(), strict=True):
+        torch.testing.assert_close(q, p, atol=1e-6, rtol=0, msg=name)
+        assert not torch.equal(p, start[name])
+    loaded = build(wide(), config)
+    loaded.load_state_dict(split.state_dict())
+    assert_same(loaded.state_dict(), split.state_dict())

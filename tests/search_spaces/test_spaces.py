@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import trainables  # noqa: F401 - settles Ray's settings before Ray is imported
+from cggr_ray.optim.galore import GaLore
 from cggr_ray.race import RaceSpec
 from search_spaces import SPACES
 from trainables.sweep import sweep_spec, sweep_trial
@@ -20,7 +21,10 @@ def test_every_draw_is_a_valid_trial(name: str, tmp_path: Path) -> None:
     for number in range(200):
         values = {key: domain.sample() for key, domain in space.domains().items()}
         trial = sweep_trial(spec, space.recipe, values, f"t{number}", tmp_path)
-        assert trial.recipe.optimizer.matrix.lr == values["optimizer.matrix.lr"]
+        rates = {"optimizer.matrix.lr": trial.recipe.optimizer.matrix.lr,
+                 "optimizer.lr_scale": trial.recipe.optimizer.lr_scale}  # fmt: skip
+        drawn = values.keys() & rates.keys()
+        assert drawn and all(rates[key] == values[key] for key in drawn)
         seen.add(repr(trial.recipe))
     assert len(seen) == 200
 
@@ -43,6 +47,22 @@ def test_the_cggr_space_reaches_every_setting_it_promises(tmp_path: Path) -> Non
     assert {t.dynamic and t.dynamic.rule for t in draws} == {None, "corrected", "upstream"}
     assert {t.dynamic.sensitivity for t in draws if t.dynamic} == {0.25, 0.5, 1.0}
     assert min(t.keep for t in draws) >= 0.25 and max(t.keep for t in draws) <= 0.75
+
+
+def test_the_e3_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
+    np.random.seed(2)
+    draws = []
+    for number in range(400):
+        values = {key: domain.sample() for key, domain in SPACES["e3"].domains().items()}
+        draws.append(sweep_trial(RaceSpec(), "e3/full", values, str(number), tmp_path).recipe)
+    matrices = [d.optimizer.matrix for d in draws]
+    assert {type(m).__name__ for m in matrices} == {"Muon", "GaLore"}
+    assert {m.rank for m in matrices if isinstance(m, GaLore)} == {64, 128, 256, 512}
+    assert {m.refresh_every for m in matrices if isinstance(m, GaLore)} == {50, 200, 800}
+    assert {type(d.optimizer.rest.state).__name__ for d in draws} == {"Float32", "Int8Blockwise"}
+    assert {type(getattr(d.objective, "form", None)).__name__ for d in draws} == {"NoneType", "Heads", "SharedLogits"}
+    assert {d.tokens.mode for d in draws} == {"quantile", "upstream"}
+    assert min(d.tokens.keep for d in draws) < 0.5 and max(d.tokens.keep for d in draws) > 0.8
 
 
 def test_a_sweep_validates_at_every_rung_of_successive_halving() -> None:

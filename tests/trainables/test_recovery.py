@@ -31,7 +31,7 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     ]
     race = subprocess.Popen([str(a) for a in arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = tmp_path / "race" / "runs" / "baseline-s0"
-    deadline = time.time() + 100
+    deadline = time.time() + 250
     while not list(run.glob("checkpoints/step_*")):
         assert time.time() < deadline and race.poll() is None
         time.sleep(0.2)

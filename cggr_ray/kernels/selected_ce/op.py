@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cggr_ray.compiling import compiled_on
-from cggr_ray.kernels.selected_ce.reference import chunk_loss, chunk_nll
+from cggr_ray.kernels.selected_ce.reference import chunk_loss, chunk_losses, chunk_nll
 
 # Bytes of logits in one chunk: on a GPU large enough for full-speed GEMMs and small beside the activations, on a CPU
 # what stays in its cache.
@@ -27,8 +27,8 @@ def chunks(hidden_KD: Tensor, head_VD: Tensor) -> Iterator[slice]:
 
 
 @cache
-def _on(device: torch.device) -> tuple[Any, Any]:
-    return compiled_on(device, chunk_loss), compiled_on(device, chunk_nll)
+def _on(device: torch.device) -> tuple[Any, Any, Any]:
+    return compiled_on(device, chunk_loss), compiled_on(device, chunk_nll), compiled_on(device, chunk_losses)
 
 
 def position_nll(hidden_KD: Tensor, head_VD: Tensor, labels_K: Tensor) -> Tensor:
@@ -42,36 +42,45 @@ def position_nll(hidden_KD: Tensor, head_VD: Tensor, labels_K: Tensor) -> Tensor
 class _SelectedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_KD: Tensor, head_VD: Tensor, labels_K: Tensor, weights_K: Tensor
+        ctx: Any,
+        hidden_KD: Tensor,
+        head_VD: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        smoothing: float,
+        bonus: float,
     ) -> tuple[Tensor, Tensor]:
-        loss = _on(hidden_KD.device)[0]
+        one, _, several = _on(hidden_KD.device)
+        loss = one if labels.ndim == 1 else partial(several, smoothing=smoothing, bonus=bonus)
         parts = list(chunks(hidden_KD, head_VD))
         ctx.whole = len(parts) == 1
         if ctx.whole:
-            nll_K, slope = loss(hidden_KD @ head_VD.mT, labels_K, weights_K)
+            nll, slope, *beyond = loss(hidden_KD @ head_VD.mT, labels, weights)
             ctx.save_for_backward(hidden_KD, head_VD, slope)
         else:
-            hidden_grad, head_grad, nlls = torch.empty_like(hidden_KD), None, []
+            hidden_grad, head_grad, nlls, beyond = torch.empty_like(hidden_KD), None, [], []
             for part in parts:
-                nll, slope = loss(hidden_KD[part] @ head_VD.mT, labels_K[part], weights_K[part])
+                nll, slope, *more = loss(hidden_KD[part] @ head_VD.mT, labels[part], weights[part])
                 torch.mm(slope, head_VD, out=hidden_grad[part])
                 head_grad = _accumulate(head_grad, slope, hidden_KD[part])
                 nlls.append(nll)
+                beyond += more
             assert head_grad is not None, "no rows"
             ctx.save_for_backward(hidden_grad, head_grad)
-            nll_K = torch.cat(nlls)
-        ctx.mark_non_differentiable(nll_K)
-        return (nll_K * weights_K).sum(), nll_K
+            nll = torch.cat(nlls)
+        ctx.mark_non_differentiable(nll)
+        total = (nll * weights).sum()
+        return total + torch.cat(beyond).sum() if beyond else total, nll
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # The factor that comes from above goes to the smaller operand: the head's gradient is the largest of all.
         if ctx.whole:
             hidden_KD, head_VD, slope = ctx.saved_tensors
-            return (slope @ head_VD) * grads[0], slope.mT @ (hidden_KD * grads[0]), None, None
+            return (slope @ head_VD) * grads[0], slope.mT @ (hidden_KD * grads[0]), *(None,) * 4
         hidden_grad, head_grad = ctx.saved_tensors
         scaled = torch.empty(head_grad.shape, dtype=hidden_grad.dtype, device=head_grad.device)
-        return hidden_grad * grads[0], torch.mul(head_grad, grads[0], out=scaled), None, None
+        return hidden_grad * grads[0], torch.mul(head_grad, grads[0], out=scaled), *(None,) * 4
 
 
 def _accumulate(total: Tensor | None, slope_KV: Tensor, hidden_KD: Tensor) -> Tensor:
@@ -84,12 +93,25 @@ def _accumulate(total: Tensor | None, slope_KV: Tensor, hidden_KD: Tensor) -> Te
 
 
 def selected_cross_entropy(
-    hidden_KD: Tensor, head_VD: Tensor, labels_K: Tensor, weights_K: Tensor
+    hidden_KD: Tensor,
+    head_VD: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    smoothing: float = 0.0,
+    bonus: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of weighted NLL, differentiable; NLL of every row, float32, without gradient).
+    """(what is minimised, differentiable; NLL of every target in the shape of `labels`, float32, without gradient).
+
+    The first is the sum of weighted NLL, and what smoothing and bonus add to it; see `reference`.
 
     Args:
         hidden_KD: final hidden states of the kept rows. head_VD: the head's weight, shared with them in dtype.
-        labels_K: next token, -100 for a row that counts for nothing. weights_K: float32.
+        labels: next tokens (K,), or several targets a row (K, J); -100 for what counts for nothing.
+        weights: float32, in the shape of `labels`.
+        smoothing: share of the first target's weight that all tokens get alike. bonus: factor of the entropy.
     """
-    return _SelectedCrossEntropy.apply(hidden_KD, head_VD, labels_K, weights_K)
+    if labels.ndim == 1 and (smoothing or bonus):
+        columns = labels.unsqueeze(1), weights.unsqueeze(1)
+        total, nll_K1 = _SelectedCrossEntropy.apply(hidden_KD, head_VD, *columns, smoothing, bonus)
+        return total, nll_K1.squeeze(1)
+    return _SelectedCrossEntropy.apply(hidden_KD, head_VD, labels, weights, smoothing, bonus)

@@ -1,0 +1,116 @@
+"""What training holds in memory, counted: weights, masters, gradients, optimizer state, and the peak of a step.
+
+The first four are sums over live tensors, each storage once; the peaks are the allocator's. A step here is forward,
+backward and update of one micro-batch under full training. Nothing is computed from a formula.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cggr_ray.benchmarks.optimizers import OPTIMIZERS
+from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
+from cggr_ray.benchmarks.step import NOW, random_micro, random_model
+from cggr_ray.benchmarks.timing import MIB, Timing
+from cggr_ray.models.adapter import Adapter
+from cggr_ray.objectives.next_token import NextToken
+from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
+
+# Memory of usual devices, in GiB, under which a step is tried.
+CAPS = (24, 48, 80)
+
+
+class Training:
+    """A model of a shape and its optimizer on a device, ready for a step."""
+
+    def __init__(self, shape: Shape, config: Optimizer, device: torch.device, dtype: torch.dtype) -> None:
+        self.adapter = Adapter(random_model(shape.model, device, dtype))
+        named = self.adapter.named_parameters()
+        self.parameters = [p for _, p in named]
+        self.optimizer: StackedOptimizer = config.build(named, self.adapter.hidden_names(), device)
+        self.micro = random_micro(shape, self.adapter.head_VD.shape[0], device)
+
+    def backward(self) -> None:
+        scale = torch.tensor(1 / self.micro.labelled, device=self.adapter.device)
+        self.optimizer.begin(NOW)
+        NextToken().loss(self.adapter.forward(self.micro), self.micro, None, scale).total.backward()
+
+    def held(self) -> dict[str, int]:
+        """Bytes by what they are for; to be asked between backward and update, when there are gradients."""
+        stacks = self.optimizer.stacks.values()
+        masters = [s.master for s in stacks if s.master is not s.weights]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return {
+            "weights_bytes": live_bytes(self.parameters),
+            "master_bytes": live_bytes(masters),
+            "gradient_bytes": live_bytes([*gradients, *(s.projected for s in stacks if s.projected is not None)]),
+            "optimizer_bytes": live_bytes(tensor for stack in stacks for tensor in stack.state.values()),
+        }
+
+
+def live_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind some tensors, each once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def accounting(shape: Shape, device: torch.device) -> list[BenchRow]:
+    """Rows of every optimizer: bytes held, and on a GPU the peak of a step and whether one fits under each cap."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found: dict[str, dict[str, float]] = {}
+    for name, config in OPTIMIZERS.items():
+        training = Training(shape, config, device, dtype)
+        training.backward()
+        found[name] = {unit: float(value) for unit, value in training.held().items()}
+        found[name]["peak_mib"] = step_peak(training, device)
+        del training
+        if device.type == "cuda":
+            found[name] |= {f"fits_{cap}_gib": float(fits(shape, config, device, cap)) for cap in CAPS}
+    for values in found.values():
+        for name in ("adamw_fp32", "muon_fp32"):
+            values[f"optimizer_of_{name}"] = values["optimizer_bytes"] / found[name]["optimizer_bytes"]
+    return [
+        bench_row("memory", shape, name, dtype, device, Timing(0.0, 0.0, 0.0, values["peak_mib"]), value, unit)
+        for name, values in found.items()
+        for unit, value in values.items()
+    ]
+
+
+def step_peak(training: Training, device: torch.device) -> float:
+    """MiB at the peak of the update and of a whole step after it, weights and state included; 0 without a GPU."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats(device)
+    training.optimizer.step(NOW)
+    training.backward()
+    training.optimizer.step(NOW)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / MIB
+
+
+def fits(shape: Shape, config: Optimizer, device: torch.device, cap: int) -> bool:
+    """Whether two steps run when the allocator may take so many GiB and no more."""
+    release()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total), device)
+    try:
+        training = Training(shape, config, device, torch.bfloat16)
+        for _ in range(2):
+            training.backward()
+            training.optimizer.step(NOW)
+        torch.cuda.synchronize(device)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def release() -> None:
+    """Gives what is no longer used back to the device."""
+    gc.collect()
+    torch.cuda.empty_cache()

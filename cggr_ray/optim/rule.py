@@ -1,0 +1,50 @@
+"""What an optimizer rule declares: from a stack of gradients and its state to a stack of directions.
+
+Shapes: N parameters of one shape in a stack, n of them at a time.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cggr_ray.optim.state_formats import State
+
+
+class Rule:
+    """The optimizer owns learning rate, decay and scale; a rule owns its state, which `direction` updates in place and
+    leaves as it is in a step that is not finite. What is here is a rule that uses gradients as they come."""
+
+    lr: float
+    weight_decay: float
+    cautious: bool = False
+
+    def init_state(self, weights: Tensor) -> State:
+        """For float32 weights of shape (N, *shape); may not keep them."""
+        raise NotImplementedError
+
+    def direction(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
+        """D of shape (N, *shape), float32, of what `project` made of the gradients. Compiled on a GPU.
+
+        Args:
+            finite: 0-d, 1 or 0; where it is 0 the gradients are 0 and no bit of the state may change.
+        """
+        raise NotImplementedError
+
+    def shape_scale(self, rows: int, columns: int) -> float:
+        """What multiplies the learning rate of a matrix."""
+        return 1.0
+
+    def projects(self, state: State) -> bool:
+        """Whether `project` makes something smaller of a gradient."""
+        return False
+
+    def due(self, number: int, step: int) -> range:
+        """Which of so many parameters `refresh` wants to see at a step."""
+        return range(0)
+
+    def refresh(self, grad_n: Tensor, state: State, which: slice, first: bool) -> None:
+        """Adapts the projection to the gradients of some parameters. `first`: nothing has been projected before."""
+
+    def project(self, grad_n: Tensor, state: State, which: slice = slice(None)) -> Tensor:
+        """What the rule uses of a gradient. Linear, so that the parts of several micro-batches may be added."""
+        return grad_n
