@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from cggr_ray.codec import Plain, kind_of, nearest, with_values
+from cggr_ray.models.checkpointing import Checkpointing
 from cggr_ray.models.presets import check_folder
 from cggr_ray.objectives.multi_token import MultiToken
 from cggr_ray.objectives.next_token import NextToken
@@ -36,12 +37,12 @@ RECIPES = Path(__file__).with_name("recipes")
 class Execution:
     """How a step runs. `precision`: `auto` is bf16 with float32 masters on a GPU and float32 elsewhere.
 
-    `cuda_graphs`: on a GPU, forward and backward of a micro-batch are one launch; for small models. `prefetch`: batches
-    that the loader's thread has packed and copied ahead.
+    `gradient_checkpointing`: see `models.checkpointing`. `cuda_graphs`: on a GPU, forward and backward of a micro-batch
+    are one launch; for small models. `prefetch`: batches that the loader's thread has packed and copied ahead.
     """
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = "none"
     cuda_graphs: bool = False
     prefetch: int = 3
 

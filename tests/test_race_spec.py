@@ -50,7 +50,7 @@ def test_a_trial_round_trips_through_json(tmp_path: Path) -> None:
         model=ModelSpec("llama-113m", tie_embeddings=False),
         data=data,
         values={"tokens.keep": 0.5},
-        arms={"cggr_loss": {"tokens.curriculum": {"target_at": 0.2}, "execution.gradient_checkpointing": True}},
+        arms={"cggr_loss": {"tokens.curriculum": {"target_at": 0.2}, "execution.gradient_checkpointing": "block"}},
         step_seconds=0.5,
     )
     for trial in plan_trials(spec, tmp_path):

@@ -150,7 +150,7 @@ def test_the_edge_of_what_was_tried(values: dict[str, Any], edges: dict[str, str
 
 
 def test_one_value_words_and_flags_have_no_edge() -> None:
-    both = {"optimizer.clip_norm": 1.0, "execution.gradient_checkpointing": True, "tokens.detach": "const"}
+    both = {"optimizer.clip_norm": 1.0, "execution.gradient_checkpointing": "block", "tokens.detach": "const"}
     tuning = Tuning(1.0, 9, (both | {MATRIX: 1}, both | {MATRIX: 2, "tokens.detach": "live"}))
     assert at_the_edge(tuning, tuning.values[1]) == {MATRIX: "largest"}
     (line, edge) = notes(tuning, {"a": row("a", 2.0, values={MATRIX: 2})})

@@ -77,7 +77,7 @@ class Borrowed:
         config, training = self.model.config.get_text_config(), {m: m.training for m in self.model.modules()}
         attention = config._attn_implementation
         try:
-            return Adapter(self.model, self._checkpointing)
+            return Adapter(self.model, "block" if self._checkpointing else "none")
         finally:
             config._attn_implementation = attention
             for module, was in training.items():

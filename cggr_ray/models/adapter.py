@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.attention import Documents, document_mask, documents_of, register_document_flash
+from cggr_ray.models.checkpointing import Checkpointing, keep_products
 from cggr_ray.models.families import Family
 
 if TYPE_CHECKING:
@@ -49,6 +50,13 @@ def _norm(norm: nn.Module, hidden: Tensor) -> Tensor:
     return out
 
 
+def _selective(layer: nn.Module, hidden_BTD: Tensor, keywords: dict[str, Any]) -> Tensor:
+    out: Tensor = torch.utils.checkpoint.checkpoint(
+        _block, layer, hidden_BTD, keywords, use_reentrant=False, context_fn=keep_products
+    )
+    return out
+
+
 class Adapter:
     """A causal LM of a supported family.
 
@@ -56,7 +64,7 @@ class Adapter:
         ValueError: the model's family is not supported, it has dropout, or it is float32 on a GPU.
     """
 
-    def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, checkpointing: Checkpointing = "none") -> None:
         self.model, self.family = model, Family(model)
         self.device = next(model.parameters()).device
         self.flash = self.device.type == "cuda"
@@ -65,7 +73,9 @@ class Adapter:
         self._attention = register_document_flash() if self.flash else "sdpa"
         self.family.config._attn_implementation = self._attention
         self._block, self._norm = compiled_on(self.device, _block), compiled_on(self.device, _norm)
-        self.gradient_checkpointing = gradient_checkpointing
+        # A compiler sees what to keep only where it compiles the checkpoint with the block.
+        self._selective = compiled_on(self.device, _selective) if self.flash else self._selective_eager
+        self.checkpointing = checkpointing
         self.layers: Sequence[nn.Module] = self.family.layers
         self.shapes = [self.family.shape(i) for i in range(len(self.layers))]
         self._active = [True] * len(self.layers)
@@ -107,6 +117,16 @@ class Adapter:
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed block: its forward, and its second forward inside the backward."""
         return nullcontext(), self.attention()
+
+    def _recomputing_but_products(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        forward, again = keep_products()
+
+        @contextmanager
+        def both() -> Iterator[None]:
+            with self.attention(), again:
+                yield
+
+        return forward, both()
 
     def set_active_layers(self, active: Sequence[bool]) -> None:
         """A layer that does not learn keeps no gradient and no optimizer update."""
@@ -175,12 +195,20 @@ class Adapter:
         return module.to(device=self.device, dtype=self.head_VD.dtype)
 
     def _run_layer(self, layer: nn.Module, hidden_BTD: Tensor, own: dict[str, Any]) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            out: Tensor = torch.utils.checkpoint.checkpoint(
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            out: Tensor = self._block(layer, hidden_BTD, own)
+        elif self.checkpointing == "selective":
+            out = self._selective(layer, hidden_BTD, own)
+        else:
+            out = torch.utils.checkpoint.checkpoint(
                 self._block, layer, hidden_BTD, own, use_reentrant=False, context_fn=self._recomputing
             )
-        else:
-            out = self._block(layer, hidden_BTD, own)
+        return out
+
+    def _selective_eager(self, layer: nn.Module, hidden_BTD: Tensor, own: dict[str, Any]) -> Tensor:
+        out: Tensor = torch.utils.checkpoint.checkpoint(
+            _block, layer, hidden_BTD, own, use_reentrant=False, context_fn=self._recomputing_but_products
+        )
         return out
 
     def keywords(

@@ -78,7 +78,7 @@ class DepthRows:
 
     def __init__(self, adapter: Adapter, num_buckets: int, detach: Detach) -> None:
         self.adapter, self.num_buckets = adapter, num_buckets
-        self.layers = SparseLayers(adapter.device, detach, adapter.gradient_checkpointing)
+        self.layers = SparseLayers(adapter.device, detach, adapter.checkpointing)
         self._entries = {cut + 1 for cut in cut_layers(len(adapter.layers), num_buckets)}
 
     def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:

@@ -20,6 +20,7 @@ from cggr_ray.kernels.row_attention.op import (
     row_attention_forward,
 )
 from cggr_ray.models.attention import Documents, attend
+from cggr_ray.models.checkpointing import Checkpointing
 from cggr_ray.models.families import BlockShape, BlockWeights
 from cggr_ray.sparse import block
 from cggr_ray.sparse.block import Products, Rotary
@@ -122,10 +123,13 @@ def _after(
 
 
 class SparseLayers:
-    """Capture and replay on one device."""
+    """Capture and replay on one device.
 
-    def __init__(self, device: torch.device, detach: Detach, gradient_checkpointing: bool) -> None:
-        self.detach, self.checkpoint = detach, gradient_checkpointing
+    Kept rows alone are computed again: with `block` from their hidden states, with `selective` from their products.
+    """
+
+    def __init__(self, device: torch.device, detach: Detach, checkpointing: Checkpointing) -> None:
+        self.detach, self.checkpointing = detach, checkpointing
         self._capture, self._lend = compiled_on(device, _capture), compiled_on(device, _lend)
         self._inputs = compiled_on(device, _inputs_const if detach == "const" else _inputs_live)
         self._after = compiled_on(device, _after)
@@ -142,7 +146,7 @@ class SparseLayers:
         products: bool = True,
     ) -> tuple[Tensor, Trace]:
         """(hidden states of all rows after the layer, what is left of it: of all rows, or of those of `index_K`)."""
-        products = products and not self.checkpoint
+        products = products and self.checkpointing != "block"
         hidden_ND, lent, found = self._capture(shape, w, hidden_ND, rotary, documents, index_K, self.detach, products)
         return hidden_ND, Trace(lent, found)
 
@@ -155,7 +159,7 @@ class SparseLayers:
         self, shape: BlockShape, w: BlockWeights, hidden_KD: Tensor, rotary_N: Rotary, kept: Kept, trace: Trace
     ) -> Tensor:
         """Hidden states of the kept rows after the layer, with gradient."""
-        if self.checkpoint:
+        if self.checkpointing != "none":
             out: Tensor = torch.utils.checkpoint.checkpoint(
                 self._replay, shape, w, hidden_KD, rotary_N, kept, trace, use_reentrant=False
             )

@@ -117,7 +117,7 @@ class KeptRows:
 
     def __init__(self, adapter: Adapter, detach: Detach) -> None:
         self.adapter = adapter
-        self.layers = SparseLayers(adapter.device, detach, adapter.gradient_checkpointing)
+        self.layers = SparseLayers(adapter.device, detach, adapter.checkpointing)
 
     def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
         run = Rows(self.adapter, self.layers, micro)
@@ -139,7 +139,7 @@ class TwoPass:
 
     def __init__(self, adapter: Adapter, detach: Detach) -> None:
         self.adapter = adapter
-        self.layers = SparseLayers(adapter.device, detach, adapter.gradient_checkpointing)
+        self.layers = SparseLayers(adapter.device, detach, adapter.checkpointing)
 
     def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
         run, layers = Rows(self.adapter, self.layers, micro), len(self.adapter.layers)

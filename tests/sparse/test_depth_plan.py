@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
+from cggr_ray.models.checkpointing import Checkpointing
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.progress import Progress
 from cggr_ray.routing.buckets import DepthBuckets
@@ -112,7 +113,11 @@ def plain(model: PreTrainedModel, micro: MicroBatch) -> Found:
 
 
 def found_by(
-    part: DepthBuckets, model: PreTrainedModel, micro: MicroBatch, fraction: float = 1.0, checkpointing: bool = False
+    part: DepthBuckets,
+    model: PreTrainedModel,
+    micro: MicroBatch,
+    fraction: float = 1.0,
+    checkpointing: Checkpointing = "none",
 ) -> Found:
     """(loss, gradients) by the part's own router and plan."""
     adapter = Adapter(model, checkpointing)
@@ -191,12 +196,15 @@ def test_a_leak_passes_every_gate(family: str, engine: str) -> None:
     assert_same(found_by(DepthBuckets(3, engine=engine, leak_rate=1.0), model, PACKED), plain(model, PACKED))
 
 
+@pytest.mark.parametrize("checkpointing", ["block", "selective"])
 @pytest.mark.parametrize("engine", ["sparse", "every", "faithful"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_gradient_checkpointing_changes_nothing(family: str, engine: str) -> None:
+def test_gradient_checkpointing_changes_nothing(family: str, engine: str, checkpointing: Checkpointing) -> None:
     model = small_model(family)
     part = DepthBuckets(3, engine=engine)
-    assert_same(found_by(part, copy.deepcopy(model), PACKED, checkpointing=True), found_by(part, model, PACKED))
+    assert_same(
+        found_by(part, copy.deepcopy(model), PACKED, checkpointing=checkpointing), found_by(part, model, PACKED)
+    )
 
 
 def keys_too_by_hand(model: PreTrainedModel, micro: MicroBatch, cuts_BT: Tensor) -> Found:
@@ -215,9 +223,9 @@ def keys_too_by_hand(model: PreTrainedModel, micro: MicroBatch, cuts_BT: Tensor)
     return loss.detach(), gradients(model)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_constant_keys_and_values(family: str, checkpointing: bool) -> None:
+def test_constant_keys_and_values(family: str, checkpointing: Checkpointing) -> None:
     model = small_model(family)
     cuts = cuts_by_hand(model, PACKED, 3, last=2)
     expected = keys_too_by_hand(copy.deepcopy(model), PACKED, cuts)

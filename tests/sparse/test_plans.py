@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.attention import document_mask
+from cggr_ray.models.checkpointing import Checkpointing
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.sparse.layers import Detach
@@ -142,7 +143,12 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def plan_gradients(
-    model: PreTrainedModel, micro: MicroBatch, route: TokenRoute, name: str, detach: str, checkpointing: bool = False
+    model: PreTrainedModel,
+    micro: MicroBatch,
+    route: TokenRoute,
+    name: str,
+    detach: str,
+    checkpointing: Checkpointing = "none",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     adapter = Adapter(model, checkpointing)
     make, reads = PLANS[name]
@@ -191,14 +197,17 @@ def test_odd_routes(case: str, plan: str, detach: str) -> None:
     assert_same(plan_gradients(model, micro, route, plan, detach), expected)
 
 
+@pytest.mark.parametrize("checkpointing", ["block", "selective"])
 @pytest.mark.parametrize("detach", ["const", "live"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_gradient_checkpointing_changes_nothing(family: str, plan: str, detach: str) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    family: str, plan: str, detach: str, checkpointing: Checkpointing
+) -> None:
     micro, route = ROUTES["packed rows, empty slots"]
     model = small_model(family)
     expected = oracle_gradients(copy.deepcopy(model), micro, route, keys_too=detach == "const")
-    assert_same(plan_gradients(model, micro, route, plan, detach, checkpointing=True), expected)
+    assert_same(plan_gradients(model, micro, route, plan, detach, checkpointing=checkpointing), expected)
 
 
 @pytest.mark.parametrize("plan", PLANS)
