@@ -204,10 +204,9 @@ class StackedOptimizer:
         for rule in (self.config.matrix, self.config.rest):
             self._rates[id(rule)].fill_(rule.lr * multiplier)
         gradients = [stack.gradient() for stack in self.stacks.values()]
-        single = [g for gradient in gradients for g in gradient.unbind()]
-        # In the model's order and in float32, so that the norm is the one torch's own clipping would find there.
-        norms = torch._foreach_norm([single[i] for i in self._model_order], 2.0, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        # One a parameter, in the model's order and in float32, so that torch's own clipping would find the same there.
+        norms = [n for g in gradients for n in torch._foreach_norm(g.unbind(), 2.0, dtype=torch.float32)]
+        norm = torch.linalg.vector_norm(torch.stack([norms[i] for i in self._model_order]))
         clip = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         finite = norm.isfinite().float()
         for stack, gradient in zip(self.stacks.values(), gradients, strict=True):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
+from cggr_ray.models.checkpointing import Checkpointing
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.routing.buckets import DepthBuckets
 from cggr_ray.routing.depth import cut_layers
@@ -53,6 +54,17 @@ def test_the_dense_plan_and_the_plan_that_skips_layers(family: str) -> None:
     by_hand = [skipped_by_hand(model.exact, micro, route) for model in models]
     skipped = [planned_gradients(Skip(adapter, 1, 1), adapter, here, 0, routed) for adapter in adapters]
     assert_as_good(skipped, as_far(dense, expected, by_hand), by_hand)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("checkpointing", ["block", "selective"])
+def test_gradient_checkpointing_changes_nothing(family: str, checkpointing: Checkpointing) -> None:
+    micro, model = moved(PACKED), small_twins(family)[0].low
+    modes: tuple[Checkpointing, ...] = ("none", checkpointing)
+    adapters = [Adapter(copy.deepcopy(model), mode) for mode in modes]
+    (loss, plain), (again, found) = (planned_gradients(Dense(a), a, micro, 0, None) for a in adapters)
+    assert again.item() == pytest.approx(loss.item(), rel=1e-3)
+    assert relative_error(found, plain) < 0.01
 
 
 def skipped_by_hand(model: PreTrainedModel, micro: MicroBatch, route: TokenRoute) -> Found:

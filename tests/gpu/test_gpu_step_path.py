@@ -31,7 +31,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mtp_heads": {},
     "mtp_trunk_heads": {},
     "mtp_sequential": {},
+    "collider": {},
+    "muon_8bit": {},
+    "galore": {"optimizer.matrix.refresh_every": 2},
 }
+ONE_LEVEL = {"baseline", "collider", "muon_8bit", "galore", *(name for name in RECIPES if name.startswith("mtp_"))}
 # The start, the middle, a step that compares a router with the model's own scores, the end.
 STEPS = [Progress(step, used, 1.0, 10**6) for step, used in ((1, 0.0), (2, 0.3), (3, 0.3), (64, 0.3), (65, 0.9))]
 
@@ -42,7 +46,7 @@ def test_nothing_waits_after_the_warm_up(name: str, graphs: bool, order: RowOrde
     recipe = load_recipe(name).with_values(RECIPES[name] | {"execution.cuda_graphs": graphs})
     learner = Learner(recipe, Adapter(tiny()), 7, POSITIONS)
     levels = sorted({Levels(learner.rows.ratio(at), learner.router.ratio(at)) for at in STEPS})
-    assert len(levels) == (1 if name == "baseline" or name.startswith("mtp_") else 2)
+    assert len(levels) == (1 if name in ONE_LEVEL else 2)
     batches = batches_of(order, len(STEPS), ROWS // 2)
     weights = [p.detach().clone() for _, p in learner.named_parameters()]
     warmed(learner, levels, order, ROWS // 2)
