@@ -64,13 +64,16 @@ class Pass:
         plan = self.plan if ratio < 1 else self.full
         planned = plan.forward(micro, self.router.reads(ratio), partial(self.router.route, micro=micro, ratio=ratio))
         loss = self.objective.loss(planned.stream, micro, planned.route, scale)
+        # What is not asked for must not be held through the backward pass.
+        whole = planned.whole if compare else None
+        seen = planned.statistics
+        del planned
         loss.total.backward()
         self.router.learn(micro, loss.index_K, loss.nll_K)
-        seen = planned.statistics
         if loss.auxiliary is not None:
             seen = seen | {AUXILIARY_LOSS: loss.auxiliary}
-        if compare and planned.whole is not None:
-            seen = seen | self.router.agreement(planned.whole(), micro, ratio)
+        if whole is not None:
+            seen = seen | self.router.agreement(whole(), micro, ratio)
         return loss.reported, seen
 
 

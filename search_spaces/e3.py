@@ -8,7 +8,7 @@ from ray import tune
 
 MUON = {"kind": "muon", "lr": 0.02, "scale": "keller", "orthogonalise": "newton_schulz", "weight_decay": 0.01}
 FORMATS = ({"kind": "float32"}, {"kind": "int8_blockwise"})
-RANKS, REFRESHES = (64, 128, 256, 512), (50, 200, 800)
+RANKS, REFRESHES = (64, 128, 256), (50, 200, 800)
 # Forms that a forward of kept rows can serve, and their weights.
 HEADS, SHARED = (0.05, 0.1, 0.2, 0.4), ([0.5], [0.5, 0.25], [0.25, 0.125])
 

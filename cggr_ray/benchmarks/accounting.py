@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ from cggr_ray.benchmarks.timing import MIB, Timing
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
+from cggr_ray.progress import Progress
 
 # Memory of usual devices, in GiB, under which a step is tried.
 CAPS = (24, 48, 80)
+# The first step is the one in which all projections are found.
+FIRST = replace(NOW, step=0)
 
 
 class Training:
@@ -34,9 +38,9 @@ class Training:
         self.optimizer: StackedOptimizer = config.build(named, self.adapter.hidden_names(), device)
         self.micro = random_micro(shape, self.adapter.head_VD.shape[0], device)
 
-    def backward(self) -> None:
+    def backward(self, at: Progress) -> None:
         scale = torch.tensor(1 / self.micro.labelled, device=self.adapter.device)
-        self.optimizer.begin(NOW)
+        self.optimizer.begin(at)
         NextToken().loss(self.adapter.forward(self.micro), self.micro, None, scale).total.backward()
 
     def held(self) -> dict[str, int]:
@@ -63,8 +67,9 @@ def accounting(shape: Shape, device: torch.device) -> list[BenchRow]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     found: dict[str, dict[str, float]] = {}
     for name, config in OPTIMIZERS.items():
+        release()
         training = Training(shape, config, device, dtype)
-        training.backward()
+        training.backward(FIRST)
         found[name] = {unit: float(value) for unit, value in training.held().items()}
         found[name]["peak_mib"] = step_peak(training, device)
         del training
@@ -85,8 +90,8 @@ def step_peak(training: Training, device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     torch.cuda.reset_peak_memory_stats(device)
-    training.optimizer.step(NOW)
-    training.backward()
+    training.optimizer.step(FIRST)
+    training.backward(NOW)
     training.optimizer.step(NOW)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) / MIB
@@ -99,9 +104,9 @@ def fits(shape: Shape, config: Optimizer, device: torch.device, cap: int) -> boo
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total), device)
     try:
         training = Training(shape, config, device, torch.bfloat16)
-        for _ in range(2):
-            training.backward()
-            training.optimizer.step(NOW)
+        for step in (FIRST, NOW):
+            training.backward(step)
+            training.optimizer.step(step)
         torch.cuda.synchronize(device)
         return True
     except torch.OutOfMemoryError:

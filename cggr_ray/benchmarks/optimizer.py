@@ -29,8 +29,10 @@ from cggr_ray.progress import Progress
 Gradients = dict[int, Tensor | None]
 
 SHAPES = ("smollm-135m/32x1024", "llama-113m/32x1024", "llama-1.5b/4x2048")
-# Side by side on one device, each with weights, masters and state of its own: AdamW's state would not fit there too.
-TIMED = {name: replace(config, project_early=False) for name, config in OPTIMIZERS.items() if name != "adamw_fp32"}
+# Side by side on one device, each with weights, masters and state of its own: those of AdamW would not fit there too,
+# and of a large model not those of an eager Muon either.
+TIMED = {name: replace(OPTIMIZERS[name], project_early=False) for name in ("muon_int8", "galore", "e3_full")}
+EAGER_BELOW = 10**9
 NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
 
 
@@ -45,8 +47,9 @@ def _measure(run: Run, shape: Shape, rounds: int) -> list[BenchRow]:
     _forward_backward(learner, batch)
     gradients = {id(p): p.grad for _, p in learner.adapter.named_parameters()}
     providers: dict[str, Callable[[], None]] = {
+        "muon_fp32": _ours(learner, learner.optimizer, gradients),
         **{name: _ours(learner, _build(learner, config), gradients) for name, config in TIMED.items()},
-        "muon_eager": _ours(learner, _eager(learner), gradients),
+        **({"muon_eager": _ours(learner, _eager(learner), gradients)} if learner.parameters < EAGER_BELOW else {}),
         "muon_torch": _torch_optimizers(learner, gradients),
         "forward_backward": lambda: _forward_backward(learner, batch),
         "full_step": lambda: _full_step(learner, batch),

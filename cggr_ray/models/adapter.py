@@ -52,7 +52,7 @@ def _norm(norm: nn.Module, hidden: Tensor) -> Tensor:
 
 def _selective(layer: nn.Module, hidden_BTD: Tensor, keywords: dict[str, Any]) -> Tensor:
     out: Tensor = torch.utils.checkpoint.checkpoint(
-        _block, layer, hidden_BTD, keywords, use_reentrant=False, context_fn=keep_products
+        _block, layer, hidden_BTD, keywords, use_reentrant=False, preserve_rng_state=False, context_fn=keep_products
     )
     return out
 
@@ -190,7 +190,7 @@ class Adapter:
         The weights depend on `seed` alone: they are drawn on the CPU in float32, and nobody else's draws move.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             module = make().apply(self.model._init_weights)
         return module.to(device=self.device, dtype=self.head_VD.dtype)
 
@@ -201,13 +201,25 @@ class Adapter:
             out = self._selective(layer, hidden_BTD, own)
         else:
             out = torch.utils.checkpoint.checkpoint(
-                self._block, layer, hidden_BTD, own, use_reentrant=False, context_fn=self._recomputing
+                self._block,
+                layer,
+                hidden_BTD,
+                own,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=self._recomputing,
             )
         return out
 
     def _selective_eager(self, layer: nn.Module, hidden_BTD: Tensor, own: dict[str, Any]) -> Tensor:
         out: Tensor = torch.utils.checkpoint.checkpoint(
-            _block, layer, hidden_BTD, own, use_reentrant=False, context_fn=self._recomputing_but_products
+            _block,
+            layer,
+            hidden_BTD,
+            own,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=self._recomputing_but_products,
         )
         return out
 

@@ -115,7 +115,7 @@ class ModelSpec:
             )
             return model.to(device=device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(self.config(vocab_size), dtype=torch.float32)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cggr_ray.optim.rule import Rule
-from cggr_ray.optim.state_formats import MOST_MEMORY, Float32, Int8Blockwise, State, turn_rows
+from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class AdamW(Rule):
         # Without eps a weight that never had a gradient would become 0 / 0.
         if self.lr < 0 or self.weight_decay < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
             raise ValueError(f"{self}; accepted: lr >= 0, weight_decay >= 0, betas in [0, 1), eps > 0")
-        if isinstance(self.state, Int8Blockwise) and max(self.beta1, self.beta2) > MOST_MEMORY:
+        longest = LONGEST["geometric"], LONGEST["squares"]
+        if isinstance(self.state, Int8Blockwise) and (self.beta1 > longest[0] or self.beta2 > longest[1]):
             raise ValueError(f"beta1 = {self.beta1}, beta2 = {self.beta2} with 8-bit state; accepted: at most "
-                             f"{MOST_MEMORY}, longer averages would stand still between two codes")  # fmt: skip
+                             f"{longest[0]} and {longest[1]}, longer averages would stand still")  # fmt: skip
 
     def init_state(self, weights: Tensor) -> State:
         count = torch.zeros((), dtype=torch.float32, device=weights.device)

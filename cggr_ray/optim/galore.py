@@ -110,7 +110,11 @@ class GaLore(Rule):
         some = {key: state[key][which] for key in keys_of(state, side)}
         old = self.basis.read(some, side, "linear").clone()
         grad_nmk = shorter_first(grad_n, side).float()
-        new, usable_n11 = follow(old, grad_nmk, FIRST_ITERATIONS if first else ITERATIONS), usable(grad_nmk)
+        peak_n11 = grad_nmk.abs().amax((-2, -1), keepdim=True)
+        # Neither zero nor anywhere not finite: else it says nothing of directions.
+        usable_n11 = (peak_n11 > 0) & peak_n11.isfinite()
+        unit_nmk = torch.where(usable_n11, grad_nmk / peak_n11, 0.0)
+        new = follow(old, unit_nmk, FIRST_ITERATIONS if first else ITERATIONS)
         self.basis.write(some, side, new, "linear", usable_n11)
         # Turned by nothing is still rounded, so that a gradient that is not used must be told.
         self.rule.rotate(state, which, self.basis.read(some, side, "linear") @ old.mT, usable_n11)
@@ -136,21 +140,13 @@ class GaLore(Rule):
 def follow(basis_nRm: Tensor, grad_nmk: Tensor, iterations: int) -> Tensor:
     """An orthonormal basis (n, r, m) of the strongest left directions of each gradient, from one that is near.
 
-    A gradient that is zero or not finite leaves the basis as it was; one of low rank gets directions to fill up.
-    Products are in float32: the directions of small singular values would drown in the rounding of bf16.
+    A gradient of low rank gets directions to fill up. Products are in float32: the directions of small singular values
+    would drown in the rounding of bf16.
     """
-    usable_n11 = usable(grad_nmk)
-    grad = torch.where(usable_n11, grad_nmk / grad_nmk.abs().amax((-2, -1), keepdim=True), 0.0)
     found = basis_nRm.mT
     for _ in range(iterations):
-        found = torch.linalg.qr(grad @ (grad.mT @ found)).Q
-    return torch.where(usable_n11, found.mT, basis_nRm)
-
-
-def usable(grad_nmk: Tensor) -> Tensor:
-    """Which gradients say something of directions: neither zero nor anywhere not finite."""
-    peak_n11 = grad_nmk.abs().amax((-2, -1), keepdim=True)
-    return (peak_n11 > 0) & peak_n11.isfinite()
+        found = torch.linalg.qr(grad_nmk @ (grad_nmk.mT @ found)).Q
+    return found.mT
 
 
 def shorter_first(x_nMK: Tensor, side: str) -> Tensor:

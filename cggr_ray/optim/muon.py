@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cggr_ray.optim.rule import Rule
-from cggr_ray.optim.state_formats import MOST_MEMORY, Float32, Int8Blockwise, State, turn_rows
+from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 POLAR_EXPRESS = (
@@ -76,9 +76,9 @@ class Muon(Rule):
             raise ValueError(f"{self}; accepted: lr >= 0, weight_decay >= 0, momentum in [0, 1)")
         if self.row_beta is not None and not 0 <= self.row_beta < 1:
             raise ValueError(f"row_beta = {self.row_beta}; accepted: none, or in [0, 1)")
-        if isinstance(self.state, Int8Blockwise) and self.momentum > MOST_MEMORY:
-            raise ValueError(f"momentum = {self.momentum} with 8-bit state; accepted: at most {MOST_MEMORY}, a longer "
-                             "average would stand still between two codes")  # fmt: skip
+        if isinstance(self.state, Int8Blockwise) and self.momentum > LONGEST["linear"]:
+            raise ValueError(f"momentum = {self.momentum} with 8-bit state; accepted: at most {LONGEST['linear']}, a "
+                             "longer average would stand still between two codes")  # fmt: skip
 
     def init_state(self, weights: Tensor) -> State:
         state = self.state.zeros("momentum", weights, "linear")

@@ -8,10 +8,11 @@ master copy here; a float32 model is its own master.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +79,15 @@ class Stack:
     def begin(self, step: int) -> None:
         """Before the first gradient of a step."""
         self._first, self._due = step == 0, self.rule.due(len(self.parameters), step)
-        self._arrived = [0] * len(self.parameters)
+        self._sum, self._arrived = None, [0] * len(self.parameters)
 
     def project_early(self) -> None:
         """From now on, inside the backward pass; where the rule projects this stack."""
         self._early = self.rule.projects(self.state)
+        # A hook that held the stack would keep both alive for ever: no garbage collector sees what a hook refers to.
+        project = weakref.WeakMethod(self._project_one)
         for i, parameter in enumerate(self.parameters if self._early else []):
-            parameter.register_post_accumulate_grad_hook(partial(self._project_one, i))
+            parameter.register_post_accumulate_grad_hook(partial(call_if_alive, project, i))
 
     def accumulate(self) -> None:
         """Moves the parameters' gradients into a float32 sum: one micro-batch of several."""
@@ -104,9 +107,9 @@ class Stack:
         for parameter in self.parameters:
             parameter.grad = None
         stacked = torch.stack(gradients) if len(gradients) > 1 else gradients[0].unsqueeze(0)
-        if self._due and self.rule.projects(self.state):
-            which = slice(self._due.start, self._due.stop)
-            self.rule.refresh(stacked[which], self.state, which, self._first)
+        for i in self._due if self.rule.projects(self.state) else ():
+            # One by one, so that no more than one is there in float32.
+            self.rule.refresh(stacked[i : i + 1], self.state, slice(i, i + 1), self._first)
         self._due = range(0)
         return self.rule.project(stacked, self.state)
 
@@ -139,8 +142,15 @@ def parts(same: list[Named]) -> list[list[Named]]:
     return [same[at : at + most] for at in range(0, len(same), most)]
 
 
-def apply_rule(stack: Stack, gradient: Tensor, lr: Tensor, clip: Tensor, finite: Tensor) -> Tensor:
-    """One update of a stack; returns the direction. Plain tensor code, so it compiles into one graph a shape.
+def call_if_alive(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:
+    """What a hook calls: nothing any more where the optimizer is gone and the model is not."""
+    alive = method()
+    if alive is not None:
+        alive(*args)
+
+
+def apply_rule(stack: Stack, gradient: Tensor, lr: Tensor, clip: Tensor, finite: Tensor) -> None:
+    """One update of a stack. Plain tensor code, so it compiles into one graph a shape.
 
     Args:
         lr: learning rate of this step, 0-d. clip: factor on the gradient. finite: 1, or 0 to change nothing at all.
@@ -154,7 +164,6 @@ def apply_rule(stack: Stack, gradient: Tensor, lr: Tensor, clip: Tensor, finite:
     stack.master.sub_(direction * (rate * stack.scale))
     if stack.master is not stack.weights:
         stack.weights.copy_(stack.master)
-    return direction
 
 
 class StackedOptimizer:
@@ -175,7 +184,7 @@ class StackedOptimizer:
         stacked = [id(p) for stack in self.stacks.values() for p in stack.parameters]
         self._model_order = [stacked.index(id(p)) for _, p in named]
         self._rates = {id(rule): torch.zeros((), device=device) for rule in (config.matrix, config.rest)}
-        self._apply: Callable[..., Tensor] = compiled_on(device, apply_rule)
+        self._apply: Callable[..., None] = compiled_on(device, apply_rule)
 
     def learning_rate(self, progress: Progress) -> float:
         """Learning rate of the hidden matrices, as logged."""
@@ -195,7 +204,7 @@ class StackedOptimizer:
     def step(self, progress: Progress) -> Tensor:
         """Clips by the global norm, updates every parameter in place, drops the gradients; returns the norm, 0-d.
 
-        A norm that is not finite changes nothing: no weight, no moment, no count.
+        A norm that is not finite changes nothing: no weight, no moment, no count, but for a refresh that was due.
         """
         if self._begun != progress.step:
             self.begin(progress)
@@ -203,18 +212,19 @@ class StackedOptimizer:
         multiplier = self._multiplier(progress)
         for rule in (self.config.matrix, self.config.rest):
             self._rates[id(rule)].fill_(rule.lr * multiplier)
-        gradients = [stack.gradient() for stack in self.stacks.values()]
+        gradients = {name: stack.gradient() for name, stack in self.stacks.items()}
         # One a parameter, in the model's order and in float32, so that torch's own clipping would find the same there.
-        norms = [n for g in gradients for n in torch._foreach_norm(g.unbind(), 2.0, dtype=torch.float32)]
+        norms = [n for g in gradients.values() for n in torch._foreach_norm(g.unbind(), 2.0, dtype=torch.float32)]
         norm = torch.linalg.vector_norm(torch.stack([norms[i] for i in self._model_order]))
         clip = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         finite = norm.isfinite().float()
-        for stack, gradient in zip(self.stacks.values(), gradients, strict=True):
-            self._apply(stack, gradient, self._rates[id(stack.rule)], clip, finite)
+        for name, stack in self.stacks.items():
+            self._apply(stack, gradients.pop(name), self._rates[id(stack.rule)], clip, finite)
         return norm
 
     def accumulate(self) -> None:
         """Adds the gradients of one micro-batch of several to the float32 sums that `step` will use."""
+        assert self._begun is not None, "the step has not begun"
         for stack in self.stacks.values():
             stack.accumulate()
 

@@ -161,7 +161,7 @@ class SparseLayers:
         """Hidden states of the kept rows after the layer, with gradient."""
         if self.checkpointing != "none":
             out: Tensor = torch.utils.checkpoint.checkpoint(
-                self._replay, shape, w, hidden_KD, rotary_N, kept, trace, use_reentrant=False
+                self._replay, shape, w, hidden_KD, rotary_N, kept, trace, use_reentrant=False, preserve_rng_state=False
             )
             return out
         return self._replay(shape, w, hidden_KD, rotary_N, kept, trace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cggr_ray.benchmarks.accounting import Training, accounting, live_bytes
+from cggr_ray.benchmarks.accounting import FIRST, Training, accounting, live_bytes
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.benchmarks.rows import Shape
 from cggr_ray.benchmarks.step import NOW
@@ -57,8 +57,8 @@ def test_views_of_one_storage_count_once() -> None:
 
 def test_a_second_step_holds_what_the_first_held() -> None:
     training = Training(Shape("tiny", 1, 16), OPTIMIZERS["e3_full"], CPU, torch.float32)
-    training.backward()
+    training.backward(FIRST)
     first = training.held()
-    training.optimizer.step(NOW)
-    training.backward()
+    training.optimizer.step(FIRST)
+    training.backward(NOW)
     assert training.held() == first

@@ -111,7 +111,7 @@ def rarely_seen(generator, rows=256, columns=128):
         yield seen, (torch.randn(rows, columns, generator=generator) + drift) * size * seen[:, None]
 
 
-@pytest.mark.parametrize("beta2", [0.95, 0.98])
+@pytest.mark.parametrize("beta2", [0.95, 0.97])
 def test_updates_with_8_bits_stay_close_to_those_of_torch(beta2):
     rule = AdamW(beta2=beta2, state=Int8Blockwise())
     state, exact = rule.init_state(torch.zeros(1, 256, 128)), nn.Parameter(torch.zeros(256, 128))
@@ -137,7 +137,7 @@ def test_updates_with_8_bits_stay_close_to_those_of_torch(beta2):
 
 
 def test_an_average_too_long_for_8_bits_is_refused():
-    with pytest.raises(ValueError, match=r"beta2 = 0.999 with 8-bit state; accepted: at most 0.98"):
+    with pytest.raises(ValueError, match=r"beta2 = 0.999 with 8-bit state; accepted: at most 0.95 and 0.97"):
         AdamW(beta2=0.999, state=Int8Blockwise())
     with pytest.raises(ValueError, match=r"beta1 = 0.99, beta2"):
         AdamW(beta1=0.99, state=Int8Blockwise())

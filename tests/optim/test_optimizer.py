@@ -1,7 +1,9 @@
 """The optimizer around the rules: partition, clipping, bad gradients, accumulation, resume, early projection."""
 
+import gc
 import itertools
 import math
+import weakref
 from dataclasses import dataclass, replace
 
 import pytest
@@ -215,6 +217,7 @@ def test_a_step_that_is_not_finite_changes_no_bit_of_any_state(config):
 def test_one_bad_micro_batch_spoils_its_step_alone():
     victim, twin = llama(), llama()
     hurt, clean = build(victim, Optimizer(schedule=STEADY)), build(twin, Optimizer(schedule=STEADY))
+    hurt.begin(at())
     for micro in range(3):
         random_gradients(victim, micro)
         if micro == 1:
@@ -222,6 +225,7 @@ def test_one_bad_micro_batch_spoils_its_step_alone():
         hurt.accumulate()
     hurt.step(at())
     for model, optimizer in ((victim, hurt), (twin, clean)):
+        optimizer.begin(at(1))
         for micro in range(2):
             random_gradients(model, 10 + micro)
             optimizer.accumulate()
@@ -243,6 +247,7 @@ def test_micro_batches_sum_to_the_gradient_of_one_batch(splits):
     start = [p.detach().double().clone() for p in layer.parameters()]
     config = Optimizer(matrix=Plain(), rest=Plain(), schedule=STEADY, clip_norm=math.inf)
     optimizer = config.build(layer.named_parameters(), ["0.weight"], CPU)
+    optimizer.begin(at())
     for part_x, part_y in zip(x.split(splits), y.split(splits), strict=True):
         (layer(part_x) - part_y).square().sum().backward()
         optimizer.accumulate()
@@ -259,6 +264,7 @@ def test_bf16_gradients_are_summed_in_float32(copies):
     (stack,) = optimizer.stacks.values()
     generator = torch.Generator().manual_seed(4)
     total = torch.zeros(copies, 7, 5, dtype=torch.float64)
+    optimizer.begin(at())
     for _ in range(40):
         for i, p in enumerate(parameters):
             p.grad = torch.randn(7, 5, generator=generator).add(1).bfloat16()
@@ -408,6 +414,31 @@ def test_no_projected_gradient_outlives_its_place_in_the_backward_pass():
     before = [p.detach().clone() for p in projected]
     assert optimizer.step(at()).isfinite()
     assert not any(torch.equal(p, q) for p, q in zip(projected, before, strict=True))
+
+
+def test_hooks_keep_no_optimizer_alive():
+    model = wide()
+    optimizer = build(model, replace(OPTIMIZERS["galore"], project_early=True))
+    stacks = [weakref.ref(stack) for stack in optimizer.stacks.values()]
+    del optimizer
+    gc.collect()
+    assert not any(stack() for stack in stacks)
+    next(losses(model, 0, 1)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_an_interrupted_step_left_is_gone():
+    models = [wide(), wide()]
+    optimizers = [build(model, replace(OPTIMIZERS["galore"], project_early=True)) for model in models]
+    optimizers[0].begin(at())
+    next(losses(models[0], 7, 1)).backward()
+    models[0].zero_grad()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.begin(at())
+        next(losses(model, 3, 1)).backward()
+        optimizer.step(at())
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_missing_gradient_is_noticed_where_gradients_are_projected_early():

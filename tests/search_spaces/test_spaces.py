@@ -57,7 +57,7 @@ def test_the_e3_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
         draws.append(sweep_trial(RaceSpec(), "e3/full", values, str(number), tmp_path).recipe)
     matrices = [d.optimizer.matrix for d in draws]
     assert {type(m).__name__ for m in matrices} == {"Muon", "GaLore"}
-    assert {m.rank for m in matrices if isinstance(m, GaLore)} == {64, 128, 256, 512}
+    assert {m.rank for m in matrices if isinstance(m, GaLore)} == {64, 128, 256}
     assert {m.refresh_every for m in matrices if isinstance(m, GaLore)} == {50, 200, 800}
     assert {type(d.optimizer.rest.state).__name__ for d in draws} == {"Float32", "Int8Blockwise"}
     assert {type(getattr(d.objective, "form", None)).__name__ for d in draws} == {"NoneType", "Heads", "SharedLogits"}
