@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cggr_ray.data.batch import MicroBatch
+from cggr_ray.data.batch import Batch, MicroBatch
+from cggr_ray.data.loader import micro_batches
+from cggr_ray.data.packing import RowOrder
 
 VOCABULARY = 96
 # Rows of documents: full ones, padded ones, a document of one position.
@@ -43,6 +45,19 @@ def packed(lengths: list[list[int]], width: int, seed: int = 0, masked: float = 
         labelled_B=(labels >= 0).sum(1).numpy(),
         index=index,
     )
+
+
+def batches_of(order: RowOrder, count: int, rows: int, micro_rows: int, device: torch.device) -> list[Batch]:
+    """The first batches of an order, `rows` each; all have one shape."""
+    state, found = order.start(), []
+    for _ in range(count):
+        read = []
+        for _ in range(rows):
+            row, state = order.next_row(state)
+            read.append(row)
+        micros = micro_batches(read, micro_rows, order.shape, device)
+        found.append(Batch(tuple(micros), sum(row.real for row in read)))
+    return found
 
 
 def document_spans(micro: MicroBatch) -> Iterator[tuple[int, slice]]:

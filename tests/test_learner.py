@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_batches import batches_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +20,6 @@ from cggr_ray import checkpoint
 from cggr_ray.clock import SteppedClock
 from cggr_ray.data.batch import Batch
 from cggr_ray.data.dataset import DataSpec, prepare
-from cggr_ray.data.loader import micro_batches
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Problems
 from cggr_ray.data.store import TokenStore
@@ -61,14 +61,7 @@ def store(make_store: Callable[..., TokenStore]) -> TokenStore:
 def batches(store: TokenStore) -> list[Batch]:
     """Twelve batches of two micro-batches; a bit more than an epoch."""
     order = RowOrder([store], (1.0,), (None,), 32, True, 2)
-    state, found = order.start(), []
-    for _ in range(STEPS):
-        rows = []
-        for _ in range(4):
-            row, state = order.next_row(state)
-            rows.append(row)
-        found.append(Batch(tuple(micro_batches(rows, 2, order.shape, torch.device("cpu"))), sum(r.real for r in rows)))
-    return found
+    return batches_of(order, STEPS, 4, 2, torch.device("cpu"))
 
 
 def train(learner: Learner, batches: list[Batch], clock: SteppedClock, steps: range) -> list[StepRow]:

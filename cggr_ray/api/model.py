@@ -8,7 +8,6 @@ sequences, labels are those of the scored positions, and the router's layers are
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.routing.route import TokenRoute
-from cggr_ray.routing.rows import row_means, rows_of
+from cggr_ray.routing.rows import row_means, rows_kept, rows_of
 from cggr_ray.routing.scorers import OwnScores, Scored, TruncatedRouter, own_scores
 from cggr_ray.routing.tokens import build_plan
 from cggr_ray.schema import KEPT_LOSS, ROUTER_CONFIDENCE, ROUTER_KEPT_FRACTION, TRAIN_LOSS
@@ -178,7 +177,7 @@ class CGGRModel(nn.Module):
 
     @torch.no_grad()
     def _hardest_rows(self, adapter: Adapter, micro: MicroBatch, ratio: float) -> MicroBatch:
-        rows = math.ceil(ratio * len(micro.tokens_BT) - 1e-9)
+        rows = rows_kept(ratio, len(micro.tokens_BT))
         scored = self._observed(own_scores(self.tokens.score, seen_after(adapter, micro, self._reads), micro))
         return rows_of(micro, row_means(scored.scores_BT, micro.labels_BT).topk(rows).indices.sort().values)
 

@@ -48,12 +48,14 @@ def _measure(run: Run, shape: Shape, rounds: int) -> list[BenchRow]:
     gradients = {id(p): p.grad for _, p in learner.adapter.named_parameters()}
     providers: dict[str, Callable[[], None]] = {
         "muon_fp32": _ours(learner, learner.optimizer, gradients),
-        **{name: _ours(learner, _build(learner, config), gradients) for name, config in TIMED.items()},
-        **({"muon_eager": _ours(learner, _eager(learner), gradients)} if learner.parameters < EAGER_BELOW else {}),
+        **{name: _ours(learner, _build(learner, config, run.device), gradients) for name, config in TIMED.items()},
         "muon_torch": _torch_optimizers(learner, gradients),
         "forward_backward": lambda: _forward_backward(learner, batch),
         "full_step": lambda: _full_step(learner, batch),
     }
+    if learner.parameters < EAGER_BELOW:
+        eager = _build(learner, learner.recipe.optimizer, torch.device("cpu"))
+        providers["muon_eager"] = _ours(learner, eager, gradients)
     times = interleaved(providers, rounds, run.device)
     dtype = learner.adapter.head_VD.dtype
     rows = []
@@ -79,9 +81,9 @@ def _full_step(learner: Learner, batch: Batch) -> None:
     learner.step(batch, NOW)
 
 
-def _build(learner: Learner, config: Optimizer) -> StackedOptimizer:
-    adapter = learner.adapter
-    return config.build(adapter.named_parameters(), adapter.hidden_names(), adapter.device)
+def _build(learner: Learner, config: Optimizer, device: torch.device) -> StackedOptimizer:
+    """On the learner's parameters, wherever they are; compiled where `device` is a GPU."""
+    return config.build(learner.adapter.named_parameters(), learner.adapter.hidden_names(), device)
 
 
 def _ours(learner: Learner, optimizer: StackedOptimizer, gradients: Gradients) -> Callable[[], None]:
@@ -92,12 +94,6 @@ def _ours(learner: Learner, optimizer: StackedOptimizer, gradients: Gradients) -
         optimizer.step(replace(NOW, step=next(steps)))
 
     return call
-
-
-def _eager(learner: Learner) -> StackedOptimizer:
-    """Ours without the compiler, on the same parameters."""
-    adapter, config = learner.adapter, learner.recipe.optimizer
-    return StackedOptimizer(config, adapter.named_parameters(), adapter.hidden_names(), torch.device("cpu"))
 
 
 def _torch_optimizers(learner: Learner, gradients: Gradients) -> Callable[[], None]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.kernels.selected_ce.op import selected_cross_entropy
 from cggr_ray.models.adapter import Adapter, Stream
-from cggr_ray.objectives.objective import Loss, Objective, rows_of
+from cggr_ray.objectives.objective import Loss, Objective, OwnsNothing, rows_of
 from cggr_ray.progress import Progress
 from cggr_ray.routing.route import TokenRoute
 
 
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(OwnsNothing):
     """L = (1 / labelled) sum_t w_t nll_t over kept positions t; w = 1 on all labelled positions without a route.
 
     With `label_smoothing` e and `entropy_bonus` b, what is minimised is (1 - e) nll + e mean_v(-log p_v) - b H in place
@@ -48,12 +48,6 @@ class NextToken:
 
     def begin(self, progress: Progress) -> None:
         """Nothing changes from step to step."""
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return []
-
-    def hidden_names(self) -> list[str]:
-        return []
 
     def loss(self, stream: Stream, micro: MicroBatch, route: TokenRoute | None, scale: Tensor) -> Loss:
         rows = rows_of(micro, route, scale)

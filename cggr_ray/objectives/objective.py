@@ -53,6 +53,16 @@ class Objective(Protocol):
         ...
 
 
+class OwnsNothing:
+    """Of an objective without parameters of its own."""
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return []
+
+    def hidden_names(self) -> list[str]:
+        return []
+
+
 class Rows(NamedTuple):
     """The positions that a loss is of."""
 

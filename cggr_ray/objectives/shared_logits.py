@@ -13,13 +13,13 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.kernels.selected_ce.op import selected_cross_entropy
 from cggr_ray.models.adapter import Adapter, Stream
 from cggr_ray.objectives.next_token import NextToken
-from cggr_ray.objectives.objective import Loss, Objective, labels_ahead, rows_of
+from cggr_ray.objectives.objective import Loss, Objective, OwnsNothing, labels_ahead, rows_of
 from cggr_ray.progress import Progress, ramp
 from cggr_ray.routing.route import TokenRoute
 
@@ -61,7 +61,7 @@ class SharedLogits:
         return SharedLogitsLoss(self, next_token, adapter.device)
 
 
-class SharedLogitsLoss:
+class SharedLogitsLoss(OwnsNothing):
     """The running objective."""
 
     def __init__(self, form: SharedLogits, next_token: NextToken, device: torch.device) -> None:
@@ -71,12 +71,6 @@ class SharedLogitsLoss:
     def begin(self, progress: Progress) -> None:
         for steps, weight in enumerate(self.form.weights_at(progress.fraction), start=1):
             self._weights_J[steps].fill_(weight)
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return []
-
-    def hidden_names(self) -> list[str]:
-        return []
 
     def loss(self, stream: Stream, micro: MicroBatch, route: TokenRoute | None, scale: Tensor) -> Loss:
         rows = rows_of(micro, route, scale)

@@ -25,7 +25,7 @@ from torch import Tensor
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.rule import Rule
-from cggr_ray.optim.state_formats import Float32, Int8Blockwise, State
+from cggr_ray.optim.state_formats import Float32, Int8Blockwise, State, average_of
 
 # Subspace iterations of a refresh, and of the first, which begins with a random basis.
 ITERATIONS, FIRST_ITERATIONS = 1, 2
@@ -107,7 +107,7 @@ class GaLore(Rule):
         """Also in a step that is not finite for the gradient of another matrix, which says nothing against this one."""
         side = side_of(state)
         assert side is not None, "a gradient that is not projected"
-        some = {key: state[key][which] for key in keys_of(state, side)}
+        some = average_of(state, side, which)
         old = self.basis.read(some, side, "linear").clone()
         grad_nmk = shorter_first(grad_n, side).float()
         peak_n11 = grad_nmk.abs().amax((-2, -1), keepdim=True)
@@ -124,7 +124,7 @@ class GaLore(Rule):
         side = side_of(state)
         if side is None:
             return grad_n
-        some = {key: state[key][which] for key in keys_of(state, side)}
+        some = average_of(state, side, which)
         return torch.bmm(self.basis.read(some, side, "linear").to(grad_n.dtype), shorter_first(grad_n, side))
 
     def direction(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
@@ -156,8 +156,4 @@ def shorter_first(x_nMK: Tensor, side: str) -> Tensor:
 
 def side_of(state: State) -> str | None:
     """The side from which a stack is projected; None where it is not."""
-    return next((side for side in ("left", "right") if keys_of(state, side)), None)
-
-
-def keys_of(state: State, name: str) -> list[str]:
-    return [key for key in state if key.split(".")[0] == name]
+    return next((side for side in ("left", "right") if average_of(state, side)), None)

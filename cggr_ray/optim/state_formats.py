@@ -99,11 +99,16 @@ class Int8Blockwise:
             old.copy_(torch.where(keep > 0, new, old))
 
 
+def average_of(state: State, name: str, which: slice = slice(None)) -> State:
+    """What a rule's state holds of one average, of some matrices of the stack: views, empty where there is none."""
+    return {key: value[which] for key, value in state.items() if key.split(".")[0] == name}
+
+
 def turn_rows(
     kept: StateFormat, state: State, name: str, codes: Codes, which: slice, turn_nRR: Tensor, keep_n11: Tensor
 ) -> None:
     """x[i] <- turn_i x[i] for some matrices i of a stacked average (N, R, K), where `keep_n11` is 1."""
-    some = {key: value[which] for key, value in state.items() if key.split(".")[0] == name}
+    some = average_of(state, name, which)
     kept.write(some, name, turn_nRR @ kept.read(some, name, codes), codes, keep_n11)
 
 

@@ -57,10 +57,9 @@ class Collider:
 
     def build(self, seed: int, setting: Setting) -> Router:
         chosen = self._selected()
-        scorer = chosen.router.build(chosen.score, setting, seed)
-        if self.mode == "upstream":
-            return ThresholdRouter(self.threshold, chosen, scorer, seed, setting)
-        return ScoreRouter(chosen, scorer, seed, setting)
+        if self.mode == "quantile":
+            return chosen.build(seed, setting)
+        return ThresholdRouter(self.threshold, chosen, chosen.router.build(chosen.score, setting, seed), seed, setting)
 
     def plan_for(self, adapter: Adapter) -> Plan:
         return self._selected().plan_for(adapter)

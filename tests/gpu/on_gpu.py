@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
+import small_batches
 import torch
 from small_models import small_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cggr_ray.data.batch import Batch, MicroBatch
-from cggr_ray.data.loader import micro_batches
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.graphs import tensor_fields
 from cggr_ray.learner import Learner, Levels
@@ -117,15 +117,7 @@ def tiny() -> PreTrainedModel:
 
 def batches_of(order: RowOrder, count: int, micro_rows: int = ROWS) -> list[Batch]:
     """The first batches of an order; all have one shape."""
-    state, found = order.start(), []
-    for _ in range(count):
-        rows = []
-        for _ in range(ROWS):
-            row, state = order.next_row(state)
-            rows.append(row)
-        micros = micro_batches(rows, micro_rows, order.shape, DEVICE)
-        found.append(Batch(tuple(micros), sum(row.real for row in rows)))
-    return found
+    return small_batches.batches_of(order, count, ROWS, micro_rows, DEVICE)
 
 
 class NoHeldOut:

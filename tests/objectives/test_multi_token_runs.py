@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_batches import batches_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cggr_ray import checkpoint
 from cggr_ray.data.batch import Batch
-from cggr_ray.data.loader import micro_batches
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.store import TokenStore
 from cggr_ray.learner import Learner, StepRow
@@ -41,14 +41,7 @@ def order(make_store: Callable[..., TokenStore]) -> RowOrder:
 
 @pytest.fixture
 def batches(order: RowOrder) -> list[Batch]:
-    state, found = order.start(), []
-    for _ in range(STEPS):
-        rows = []
-        for _ in range(4):
-            row, state = order.next_row(state)
-            rows.append(row)
-        found.append(Batch(tuple(micro_batches(rows, 2, order.shape, CPU)), sum(r.real for r in rows)))
-    return found
+    return batches_of(order, STEPS, 4, 2, CPU)
 
 
 def learner_of(name: str | None, model: PreTrainedModel, **values: Any) -> Learner:

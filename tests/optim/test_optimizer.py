@@ -1,101 +1,36 @@
-"""The optimizer around the rules: partition, clipping, bad gradients, accumulation, resume, early projection."""
+"""The optimizer around the rules: partition, clipping, bad gradients, accumulation, resume, decay, stacks."""
 
-import gc
 import itertools
 import math
-import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from small_optimizers import (
+    CPU,
+    OPTIMIZERS,
+    PROJECTIONS,
+    STEADY,
+    Plain,
+    assert_same,
+    at,
+    build,
+    llama,
+    random_gradients,
+    snapshot,
+    wide,
+)
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from cggr_ray.models.adapter import Adapter
 from cggr_ray.optim import optimizer as optimizer_module
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.optim.partition import by_shape, partition
-from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.schedules import Linear
-from cggr_ray.optim.state_formats import Int8Blockwise
-from cggr_ray.progress import Progress
 
-CPU = torch.device("cpu")
-STEADY = Linear(warmup_tokens=0, floor=1.0)
-PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-               "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
-EIGHT = Int8Blockwise()
-EIGHT_ADAMW = AdamW(state=EIGHT, weight_decay=0.1)
-# Half of each of the larger matrices of `wide`, so that the states are large enough for 8 bits.
-HALF = {"rank": 48, "largest_fraction": 0.5}
-OPTIMIZERS = {
-    "muon8": Optimizer(matrix=Muon(state=EIGHT, weight_decay=0.1), schedule=STEADY),
-    "adamw8": Optimizer(matrix=EIGHT_ADAMW, rest=EIGHT_ADAMW, schedule=STEADY),
-    "normuon": Optimizer(matrix=Muon(row_beta=0.95, weight_decay=0.1, cautious=True), schedule=STEADY),
-    "normuon8": Optimizer(matrix=Muon(row_beta=0.95, state=EIGHT), rest=EIGHT_ADAMW, schedule=STEADY),
-    "galore": Optimizer(matrix=GaLore(Muon(weight_decay=0.1), **HALF), schedule=STEADY),
-    "galore8": Optimizer(matrix=GaLore(Muon(state=EIGHT), **HALF, basis=EIGHT), schedule=STEADY),
-    "galore_adamw": Optimizer(matrix=GaLore(AdamW(), **HALF), schedule=STEADY),
-    "galore_adamw8": Optimizer(matrix=GaLore(EIGHT_ADAMW, **HALF, basis=EIGHT), schedule=STEADY),
-}
 ALL_NEW = pytest.mark.parametrize("config", OPTIMIZERS.values(), ids=OPTIMIZERS)
-
-
-def at(step=0, fraction=0.0, tokens=1):
-    return Progress(step, train_seconds=100 * fraction, budget_seconds=100.0, tokens_seen=tokens)
-
-
-@dataclass(frozen=True)
-class Plain(Rule):
-    """Gradient descent: makes what the optimizer does around a rule visible."""
-
-    lr: float = 1.0
-    weight_decay: float = 0.0
-
-    def init_state(self, weights):
-        return {}
-
-    def direction(self, grad, state, finite):
-        return grad
-
-
-def llama(tied=True, dtype=torch.float32, **values):
-    # A vocabulary as large as the width: the embedding has the shape of a hidden matrix.
-    small = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "use_cache": False}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**(small | heads | {"tie_word_embeddings": tied} | values))).to(dtype)
-
-
-def wide(dtype=torch.float32):
-    """Matrices of 96 x 96 and more, but for two of 48 x 96 a layer, which are too short to be projected."""
-    return llama(dtype=dtype, vocab_size=96, hidden_size=96, intermediate_size=128)
-
-
-def build(model, config):
-    adapter = Adapter(model)
-    return config.build(adapter.named_parameters(), adapter.hidden_names(), CPU)
-
-
-def random_gradients(model, seed, factor=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        p.grad = ((noise + 0.1 * p.detach().float()) * factor).to(p.dtype)
-
-
-def snapshot(optimizer):
-    return {f"{n}.{k}": t.clone() for n, s in optimizer.stacks.items() for k, t in s.tensors().items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 # Partition
@@ -358,129 +293,6 @@ def test_a_scale_of_the_rates_must_be_positive(scale):
 def test_clip_norm_must_be_positive(clip_norm):
     with pytest.raises(ValueError, match=f"clip_norm = {clip_norm}"):
         Optimizer(clip_norm=clip_norm)
-
-
-# Gradients that are projected inside the backward pass
-
-
-def losses(model, seed, micro_batches):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(micro_batches):
-        tokens = torch.randint(0, 96, (2, 24), generator=generator)
-        yield model(input_ids=tokens, labels=tokens).loss / micro_batches
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("name", ["galore", "galore8", "galore_adamw"])
-def test_projecting_early_equals_projecting_at_the_step(name, micro_batches, dtype):
-    late = replace(OPTIMIZERS[name], matrix=replace(OPTIMIZERS[name].matrix, refresh_every=3))
-    runs = [(model, build(model, config)) for config in (late, replace(late, project_early=True))
-            for model in [wide(dtype)]]  # fmt: skip
-    start = snapshot(runs[0][1])
-    for step in range(5):
-        norms = []
-        for model, optimizer in runs:
-            optimizer.begin(at(step))
-            for loss in losses(model, step, micro_batches):
-                loss.backward()
-                if micro_batches > 1:
-                    optimizer.accumulate()
-            norms.append(optimizer.step(at(step)))
-            assert all(p.grad is None for p in model.parameters())
-        torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
-    found, expected = snapshot(runs[1][1]), snapshot(runs[0][1])
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-5, msg=key)
-        assert value.ndim == 0 or not torch.equal(value, start[key])
-
-
-def test_no_projected_gradient_outlives_its_place_in_the_backward_pass():
-    model = wide()
-    optimizer = build(model, replace(OPTIMIZERS["galore"], project_early=True))
-    projected, short = [], []
-    for name, p in model.named_parameters():
-        if name.startswith("model.layers") and p.ndim == 2:
-            (short if min(p.shape) < 64 else projected).append(p)
-    assert len(projected) == 10 and len(short) == 4
-    held = []
-    for name, p in model.named_parameters():
-        if "norm" in name or "embed" in name:
-            p.register_post_accumulate_grad_hook(lambda _: held.append(sum(q.grad is not None for q in projected)))
-    optimizer.begin(at())
-    for loss in losses(model, 0, 1):
-        loss.backward()
-    assert held == [0] * 6 and all(p.grad is None for p in projected) and all(p.grad is not None for p in short)
-    before = [p.detach().clone() for p in projected]
-    assert optimizer.step(at()).isfinite()
-    assert not any(torch.equal(p, q) for p, q in zip(projected, before, strict=True))
-
-
-def test_hooks_keep_no_optimizer_alive():
-    model = wide()
-    optimizer = build(model, replace(OPTIMIZERS["galore"], project_early=True))
-    stacks = [weakref.ref(stack) for stack in optimizer.stacks.values()]
-    del optimizer
-    gc.collect()
-    assert not any(stack() for stack in stacks)
-    next(losses(model, 0, 1)).backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_what_an_interrupted_step_left_is_gone():
-    models = [wide(), wide()]
-    optimizers = [build(model, replace(OPTIMIZERS["galore"], project_early=True)) for model in models]
-    optimizers[0].begin(at())
-    next(losses(models[0], 7, 1)).backward()
-    models[0].zero_grad()
-    for model, optimizer in zip(models, optimizers, strict=True):
-        optimizer.begin(at())
-        next(losses(model, 3, 1)).backward()
-        optimizer.step(at())
-    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_a_missing_gradient_is_noticed_where_gradients_are_projected_early():
-    model = wide()
-    optimizer = build(model, replace(OPTIMIZERS["galore"], project_early=True))
-    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
-    optimizer.begin(at())
-    next(losses(model, 0, 1)).backward()
-    with pytest.raises(AssertionError, match="no gradient"):
-        optimizer.step(at())
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_bases_follow_all_gradients_at_first_and_then_each_once_a_period(early, monkeypatch):
-    model, seen, refresh = wide(), [], GaLore.refresh
-    config = replace(OPTIMIZERS["galore"], matrix=GaLore(**HALF, refresh_every=5), project_early=early)
-    optimizer = build(model, config)
-
-    def watched(self, gradient, state, which, first):
-        assert len(gradient) == which.stop - which.start
-        seen.extend((id(state), i, first) for i in range(which.start, which.stop))
-        refresh(self, gradient, state, which, first)
-
-    monkeypatch.setattr(GaLore, "refresh", watched)
-    every = {(id(s.state), i) for s in optimizer.stacks.values() if s.rule.projects(s.state)
-             for i in range(len(s.parameters))}  # fmt: skip
-    for step in range(6):
-        optimizer.begin(at(step))
-        for loss in losses(model, step, 2):
-            loss.backward()
-            optimizer.accumulate()
-        optimizer.step(at(step))
-        if step == 0:
-            assert len(seen) == 10 and set(seen) == {(*one, True) for one in every}
-            seen.clear()
-    assert len(seen) == 10 and set(seen) == {(*one, False) for one in every}
-
-
-@pytest.mark.parametrize("matrix", [Muon(), AdamW()])
-def test_projecting_early_is_refused_where_nothing_is_projected(matrix):
-    with pytest.raises(ValueError, match="project_early with a rule that projects nothing"):
-        Optimizer(matrix=matrix, project_early=True)
 
 
 # Decay and stacks

@@ -2,36 +2,14 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
+from small_optimizers import CPU, Plain, at
 from torch import nn
 
 from cggr_ray.optim.optimizer import Optimizer
-from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.schedules import WSD, Linear
-from cggr_ray.progress import Progress
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Plain(Rule):
-    """Gradient descent: a step is the learning rate."""
-
-    lr: float = 1.0
-    weight_decay: float = 0.0
-
-    def init_state(self, weights):
-        return {}
-
-    def direction(self, grad, state, finite):
-        return grad
-
-
-def at(step=0, fraction=0.0, tokens=1):
-    return Progress(step, train_seconds=100 * fraction, budget_seconds=100.0, tokens_seen=tokens)
 
 
 @pytest.mark.parametrize(
