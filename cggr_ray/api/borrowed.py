@@ -34,7 +34,7 @@ class Borrowed:
     def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
         if not hasattr(getattr(model, "config", None), "get_text_config"):
             raise ValueError(f"{type(model).__name__}; accepted: a causal LM of transformers")
-        if model.is_activation_checkpointing:
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError("gradient checkpointing of the model's own; accepted: gradient_checkpointing=True here")
         self.model, self._checkpointing = model, gradient_checkpointing
         self._adapter = self._adapt()

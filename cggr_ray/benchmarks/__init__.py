@@ -66,7 +66,7 @@ def check_tests(name: str) -> None:
     if not all(Path(path).exists() for path in paths):
         raise ValueError(f"benchmark {name!r} runs its tests first; accepted: a checkout of the project with tests/")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "4", "-p", "no:cacheprovider", *paths],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "auto", "-p", "no:cacheprovider", *paths],
         cwd=root,
         capture_output=True,
         text=True,
