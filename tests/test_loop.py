@@ -141,6 +141,7 @@ NEUTRAL = {
     "cggr_model_sequence": {"rows.keep": 1.0},
     "cggr_seed": {"tokens.keep": 1.0},
     "cggr_skip": {"tokens.keep": 1.0},
+    "cggr_tuned": {"tokens.keep": 1.0},
     "cggr_wrapper": {"tokens.num_buckets": 1},
     "collider": {"tokens.keep": 1.0},
     "galore": {"optimizer.matrix.smallest": 10_000},
@@ -165,6 +166,7 @@ SMALL = {
     "cggr_model_sequence": {"rows.layers": 1},
     "cggr_seed": {"tokens.router.layers": 1},
     "cggr_skip": {"tokens.entry": 1, "tokens.exit": 1},
+    "cggr_tuned": {"tokens.entry": 1, "tokens.exit": 1},
 }
 
 

@@ -147,24 +147,26 @@ class SelectedTokens:
 class SkippedTokens:
     """Kept positions alone pass the middle layers; the others skip them and rejoin behind. Every position has a loss.
 
-    `choice`: any by chance (arXiv 2211.11586), or those labelled positions of which a probe behind the entry layers
-    expects the largest loss. Evaluation always runs the whole model; the curriculum should end with full steps.
+    `choice`: any by chance (arXiv 2211.11586), or labelled positions by the loss that a probe behind the entry layers
+    expects of them: the largest (`confidence`), or drawn evenly from `num_strata` strata of it (`stratified`).
+    Evaluation always runs the whole model; the curriculum should end with full steps.
     """
 
     IS_PART: ClassVar[bool] = True
 
     keep: float = 0.25
-    choice: Literal["random", "confidence"] = "random"
+    choice: Literal["random", "confidence", "stratified"] = "random"
     entry: int = 2
     exit: int = 2
+    num_strata: int = 4
     curriculum: Curriculum = Curriculum(target_at=0.0, full_from=0.5)
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         if self.entry < 0 or self.exit < 0:
             raise ValueError(f"entry = {self.entry}, exit = {self.exit}; accepted: at least 0")
-        if self.choice == "confidence" and self.entry < 1:
-            raise ValueError("choice 'confidence' with entry = 0; accepted: at least one layer for the probe to read")
+        if self.choice != "random" and self.entry < 1:
+            raise ValueError(f"choice {self.choice!r} with entry = 0; accepted: at least one layer for the probe to read")
 
     def needs_layers(self) -> int:
         return self.entry + self.exit + 1
@@ -173,7 +175,13 @@ class SkippedTokens:
         if self.choice == "random":
             return RandomRouter(self.keep, self.curriculum, seed, setting, labelled_only=False)
         chosen = SelectedTokens(
-            self.keep, "loss", plan="before", router=Probe(layers=self.entry), curriculum=self.curriculum
+            self.keep,
+            "loss",
+            "topk" if self.choice == "confidence" else "stratified",
+            plan="before",
+            router=Probe(layers=self.entry),
+            num_strata=self.num_strata,
+            curriculum=self.curriculum,
         )
         return chosen.build(seed, setting)
 
