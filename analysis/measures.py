@@ -34,6 +34,8 @@ MEASURES = (
     "steps",
     "peak_memory_mib",
 )
+# Columns of the runs frame, one a source.
+EPOCHS = "epochs/"
 PAIRED = ("loss_difference", "seconds_to_baseline_loss", "speed_up")
 
 
@@ -135,6 +137,16 @@ def finished_runs(race: Race) -> pd.DataFrame:
     wanted = ("tokens_seen", "train_seconds", "steps", "peak_memory_mib")
     missing = {name: math.nan for name in wanted if name not in race.runs.columns}
     return race.runs[race.runs["status"] == FINISHED].assign(**missing)
+
+
+def epochs(race: Race) -> dict[str, dict[str, float]]:
+    """How often the finished runs of each recipe read each source, on average; nothing where no summary says."""
+    names = [str(name) for name in race.runs.columns if str(name).startswith(EPOCHS)]
+    passes = finished_runs(race).groupby("recipe")[names].mean()
+    return {
+        recipe: {name.removeprefix(EPOCHS): float(passes[name].get(recipe, math.nan)) for name in names}
+        for recipe in race.recipes
+    }
 
 
 def equal_tokens(race: Race) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.frames import Race, read_race
-from analysis.measures import FINISHED, comparison, equal_tokens, ledger_check, order_check
+from analysis.measures import FINISHED, comparison, epochs, equal_tokens, ledger_check, order_check
 from analysis.plots import ZOOM_FRACTION, plot_loss_against_seconds, plot_loss_against_tokens, plot_memory, plot_speed
 from analysis.tables import (
     NONE,
@@ -35,6 +35,8 @@ REPORT_FILE = "benchmark_results.md"
 REPORT_FOLDER = "report"
 # Ledgers that miss the wall clock by more than this many percent leave time unexplained.
 CLOSURE_PERCENT = 0.5
+# Passes over the same documents after which new ones would be worth much more.
+FRESH_EPOCHS = 4
 PLOTS = (
     ("loss_against_seconds.png", "Validation loss against train seconds: equal time", plot_loss_against_seconds),
     ("loss_against_tokens.png", "Validation loss against tokens seen: equal data", plot_loss_against_tokens),
@@ -54,7 +56,8 @@ COLUMN_NOTES = """\
   its seed, interpolated between milestones; "reached by k of n" if some pairs never got there.
 * **speed-up**: the baseline's own time to that loss divided by the time above; above one is faster.
 * **tokens seen, tokens/s**: tokens read from the stream, padding left out, whether or not they carried a gradient;
-  per train second. **steps**: optimizer updates. **peak memory**: largest allocation on the device.
+  per train second. **epochs**: how often the training documents were read. **steps**: optimizer updates.
+* **peak memory**: largest allocation on the device.
 * **±**: half width of the 95 % Student t interval over seeds (over pairs for differences, times and speed-ups);
   without it there was one run only.
 
@@ -263,6 +266,14 @@ def _caveats(race: Race) -> list[str]:
         notes.append("All runs share one order of the data: the spread over seeds leaves out that of the order.")
     if len(pairs) > 1:
         notes.append(f"{len(pairs)} recipes are compared with one baseline; the intervals are not widened for that.")
+    most = {recipe: max(passes.values(), default=0.0) for recipe, passes in epochs(race).items()}
+    recipe = max(most, key=most.__getitem__)
+    if most[recipe] > FRESH_EPOCHS:
+        notes.append(
+            f"{recipe} read documents up to {most[recipe]:.1f} times, {race.baseline} {most[race.baseline]:.1f}: beyond "
+            f"about {FRESH_EPOCHS} times they teach little (arXiv:2305.16264), and more tokens a second turn into "
+            "memorising. With more data the ranking may be another."
+        )
     if KEPT_LOSS in race.steps.columns:
         notes.append("Training loss of recipes that select is over kept positions and compares with no other recipe's.")
     return notes

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
 
 from analysis.frames import Race
-from analysis.measures import comparison, ledger_check, order_check
+from analysis.measures import comparison, epochs, ledger_check, order_check
 from cggr_ray.schema import BUDGET_LEDGERS, LEARNING_RATE, LEDGERS, TRAIN_SECONDS, VAL_LOSS, VAL_NATS_PER_BYTE
 
 MARKDOWN = "github"
@@ -35,7 +35,15 @@ def comparison_table(race: Race, style: str = MARKDOWN) -> str:
     """One row a recipe with the measures of `analysis.measures.comparison`, units in the head."""
     headers = (
         *("recipe", "finished", "final val loss (nats/token)", "difference to baseline", "val loss at equal tokens"),
-        *("time to baseline's final loss (s)", "speed-up", "tokens seen (M)", "tokens/s", "steps", "peak memory (MiB)"),
+        *(
+            "time to baseline's final loss (s)",
+            "speed-up",
+            "tokens seen (M)",
+            "epochs",
+            "tokens/s",
+            "steps",
+            "peak memory (MiB)",
+        ),
     )
     return table(headers, [_comparison_cells(race, row) for row in comparison(race).to_dict("records")], style)
 
@@ -57,10 +65,17 @@ def _comparison_cells(race: Race, row: dict[Any, Any]) -> list[str]:
         seconds,
         NONE if is_baseline else cell("speed_up", 2),
         cell("tokens_seen", 3, scale=1e-6),
+        _epochs_cell(epochs(race)[str(row["recipe"])]),
         cell("tokens_per_second", 0),
         cell("steps", 0),
         cell("peak_memory_mib", 0),
     ]
+
+
+def _epochs_cell(passes: Mapping[str, float]) -> str:
+    if len(passes) == 1:
+        return figure(next(iter(passes.values())), 1)
+    return ", ".join(f"{source} {figure(passed, 1)}" for source, passed in passes.items()) or NONE
 
 
 def validation_table(race: Race) -> str:

@@ -273,6 +273,7 @@ class Run:
             "steps": self.step,
             "tokens_seen": at.tokens_seen,
             "labelled_tokens": self.labelled,
+            "epochs": self._epochs(),
             "budget_seconds": self.budget.seconds,
             "train_seconds": at.train_seconds,
             "overrun_seconds": at.train_seconds - self.budget.seconds,
@@ -291,6 +292,11 @@ class Run:
         aside.replace(self.folder / SUMMARY_FILE)
         checkpoint.remove_all(self.folder)
         return summary
+
+    def _epochs(self) -> dict[str, float]:
+        """How often every source was read. By an order of its own: the loader's is read ahead of training."""
+        passes = self.data.order().epochs(self.loader.at)
+        return {source.name: passed for source, passed in zip(self.spec.data.sources, passes, strict=True)}
 
     def _position(self) -> Position:
         ledgers = self.clock.ledgers

@@ -133,6 +133,7 @@ BUDGET_LEDGERS: Final = ("train", "data_wait")
 # A summary, key by key (summary.json):
 #   trial_id, recipe, seed, status          str, str, int, Status
 #   steps, tokens_seen, labelled_tokens     int
+#   epochs                                  {source: float}, how often its training documents were read
 #   budget_seconds, train_seconds           float; train_seconds is train + data_wait
 #   overrun_seconds, last_step_seconds      float; overrun is what training used past the budget
 #   wall_seconds                            float, from a clock of its own

@@ -229,7 +229,8 @@ def test_every_recipe_resumes_exactly(recipe: str, spec: RaceSpec, data_folder: 
     kinds = [json.loads(line)["kind"] for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("resumed") == 1
     assert losses(parts) == losses(whole)
-    for name in ("val/loss", "steps", "tokens_seen", "labelled_tokens", "train_seconds", "best_val_loss", "order"):
+    same = ("val/loss", "steps", "tokens_seen", "labelled_tokens", "epochs", "train_seconds", "best_val_loss", "order")
+    for name in same:
         assert found[name] == expected[name], name
     assert not (parts / "checkpoints").exists()
 

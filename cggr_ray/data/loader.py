@@ -113,8 +113,9 @@ class Loader:
         return batch
 
     @property
-    def rows_read(self) -> int:
-        return self._state.rows_read
+    def at(self) -> OrderState:
+        """Where the order stands after the last batch handed out."""
+        return self._state
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": asdict(self._state), "tokens_seen": self.tokens_seen, "marks": dict(self.marks)}

@@ -181,6 +181,13 @@ class RowOrder:
             digest=digest.hexdigest(),
         )
 
+    def epochs(self, state: OrderState) -> list[float]:
+        """How often each source was read up to `state`; documents of the block in progress count by its rows."""
+        rows, after = self._rows(state)
+        part = state.row / len(rows)
+        drawn = [before + part * (later - before) for before, later in zip(state.draws, after.draws, strict=True)]
+        return [draws / store.documents for draws, store in zip(drawn, self.stores, strict=True)]
+
     def _rows(self, state: OrderState) -> tuple[list[list[Piece]], OrderState]:
         key = (state.block, tuple(state.draws))
         if self._block is None or self._block[0] != key:

@@ -148,7 +148,8 @@ class SkippedTokens:
     """Kept positions alone pass the middle layers; the others skip them and rejoin behind. Every position has a loss.
 
     `choice`: any by chance (arXiv 2211.11586), or labelled positions by the loss that a probe behind the entry layers
-    expects of them: the largest (`confidence`), or drawn evenly from `num_strata` strata of it (`stratified`).
+    expects of them: the largest (`confidence`), or drawn from `num_strata` strata of it, more from the harder ones
+    (`stratified`).
     Evaluation always runs the whole model; the curriculum should end with full steps.
     """
 
@@ -166,7 +167,9 @@ class SkippedTokens:
         if self.entry < 0 or self.exit < 0:
             raise ValueError(f"entry = {self.entry}, exit = {self.exit}; accepted: at least 0")
         if self.choice != "random" and self.entry < 1:
-            raise ValueError(f"choice {self.choice!r} with entry = 0; accepted: at least one layer for the probe to read")
+            raise ValueError(
+                f"choice {self.choice!r} with entry = 0; accepted: at least one layer for the probe to read"
+            )
 
     def needs_layers(self) -> int:
         return self.entry + self.exit + 1

@@ -82,6 +82,19 @@ def test_a_narrow_interval_is_said_to_exclude_zero(
     assert ("0 of 3 pairs reached" in line) == (shift > 0)
 
 
+def test_repeated_data_is_shown_and_warned_of(pair_race: Path) -> None:
+    assert "arXiv:2305.16264" not in render(read_race(pair_race))
+    for trial, passes in (("baseline-0", 3.0), ("baseline-1", 3.2), ("quick-0", 6.0), ("quick-1", 7.0)):
+        edit_summary(pair_race, trial, epochs={"prose": passes})
+    text = render(read_race(pair_race))
+    assert re.search(r"\| baseline .*\| 3\.1 +\|", text) and re.search(r"\| quick .*\| 6\.5 +\|", text)
+    assert "quick read documents up to 6.5 times, baseline 3.1" in text
+    for trial in ("baseline-0", "baseline-1", "quick-0", "quick-1"):
+        edit_summary(pair_race, trial, epochs={"prose": 2.0, "sums": 0.25})
+    text = render(read_race(pair_race))
+    assert "prose 2.0, sums 0.2 " in text and "arXiv:2305.16264" not in text
+
+
 def test_lost_runs_are_named(pair_race: Path, run_writer: Writer) -> None:
     run_writer(pair_race, "quick", 2, [], {"status": "diverged", "tokens_seen": 0, "message": "loss was not finite"})
     run_writer(pair_race, "lost", 0, [])

@@ -51,7 +51,7 @@ def test_batches_are_the_rows_of_the_order(order: RowOrder, rows: int, micro_row
     with Loader(order, rows, micro_rows, CPU) as loader:
         for step in range(30):
             batch, wanted = loader.next(), expected[step * rows : (step + 1) * rows]
-            assert loader.rows_read == (step + 1) * rows
+            assert loader.at.rows_read == (step + 1) * rows
             assert batch.rows == rows
             assert batch.tokens == sum(int((r.position_ids >= 0).sum()) for r in wanted)
             assert batch.labelled == sum(int((r.labels >= 0).sum()) for r in wanted)
@@ -101,7 +101,7 @@ def test_marks_do_not_depend_on_the_rows_of_a_step(order: RowOrder) -> None:
     marks = []
     for rows in (1, 5, 64, 96):
         with Loader(order, rows, 96, CPU) as loader:
-            while loader.rows_read < 4 * ORDER_MARK_ROWS:
+            while loader.at.rows_read < 4 * ORDER_MARK_ROWS:
                 loader.next()
             marks.append({k: v for k, v in loader.marks.items() if int(k) <= 4 * ORDER_MARK_ROWS})
     assert sorted(map(int, marks[0])) == [ORDER_MARK_ROWS * i for i in (1, 2, 3, 4)]

@@ -112,6 +112,21 @@ def test_every_transition_is_trained_once_an_epoch(make_store: MakeStore, mask_p
     assert state.rows_read == sum(1 for _ in islice(walk(order), state.rows_read))
 
 
+def test_epochs_count_documents_to_the_row(make_store: MakeStore) -> None:
+    stores = [make_store([20] * 300), make_store([20] * 64)]
+    order = an_order(stores, weights=(3.0, 1.0), row_tokens=19)  # a document a row
+    assert order.epochs(order.start()) == [0.0, 0.0]
+    read = [0, 0]
+    for row, state in islice(walk(order), 700):
+        read[int(row.position_ids[0] >= len(stores[0].tokens))] += 1
+        if state.row == 0:
+            assert order.epochs(state) == [read[0] / 300, read[1] / 64]
+        assert order.epochs(state) == pytest.approx([read[0] / 300, read[1] / 64], abs=0.2)
+        assert sum(e * s.documents for e, s in zip(order.epochs(state), stores, strict=True)) == pytest.approx(
+            sum(read)
+        )
+
+
 def test_a_limited_source_is_read_exactly_so_often(make_store: MakeStore) -> None:
     small, large = make_store(lengths_between(1, 30, 3, 60)), make_store(lengths_between(2, 200, 3, 60), seed=1)
     order = an_order([small, large], (5.0, 1.0), (2, None))

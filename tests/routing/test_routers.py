@@ -166,36 +166,64 @@ def test_chance_draws_evenly_from_all_that_it_may_keep(part: Any, eligible: Tens
 # Positions that a probe lets through the middle layers
 
 
-@pytest.mark.parametrize("entry", [1, 2])
-def test_confidence_is_a_probe_behind_the_entry_layers(entry: int) -> None:
-    part = SkippedTokens(0.4, "confidence", entry=entry, exit=0)
-    model = small_model("llama")
-    one = Pass(Recipe("x", tokens=part), Adapter(model), 0, 147)
-    assert one.router.reads(0.4) == one.router.reads(1.0) == entry
+def expected_losses(one: Pass, entry: int) -> Tensor:
+    """What the probe of a pass says in float64, its bias spread out first; -inf without a label."""
     for name, tensor in one.router.tensors().items():
         if name == "bias":
             tensor.copy_(torch.linspace(-1, 1, len(tensor)))
     into, bias, out = (one.router.tensors()[name].double() for name in ("into", "bias", "out"))
-    hidden = hidden_after(model, MICRO, entry).double()
+    hidden = hidden_after(one.adapter.model, MICRO, entry).double()
     x = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    predicted = torch.where(MICRO.labels_BT >= 0, (torch.relu(x @ into.T + bias) @ out.T).squeeze(-1), -torch.inf)
-    shown = []
+    return torch.where(MICRO.labels_BT >= 0, (torch.relu(x @ into.T + bias) @ out.T).squeeze(-1), -torch.inf)
 
-    def listening(seen: Any, micro: Any, ratio: float, decide: Any = one.router.route) -> Any:
+
+def routed(one: Pass, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The positions that the pass lets through, row by row."""
+    shown, decide = [], one.router.route
+
+    def listening(seen: Any, micro: Any, ratio: float) -> Any:
         shown.append(decide(seen, micro, ratio))
         return shown[-1]
 
-    one.router.route = listening  # type: ignore[method-assign]
-    before = {name: tensor.clone() for name, tensor in one.router.tensors().items()}
+    monkeypatch.setattr(one.router, "route", listening)
     one(MICRO, torch.tensor(1 / MICRO.labelled), 0.4)
-    for row, scores in enumerate(predicted):
+    (route,) = shown
+    return [row[filled].tolist() for row, filled in zip(route.index_BK, route.filled_BK, strict=True)]
+
+
+def skipping(choice: str, entry: int) -> Pass:
+    part = SkippedTokens(0.4, choice, entry=entry, exit=0)  # type: ignore[arg-type]
+    return Pass(Recipe("x", tokens=part), Adapter(small_model("llama")), 0, 147)
+
+
+@pytest.mark.parametrize("entry", [1, 2])
+def test_confidence_is_a_probe_behind_the_entry_layers(entry: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = skipping("confidence", entry)
+    assert one.router.reads(0.4) == one.router.reads(1.0) == entry
+    predicted = expected_losses(one, entry)
+    before = {name: tensor.clone() for name, tensor in one.router.tensors().items()}
+    for row, found in enumerate(routed(one, monkeypatch)):
         keep = max(1, round(0.4 * int(MICRO.labelled_B[row])))
         # Equal tokens at the start of their documents are equal until rounding; the lower index goes first.
-        expected = sorted(scores.round(decimals=5).argsort(descending=True, stable=True)[:keep].tolist())
-        assert shown[0].index_BK[row][shown[0].filled_BK[row]].tolist() == expected
+        order = predicted[row].round(decimals=5).argsort(descending=True, stable=True)
+        assert found == sorted(order[:keep].tolist())
     # It learns from the loss of every position, which a thinned forward has.
     after = one.router.tensors()
     assert all(not torch.equal(before[name], after[name]) for name in ("into", "bias", "out", "moments"))
+
+
+def test_strata_are_of_the_loss_that_the_probe_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = skipping("stratified", 1)
+    one.router.begin(MICRO, at())
+    predicted = expected_losses(one, 1)
+    for row, found in enumerate(routed(one, monkeypatch)):
+        labelled = int(MICRO.labelled_B[row])
+        order = predicted[row].round(decimals=5).argsort(descending=True, stable=True).tolist()
+        quarters = [sum(labelled * s <= 4 * order.index(t) < labelled * (s + 1) for t in found) for s in range(4)]
+        assert len(found) == max(1, round(0.4 * labelled)) == sum(quarters)
+        # Four parts of ten from the hardest quarter, or all of it; at most one position away by rounding.
+        shares = [0.4, 0.3, 0.2, 0.1]
+        assert all(abs(n - s * len(found)) <= 1 for n, s in zip(quarters, shares, strict=True)), quarters
 
 
 def test_full_steps_teach_a_probe_too() -> None:
