@@ -140,12 +140,12 @@ def finished_runs(race: Race) -> pd.DataFrame:
 
 
 def epochs(race: Race) -> dict[str, dict[str, float]]:
-    """How often the finished runs of each recipe read each source, on average; nothing where no summary says."""
+    """How often the finished runs of each recipe that has some read each source, on average."""
     names = [str(name) for name in race.runs.columns if str(name).startswith(EPOCHS)]
     passes = finished_runs(race).groupby("recipe")[names].mean()
     return {
-        recipe: {name.removeprefix(EPOCHS): float(passes[name].get(recipe, math.nan)) for name in names}
-        for recipe in race.recipes
+        str(recipe): {name.removeprefix(EPOCHS): float(value) for name, value in row.items()}
+        for recipe, row in zip(passes.index, passes.to_dict("records"), strict=True)
     }
 
 

@@ -267,12 +267,11 @@ def _caveats(race: Race) -> list[str]:
     if len(pairs) > 1:
         notes.append(f"{len(pairs)} recipes are compared with one baseline; the intervals are not widened for that.")
     most = {recipe: max(passes.values(), default=0.0) for recipe, passes in epochs(race).items()}
-    recipe = max(most, key=most.__getitem__)
-    if most[recipe] > FRESH_EPOCHS:
+    if max(most.values(), default=0.0) > FRESH_EPOCHS:
+        passes = ", ".join(f"{recipe} {figure(number, 1)}" for recipe, number in most.items())
         notes.append(
-            f"{recipe} read documents up to {most[recipe]:.1f} times, {race.baseline} {most[race.baseline]:.1f}: beyond "
-            f"about {FRESH_EPOCHS} times they teach little (arXiv:2305.16264), and more tokens a second turn into "
-            "memorising. With more data the ranking may be another."
+            f"Documents were read more often than about {FRESH_EPOCHS} times ({passes}), beyond which they teach little "
+            "(arXiv:2305.16264) and more tokens a second turn into memorising: with more data the ranking may change."
         )
     if KEPT_LOSS in race.steps.columns:
         notes.append("Training loss of recipes that select is over kept positions and compares with no other recipe's.")

@@ -65,7 +65,7 @@ def _comparison_cells(race: Race, row: dict[Any, Any]) -> list[str]:
         seconds,
         NONE if is_baseline else cell("speed_up", 2),
         cell("tokens_seen", 3, scale=1e-6),
-        _epochs_cell(epochs(race)[str(row["recipe"])]),
+        _epochs_cell(epochs(race).get(str(row["recipe"]), {})),
         cell("tokens_per_second", 0),
         cell("steps", 0),
         cell("peak_memory_mib", 0),

@@ -88,7 +88,7 @@ def test_repeated_data_is_shown_and_warned_of(pair_race: Path) -> None:
         edit_summary(pair_race, trial, epochs={"prose": passes})
     text = render(read_race(pair_race))
     assert re.search(r"\| baseline .*\| 3\.1 +\|", text) and re.search(r"\| quick .*\| 6\.5 +\|", text)
-    assert "quick read documents up to 6.5 times, baseline 3.1" in text
+    assert "(baseline 3.1, quick 6.5)" in text
     for trial in ("baseline-0", "baseline-1", "quick-0", "quick-1"):
         edit_summary(pair_race, trial, epochs={"prose": 2.0, "sums": 0.25})
     text = render(read_race(pair_race))
