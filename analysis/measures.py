@@ -144,7 +144,7 @@ def epochs(race: Race) -> dict[str, dict[str, float]]:
     names = [str(name) for name in race.runs.columns if str(name).startswith(EPOCHS)]
     passes = finished_runs(race).groupby("recipe")[names].mean()
     return {
-        str(recipe): {name.removeprefix(EPOCHS): float(value) for name, value in row.items()}
+        str(recipe): {str(name).removeprefix(EPOCHS): float(value) for name, value in row.items()}
         for recipe, row in zip(passes.index, passes.to_dict("records"), strict=True)
     }
 

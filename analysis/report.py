@@ -270,8 +270,8 @@ def _caveats(race: Race) -> list[str]:
     if max(most.values(), default=0.0) > FRESH_EPOCHS:
         passes = ", ".join(f"{recipe} {figure(number, 1)}" for recipe, number in most.items())
         notes.append(
-            f"Documents were read more often than about {FRESH_EPOCHS} times ({passes}), beyond which they teach little "
-            "(arXiv:2305.16264) and more tokens a second turn into memorising: with more data the ranking may change."
+            f"Documents were read more often than about {FRESH_EPOCHS} times ({passes}), beyond which they teach "
+            "little (arXiv:2305.16264) and more tokens a second turn into memorising: more data may change the ranking."
         )
     if KEPT_LOSS in race.steps.columns:
         notes.append("Training loss of recipes that select is over kept positions and compares with no other recipe's.")
