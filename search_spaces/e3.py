@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from ray import tune
 
 MUON = {"kind": "muon", "lr": 0.02, "scale": "keller", "orthogonalise": "newton_schulz", "weight_decay": 0.01}
 FORMATS = ({"kind": "float32"}, {"kind": "int8_blockwise"})
-RANKS, REFRESHES = (64, 128, 256), (50, 200, 800)
+RANKS, REFRESHES, FULL_RANKS = (64, 128, 256), (50, 200, 800), (0.0, 0.125)
 # Forms that a forward of kept rows can serve, and their weights.
 HEADS, SHARED = (0.05, 0.1, 0.2, 0.4), ([0.5], [0.5, 0.25], [0.25, 0.125])
 
 
 def e3() -> dict[str, Any]:
     """Around the recipe e3/full. Collider keeps rows, so of the forms of multi-token prediction those remain that need
-    no others; gradients are projected early where there is a projection."""
+    no others; gradients are projected early where there is a projection whose bias is not corrected."""
     return {
         "tokens": tune.choice([{"kind": "collider", "mode": mode} for mode in ("quantile", "upstream")]),
         "tokens.keep": tune.uniform(0.4, 0.9),
@@ -42,8 +43,7 @@ def optimizers() -> list[dict[str, Any]]:
         }
         rule = MUON | {"state": state}
         found.append(shared | {"matrix": rule})
-        for rank in RANKS:
-            for refresh in REFRESHES:
-                matrix = {"kind": "galore", "rule": rule, "rank": rank, "refresh_every": refresh, "basis": state}
-                found.append(shared | {"matrix": matrix, "project_early": True})
+        for rank, refresh, part in product(RANKS, REFRESHES, FULL_RANKS):
+            matrix = {"kind": "galore", "rule": rule, "rank": rank, "refresh_every": refresh, "basis": state}
+            found.append(shared | {"matrix": matrix | {"full_rank": part}, "project_early": not part})
     return found

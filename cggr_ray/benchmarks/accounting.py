@@ -1,7 +1,8 @@
 """What training holds in memory, counted: weights, masters, gradients, optimizer state, and the peak of a step.
 
 The first four are sums over live tensors, each storage once; the peaks are the allocator's. A step here is forward,
-backward and update of one micro-batch under full training. Nothing is computed from a formula.
+backward and update of one micro-batch under full training. Nothing is computed from a formula. Of other people's
+optimizers (`peers`) the state is counted, nothing else.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
-from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
+from cggr_ray.benchmarks.peers import Peer, missing, present, tensors_in
+from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, not_installed
 from cggr_ray.benchmarks.step import NOW, random_micro, random_model
 from cggr_ray.benchmarks.timing import MIB, Timing
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
+from cggr_ray.optim.partition import partition
 from cggr_ray.progress import Progress
 
 # Memory of usual devices, in GiB, under which a step is tried.
@@ -75,14 +78,31 @@ def accounting(shape: Shape, device: torch.device) -> list[BenchRow]:
         del training
         if device.type == "cuda":
             found[name] |= {f"fits_{cap}_gib": float(fits(shape, config, device, cap)) for cap in CAPS}
+    for name, peer in present().items():
+        release()
+        found[name] = {"optimizer_bytes": float(peer_bytes(peer, shape, device, dtype))}
     for values in found.values():
         for name in ("adamw_fp32", "muon_fp32"):
             values[f"optimizer_of_{name}"] = values["optimizer_bytes"] / found[name]["optimizer_bytes"]
-    return [
-        bench_row("memory", shape, name, dtype, device, Timing(0.0, 0.0, 0.0, values["peak_mib"]), value, unit)
+    rows = [
+        bench_row("memory", shape, name, dtype, device, Timing(0.0, 0.0, 0.0, values.get("peak_mib", 0.0)), value, unit)
         for name, values in found.items()
         for unit, value in values.items()
     ]
+    return rows + not_installed("memory", shape, missing(), dtype, device)
+
+
+def peer_bytes(peer: Peer, shape: Shape, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes of an optimizer's state after an update by gradients of zero: how much it holds depends on shapes alone."""
+    adapter = Adapter(random_model(shape.model, device, dtype))
+    groups = partition(adapter.named_parameters(), adapter.hidden_names())
+    matrix, rest = ([p for _, p in group] for group in groups)
+    for parameter in matrix + rest:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers = peer.build(matrix, rest)
+    for optimizer in optimizers:
+        optimizer.step()
+    return live_bytes(tensor for optimizer in optimizers for tensor in tensors_in(optimizer.state))
 
 
 def step_peak(training: Training, device: torch.device) -> float:

@@ -2,7 +2,9 @@
 
 step_fraction = optimizer / (forward + backward + optimizer), medians of interleaved runs. Providers: those of
 `optimizers` as they run, GaLore's refreshes in their turn; `muon_eager` is `muon_fp32` without the compiler,
-`muon_torch` is torch.optim.Muon and fused AdamW. `of_muon_fp32`: the time of an update over that of `muon_fp32`.
+`muon_torch` is torch.optim.Muon and fused AdamW; those of `peers` where they are installed. `galore_torch` decomposes
+all matrices in one update of 200: the first, which is warm-up and in no figure here. `of_muon_fp32`: the time of an
+update over that of `muon_fp32`.
 """
 
 from __future__ import annotations
@@ -10,18 +12,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
-from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
+from cggr_ray.benchmarks.peers import LR, Build, Weights, missing, present
+from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, not_installed
 from cggr_ray.benchmarks.timing import interleaved
 from cggr_ray.benchmarks.workload import prepared_run
 from cggr_ray.data.batch import Batch
 from cggr_ray.learner import Learner
 from cggr_ray.loop import Run
+from cggr_ray.models.adapter import Adapter
 from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
 from cggr_ray.optim.partition import partition
 from cggr_ray.progress import Progress
@@ -49,7 +54,7 @@ def _measure(run: Run, shape: Shape, rounds: int) -> list[BenchRow]:
     providers: dict[str, Callable[[], None]] = {
         "muon_fp32": _ours(learner, learner.optimizer, gradients),
         **{name: _ours(learner, _build(learner, config, run.device), gradients) for name, config in TIMED.items()},
-        "muon_torch": _torch_optimizers(learner, gradients),
+        **_others(learner.adapter, gradients),
         "forward_backward": lambda: _forward_backward(learner, batch),
         "full_step": lambda: _full_step(learner, batch),
     }
@@ -65,7 +70,7 @@ def _measure(run: Run, shape: Shape, rounds: int) -> list[BenchRow]:
             fraction = timing.p50 / (times["forward_backward"].p50 + timing.p50)
             values = {"step_fraction": fraction, "of_muon_fp32": timing.p50 / times["muon_fp32"].p50}
         rows += [bench_row("optimizer", shape, name, dtype, run.device, timing, v, unit) for unit, v in values.items()]
-    return rows
+    return rows + not_installed("optimizer", shape, missing(), dtype, run.device)
 
 
 def _forward_backward(learner: Learner, batch: Batch) -> None:
@@ -96,23 +101,27 @@ def _ours(learner: Learner, optimizer: StackedOptimizer, gradients: Gradients) -
     return call
 
 
-def _torch_optimizers(learner: Learner, gradients: Gradients) -> Callable[[], None]:
-    """torch.optim.Muon, one matrix at a time, with AdamW (fused) for the rest, on copies of the bf16 weights."""
-    matrix, rest = partition(learner.adapter.named_parameters(), learner.adapter.hidden_names())
-    copies = {name: nn.Parameter(p.detach().clone()) for name, p in matrix + rest}
-    sources = {name: gradients[id(p)] for name, p in matrix + rest}
-    fused = learner.adapter.device.type == "cuda"
-    muon = torch.optim.Muon([copies[name] for name, _ in matrix], lr=1e-3, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW([copies[name] for name, _ in rest], lr=1e-3, fused=fused)
+def _others(adapter: Adapter, gradients: Gradients) -> dict[str, Callable[[], None]]:
+    """Optimizers that are not ours, by provider name, all on one copy of the bf16 weights."""
+    groups = partition(adapter.named_parameters(), adapter.hidden_names())
+    matrix, rest = ([nn.Parameter(p.detach().clone()) for _, p in group] for group in groups)
+    sources = [gradients[id(p)] for group in groups for _, p in group]
 
-    def call() -> None:
-        for name, copy in copies.items():
-            copy.grad = sources[name]
-        nn.utils.get_total_norm([copy.grad for copy in copies.values() if copy.grad is not None])
-        muon.step()
-        adamw.step()
+    def call(optimizers: list[torch.optim.Optimizer]) -> None:
+        for copy, gradient in zip(matrix + rest, sources, strict=True):
+            copy.grad = gradient
+        nn.utils.get_total_norm([gradient for gradient in sources if gradient is not None])
+        for optimizer in optimizers:
+            optimizer.step()
 
-    return call
+    builds: dict[str, Build] = {"muon_torch": _muon_torch, **{name: peer.build for name, peer in present().items()}}
+    return {name: partial(call, build(matrix, rest)) for name, build in builds.items()}
+
+
+def _muon_torch(matrix: Weights, rest: Weights) -> list[torch.optim.Optimizer]:
+    """torch.optim.Muon, one matrix at a time, with AdamW (fused) for the rest."""
+    muon = torch.optim.Muon(matrix, lr=LR, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=LR, fused=rest[0].is_cuda)]
 
 
 def _give(learner: Learner, gradients: Gradients) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -86,6 +87,18 @@ def bench_row(
         value=round(value, 5),
         unit=unit,
     )
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def not_installed(
+    bench: str, shape: Shape, providers: Iterable[str], dtype: torch.dtype, device: torch.device
+) -> list[BenchRow]:
+    """A row for each provider whose package is missing."""
+    nothing = Timing(0.0, 0.0, 0.0, 0.0)
+    return [bench_row(bench, shape, name, dtype, device, nothing, 0.0, "not_installed") for name in providers]
 
 
 def append(folder: Path, rows: Sequence[BenchRow]) -> Path:

@@ -11,7 +11,6 @@ The value is the fastest baseline's time over this provider's; rows in `arithmet
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cggr_ray.benchmarks.costs import costs_of
-from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
+from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, installed, not_installed
 from cggr_ray.benchmarks.timing import Timing, interleaved
 from cggr_ray.compiling import compiled_on, never_eager
 from cggr_ray.data.batch import MicroBatch
@@ -55,7 +54,8 @@ def bench_step(shape: Shape, device: str, rounds: int, folder: Path) -> list[Ben
     providers = work.full() | work.kept() | work.upstream()
     times = interleaved(providers, rounds, found)
     best = min(timing.p50 for name, timing in times.items() if name.startswith("full_"))
-    return [work.row(name, timing, best) for name, timing in times.items()] + work.limits() + work.not_installed()
+    rows = [work.row(name, timing, best) for name, timing in times.items()] + work.limits()
+    return rows + not_installed("step", shape, work.missing, work.dtype, found)
 
 
 class Work:
@@ -72,7 +72,7 @@ class Work:
         self.scale = torch.tensor(1 / self.micro.labelled, device=device)
         self._tail = compiled_on(device, _tail_loss)
         self._whole = compiled_on(device, self._forward_whole)
-        self._missing: list[str] = []
+        self.missing: list[str] = []
         self._passes = self._build_passes()
         generators = [g for run_pass, _ in self._passes.values() for g in run_pass.router.generators()]
         graphed = device.type == "cuda" and sum(p.numel() for p in self.parameters) < GRAPHS_BELOW
@@ -90,7 +90,7 @@ class Work:
             # It waits for the device in every call, which no graph can hold.
             calls["full_blocks_liger"] = partial(self._launched, self._liger)
         else:
-            self._missing.append("full_blocks_liger")
+            self.missing.append("full_blocks_liger")
         return calls
 
     def kept(self) -> dict[str, Call]:
@@ -118,7 +118,7 @@ class Work:
     def upstream(self) -> dict[str, Call]:
         """The package as it is: its router, its model, a clone of ours in plain eager mode with labels of its own."""
         if self.device.type != "cuda" or not installed("cggr"):
-            self._missing.append("upstream_cggr")
+            self.missing.append("upstream_cggr")
             return {}
         from cggr import CGGRModel, create_truncated_router
 
@@ -151,13 +151,6 @@ class Work:
             row = bench_row("step", self.shape, name, self.dtype, self.device, nothing, limit, "arithmetic_limit")
             rows.append(row)
         return rows
-
-    def not_installed(self) -> list[BenchRow]:
-        nothing = Timing(0.0, 0.0, 0.0, 0.0)
-        return [
-            bench_row("step", self.shape, name, self.dtype, self.device, nothing, 0.0, "not_installed")
-            for name in self._missing
-        ]
 
     def _both(self, steps: dict[str, Any]) -> dict[str, Call]:
         """Each step launch by launch, and as a graph where there are graphs."""
@@ -239,7 +232,3 @@ def random_micro(shape: Shape, vocabulary: int, device: torch.device) -> MicroBa
         labelled_B=np.full(rows, width),
         index=0,
     )
-
-
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

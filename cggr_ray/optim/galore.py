@@ -11,12 +11,25 @@ no step pays for all of them. Orthogonalising R is orthogonalising P R: P orth(R
 
 Differs from both: no SVD, so nothing that fails on a matrix of low rank; no oversampling, a basis that was good a
 refresh ago needs none; averages are rotated; the update is scaled by the inner rule (`low_rank_scale`).
-Shapes: N matrices of one shape (M, K), n of them at a time, m = min(M, K), k = max(M, K), r the rank.
+
+P R lacks what lies outside the basis. With `full_rank` = q > 0 this bias is corrected (GUM, arXiv:2510.17802). At the
+start of each period of `refresh_every` steps F of the N matrices of a stack are drawn, and all averages begin at zero.
+Until the next, with q' = F / N,
+
+    drawn:    C = (G - P P^T G) / q',   D = Muon's direction for C, scaled as Muon's
+    others:   R = P^T G / (1 - q'),     D = P D_R
+
+so that the mean over draws of what enters, C or P R, is G for any P. The mean direction is still not that of Muon:
+`orth` knows no scale, so that within a period it does not see the weights either.
+Differs from GUM: just F are drawn, and not each by itself with probability q; bases are refreshed in their turns, also
+within a period; Nesterov's momentum; the scales of updates.
+Shapes: N matrices of one shape (M, K), n of them at a time, F of them drawn, m = min(M, K), k = max(M, K), r the rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 from typing import ClassVar
 
 import torch
@@ -29,7 +42,9 @@ from cggr_ray.optim.state_formats import Float32, Int8Blockwise, State, average_
 
 # Subspace iterations of a refresh, and of the first, which begins with a random basis.
 ITERATIONS, FIRST_ITERATIONS = 1, 2
-BASIS_SEED = 20403
+BASIS_SEED, DRAW_SEED = 20403, 251017802
+# Before the inner rule's names of what it keeps for the matrices that are drawn.
+FULL = "full_"
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,9 @@ class GaLore(Rule):
 
     `rank` is cut to `largest_fraction` of a matrix' shorter side, beyond which the basis costs more than it saves; a
     side shorter than `smallest` is not projected at all. `alpha`: factor on the update. `basis`: how P is kept.
+    `full_rank`: the part of a stack, rounded, that learns at full rank at a time, around Muon; 0 corrects nothing. One
+    matrix at least does and one does not; a stack of one is not corrected. It costs F m k values of momentum, and
+    gradients (sums of those of micro-batches) that stay whole until the update; clipping is then by their norm.
     """
 
     IS_PART: ClassVar[bool] = True
@@ -50,6 +68,7 @@ class GaLore(Rule):
     largest_fraction: float = 0.25
     smallest: int = 64
     basis: Float32 | Int8Blockwise = field(default_factory=Float32)
+    full_rank: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.refresh_every < 1 or self.smallest < 1:
@@ -58,6 +77,10 @@ class GaLore(Rule):
         if not (0 < self.largest_fraction <= 1 and self.alpha > 0):
             raise ValueError(f"largest_fraction = {self.largest_fraction}, alpha = {self.alpha}; "
                              "accepted: a part in (0, 1], a positive factor")  # fmt: skip
+        if not 0 <= self.full_rank < 1:
+            raise ValueError(f"full_rank = {self.full_rank}; accepted: a part in [0, 1)")
+        if self.full_rank and not isinstance(self.rule, Muon):
+            raise ValueError(f"full_rank = {self.full_rank} around {type(self.rule).__name__}; accepted: around Muon")
 
     @property
     def lr(self) -> float:  # type: ignore[override]
@@ -80,6 +103,10 @@ class GaLore(Rule):
         rank, scale = self.rank_of(rows, columns), self.rule.shape_scale(rows, columns)
         return scale if rank is None else scale * self.alpha * self.rule.low_rank_scale(min(rows, columns), rank)
 
+    def num_drawn(self, number: int) -> int:
+        """F, of so many matrices of a stack."""
+        return min(max(1, round(self.full_rank * number)), number - 1) if self.full_rank else 0
+
     def init_state(self, weights: Tensor) -> State:
         number, rows, columns = weights.shape
         rank, smaller = self.rank_of(rows, columns), min(rows, columns)
@@ -91,7 +118,22 @@ class GaLore(Rule):
         every, side = start.expand(number, -1, -1), "left" if rows <= columns else "right"
         basis = self.basis.zeros(side, every, "linear")
         self.basis.write(basis, side, every, "linear", start.new_ones(()))
+        if num_drawn := self.num_drawn(number):
+            full = self.rule.init_state(weights[:num_drawn])
+            state |= {f"{FULL}{key}": value for key, value in full.items()}
+            state["drawn"] = torch.arange(num_drawn, device=weights.device)
         return state | basis
+
+    def begin(self, state: State, number: int, step: int, name: str) -> None:
+        """At the start of a period: all averages to zero, and a draw that depends on period and stack alone."""
+        if "drawn" not in state or step % self.refresh_every:
+            return
+        bases = average_of(state, "left") | average_of(state, "right")
+        for key in state.keys() - bases.keys():
+            state[key].zero_()
+        random = Random(f"{DRAW_SEED} {name} {step // self.refresh_every}")
+        drawn = torch.tensor(random.sample(range(number), len(state["drawn"])))
+        state["drawn"].copy_(drawn, non_blocking=True)
 
     def projects(self, state: State) -> bool:
         return side_of(state) is not None
@@ -120,19 +162,43 @@ class GaLore(Rule):
         self.rule.rotate(state, which, self.basis.read(some, side, "linear") @ old.mT, usable_n11)
 
     def project(self, grad_n: Tensor, state: State, which: slice = slice(None)) -> Tensor:
-        """R (n, r, k) in the gradient's dtype; the gradient itself where it is not projected."""
+        """R (n, r, k) in the gradient's dtype; the gradient itself where it is not projected, or not yet."""
         side = side_of(state)
-        if side is None:
+        if side is None or "drawn" in state:
             return grad_n
         some = average_of(state, side, which)
         return torch.bmm(self.basis.read(some, side, "linear").to(grad_n.dtype), shorter_first(grad_n, side))
 
     def direction(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
-        """D in full size, float32, of projected gradients R. The last product is in bf16 on a GPU."""
+        """D in full size, float32, of what `project` gave."""
+        corrected = "drawn" in state
+        return self._corrected(grad, state, finite) if corrected else self._low_rank(grad, state, finite)
+
+    def _corrected(self, grad_NMK: Tensor, state: State, finite: Tensor) -> Tensor:
+        """D of whole gradients: what lies outside of their bases for those that are drawn, inside for the others."""
+        side, drawn_F = side_of(state), state["drawn"]
+        assert side is not None, "a gradient that is not projected"
+        part = len(drawn_F) / len(grad_NMK)
+        basis_Nrm, grad_Nmk = self.basis.read(state, side, "linear"), shorter_first(grad_NMK, side)
+        work = work_dtype(grad_NMK)
+        inside_Nrk = torch.bmm(basis_Nrm.to(work), grad_Nmk.to(work)).float()
+        # Of all, as few are drawn; what is found of those is overwritten.
+        found = self._low_rank(inside_Nrk / (1 - part), state, finite)
+        # In float32, as it may be small beside what is taken away.
+        basis_Frm, grad_Fmk = basis_Nrm[drawn_F], grad_Nmk[drawn_F]
+        outside_Fmk = grad_Fmk - torch.bmm(basis_Frm.mT, torch.bmm(basis_Frm, grad_Fmk))
+        inner = {key.removeprefix(FULL): value for key, value in state.items() if key.startswith(FULL)}
+        full = self.rule.direction(shorter_first(outside_Fmk, side) / part, inner, finite)
+        # The optimizer will scale all of a stack as what learns in a basis.
+        shape = grad_NMK.shape[-2:]
+        return found.index_copy_(0, drawn_F, full * (self.rule.shape_scale(*shape) / self.shape_scale(*shape)))
+
+    def _low_rank(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
+        """D of projected gradients R. The last product is in bf16 on a GPU."""
         side, found = side_of(state), self.rule.direction(grad, state, finite)
         if side is None:
             return found
-        work = torch.bfloat16 if found.is_cuda else torch.float32
+        work = work_dtype(found)
         whole = torch.bmm(self.basis.read(state, side, "linear").mT.to(work), found.to(work))
         return shorter_first(whole, side).float()
 
@@ -147,6 +213,10 @@ def follow(basis_nRm: Tensor, grad_nmk: Tensor, iterations: int) -> Tensor:
     for _ in range(iterations):
         found = torch.linalg.qr(grad_nmk @ (grad_nmk.mT @ found)).Q
     return found.mT
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    return torch.bfloat16 if x.is_cuda else torch.float32
 
 
 def shorter_first(x_nMK: Tensor, side: str) -> Tensor:

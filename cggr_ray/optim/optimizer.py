@@ -51,6 +51,9 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.project_early and not isinstance(self.matrix, GaLore):
             raise ValueError("project_early with a rule that projects nothing; accepted: with matrix = GaLore")
+        if self.project_early and isinstance(self.matrix, GaLore) and self.matrix.full_rank:
+            raise ValueError(f"project_early with full_rank = {self.matrix.full_rank}, which needs gradients whole; "
+                             "accepted: one of the two")  # fmt: skip
         if not 0 < self.lr_scale < math.inf:
             raise ValueError(f"lr_scale = {self.lr_scale}; accepted: a positive number")
         if not self.clip_norm > 0:
@@ -63,8 +66,8 @@ class Optimizer:
 class Stack:
     """All parameters of one shape under one rule: weights, float32 master, state, as tensors of shape (N, *shape)."""
 
-    def __init__(self, rule: Rule, named: list[Named]) -> None:
-        self.rule, self.parameters = rule, [p for _, p in named]
+    def __init__(self, name: str, rule: Rule, named: list[Named]) -> None:
+        self.name, self.rule, self.parameters = name, rule, [p for _, p in named]
         shape = self.parameters[0].shape
         self.weights = torch.stack([p.detach() for p in self.parameters])
         for parameter, view in zip(self.parameters, self.weights.unbind(), strict=True):
@@ -78,6 +81,7 @@ class Stack:
 
     def begin(self, step: int) -> None:
         """Before the first gradient of a step."""
+        self.rule.begin(self.state, len(self.parameters), step, self.name)
         self._first, self._due = step == 0, self.rule.due(len(self.parameters), step)
         self._sum, self._arrived = None, [0] * len(self.parameters)
 
@@ -177,7 +181,8 @@ class StackedOptimizer:
             for shape, same in by_shape(members).items():
                 for part, some in enumerate(parts(same)):
                     name = f"{group}.{'x'.join(map(str, shape))}"
-                    self.stacks[f"{name}.{part}" if part else name] = Stack(rule, some)
+                    name = f"{name}.{part}" if part else name
+                    self.stacks[name] = Stack(name, rule, some)
         for stack in self.stacks.values() if config.project_early else ():
             stack.project_early()
         self._begun: int | None = None
@@ -204,7 +209,8 @@ class StackedOptimizer:
     def step(self, progress: Progress) -> Tensor:
         """Clips by the global norm, updates every parameter in place, drops the gradients; returns the norm, 0-d.
 
-        A norm that is not finite changes nothing: no weight, no moment, no count, but for a refresh that was due.
+        A norm that is not finite changes nothing: no weight, no moment, no count, but for a refresh that was due, or a
+        period of GaLore's correction that was to begin.
         """
         if self._begun != progress.step:
             self.begin(progress)

@@ -34,6 +34,9 @@ class Rule:
         """What multiplies the learning rate of a matrix."""
         return 1.0
 
+    def begin(self, state: State, number: int, step: int, name: str) -> None:
+        """Before the first gradient of a step of a stack of so many parameters. `name`: of the stack."""
+
     def projects(self, state: State) -> bool:
         """Whether `project` makes something smaller of a gradient."""
         return False

@@ -59,6 +59,9 @@ def test_the_e3_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
     assert {type(m).__name__ for m in matrices} == {"Muon", "GaLore"}
     assert {m.rank for m in matrices if isinstance(m, GaLore)} == {64, 128, 256}
     assert {m.refresh_every for m in matrices if isinstance(m, GaLore)} == {50, 200, 800}
+    corrected = {(m.full_rank, d.optimizer.project_early) for m, d in zip(matrices, draws, strict=True)
+                 if isinstance(m, GaLore)}  # fmt: skip
+    assert corrected == {(0.0, True), (0.125, False)}
     assert {type(d.optimizer.rest.state).__name__ for d in draws} == {"Float32", "Int8Blockwise"}
     assert {type(getattr(d.objective, "form", None)).__name__ for d in draws} == {"NoneType", "Heads", "SharedLogits"}
     assert {d.tokens.mode for d in draws} == {"quantile", "upstream"}
