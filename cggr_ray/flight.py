@@ -14,11 +14,12 @@ from torch import Tensor
 from cggr_ray.learner import StepRow
 from cggr_ray.progress import Progress
 from cggr_ray.routing.scores import histogram_edges
+from cggr_ray.schema import ROUTER_SCORES
 from cggr_ray.telemetry.tracker import Row
 
 
 class Finished(NamedTuple):
-    """A finished step: its progress and its values on the host (a histogram as edges and counts)."""
+    """A finished step: its progress and its values on the host, vectors as lists, a histogram as edges and counts."""
 
     progress: Progress
     values: Row
@@ -46,12 +47,13 @@ class Flight:
             row, copies, event = self._queue.popleft()
             if event is not None:
                 event.synchronize()
-            values: Row = {name: _value(copy) for name, copy in copies.items()}
+            values: Row = {name: _value(name, copy) for name, copy in copies.items()}
             landed.append(Finished(row.progress, values | row.host_values))
         return landed
 
 
-def _value(copy: Tensor) -> float | dict[str, list[float]]:
-    if copy.ndim == 0:
-        return float(copy)
-    return {"edges": histogram_edges(), "counts": copy.tolist()}
+def _value(name: str, copy: Tensor) -> float | list[float] | dict[str, list[float]]:
+    if name == ROUTER_SCORES:
+        return {"edges": histogram_edges(), "counts": copy.tolist()}
+    found: float | list[float] = copy.tolist()
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,19 @@ from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.scorers import Setting
 from cggr_ray.schema import (
+    ACTIVE_LAYERS,
     AUXILIARY_LOSS,
     GRAD_NORM,
     LEARNING_RATE,
+    PROBE,
+    RELEVANCE,
     ROUTER_ACTIVE_PARAMS,
     ROUTER_KEPT_FRACTION,
     TRAIN_LOSS,
 )
 from cggr_ray.sparse.plan import Dense
+from cggr_ray.updates.relevance import Probe
+from cggr_ray.updates.schedule import Active, Learning
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,12 @@ class StepRow:
 
 
 class Levels(NamedTuple):
-    """Kept ratios of a step: of the rows of a micro-batch, and of the labelled positions of a row."""
+    """What a step may run at: the kept ratios of the rows of a micro-batch and of the labelled positions of a row, and
+    which layers learn."""
 
     rows: float
     tokens: float
+    layers: Learning
 
 
 class Pass:
@@ -93,6 +101,10 @@ class Learner:
         self.router, self.objective = self.run_pass.router, self.run_pass.objective
         named, hidden = self.named_parameters(), [*adapter.hidden_names(), *self.objective.hidden_names()]
         self.optimizer = recipe.optimizer.build(named, hidden, adapter.device)
+        layers = [adapter.layer_parameters(i) for i in range(len(adapter.layers))]
+        self.updates = recipe.updates.build(len(layers), seed)
+        self.gauge = self.updates.relevance and Probe(self.updates.relevance, self.optimizer.parameters, layers)
+        self._sizes, self._rested = [sum(p.numel() for p in layer) for layer in layers], [0] * len(layers)
         self.parameters = sum(p.numel() for _, p in named)
         self.graphs: Graphs | None = None
         if recipe.execution.cuda_graphs and adapter.device.type == "cuda":
@@ -103,19 +115,19 @@ class Learner:
         return [*self.adapter.named_parameters(), *self.objective.named_parameters()]
 
     def levels(self) -> list[Levels]:
-        """All combinations of ratios that a step may run at; each is a graph of its own."""
-        return [Levels(r, t) for r in self.rows.levels() for t in self.router.levels()]
+        """All combinations of what a step may run at; each is a graph of its own."""
+        return [Levels(*level) for level in product(self.rows.levels(), self.router.levels(), self.updates.reachable())]
 
     def step(self, batch: Batch, progress: Progress, levels: Levels | None = None) -> StepRow:
         """One optimizer update. Queues work on the device and returns; nothing is read back.
 
         Args:
-            levels: kept ratios to use instead of the parts' own; only warm-up asks for them.
+            levels: what to run at instead of what the parts say; only warm-up asks for it.
         """
-        layers = len(self.adapter.layers)
-        active = self.recipe.updates.active_layers(layers, progress)
-        self.adapter.set_active_layers(active)
-        rows, ratio = levels or Levels(self.rows.ratio(progress), self.router.ratio(progress))
+        rows, ratio, learning = levels or Levels(
+            self.rows.ratio(progress), self.router.ratio(progress), self.updates.begin(progress)
+        )
+        self._wake(learning.active)
         micros = [self.rows.pick(micro, rows, progress) for micro in batch.micros]
         kept = sum(self.rows.kept(rows, len(m.tokens_BT)) * len(m.tokens_BT) for m in batch.micros) / batch.rows
         scale, compare = _one_over_labelled(micros), self.router.compares(ratio, progress)
@@ -128,33 +140,49 @@ class Learner:
             if self.graphs is None or compare:
                 loss, seen = micro_step(micro, scale)
             else:
-                loss, seen = self.graphs.run((ratio, tuple(active)), micro_step, micro, scale)
+                loss, seen = self.graphs.run((ratio, learning.active), micro_step, micro, scale)
             if len(micros) > 1:
                 self.optimizer.accumulate()
                 loss, seen = loss.clone(), {name: value.clone() for name, value in seen.items()}
             losses.append(loss)
             statistics.append(seen)
-        norm = self.optimizer.step(progress)
+        gauge = self.gauge if learning.probe else None
+        norm = self.optimizer.step(progress, gauge)
+        measured = {} if gauge is None else {RELEVANCE: gauge.of_layers()}
         loss_name = TRAIN_LOSS if rows == ratio == 1 else self.run_pass.plan.LOSS
-        device_values = {loss_name: torch.stack(losses).sum(), GRAD_NORM: norm, **_merge(statistics)}
-        return StepRow(progress, device_values, self._host_values(progress, kept * ratio))
+        device_values = {loss_name: torch.stack(losses).sum(), GRAD_NORM: norm, **measured, **_merge(statistics)}
+        return StepRow(progress, device_values, self._host_values(progress, kept * ratio, learning))
 
     def observe(self, values: dict[str, float], progress: Progress) -> None:
         """Gives the parts what an earlier step measured, two steps late."""
         self.router.observe(values, progress)
+        self.updates.observe(values, progress)
 
     def state_dict(self) -> dict[str, Any]:
         """Host state of the parts. Weights, optimizer and router tensors are saved beside it."""
-        return {"router": self.router.state_dict()}
+        return {"router": self.router.state_dict(), "updates": self.updates.state_dict(), "rested": [*self._rested]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
+        self.updates.load_state_dict(state["updates"])
+        self._rested = [*state["rested"]]
 
-    def _host_values(self, progress: Progress, kept: float) -> dict[str, float]:
+    def _wake(self, active: Active) -> None:
+        """Lets these layers learn in this step, and the others rest."""
+        self.adapter.set_active_layers(active)
+        for layer, (learns, rested) in enumerate(zip(active, self._rested, strict=True)):
+            if learns and rested:
+                self.optimizer.wake(self.adapter.layer_parameters(layer), rested)
+        self._rested = [0 if learns else rested + 1 for learns, rested in zip(active, self._rested, strict=True)]
+
+    def _host_values(self, progress: Progress, kept: float, learning: Learning) -> dict[str, float]:
+        resting = sum(size for size, learns in zip(self._sizes, learning.active, strict=True) if not learns)
         return {
             LEARNING_RATE: self.optimizer.learning_rate(progress),
             ROUTER_KEPT_FRACTION: kept,
-            ROUTER_ACTIVE_PARAMS: float(self.parameters),
+            ROUTER_ACTIVE_PARAMS: float(self.parameters - resting),
+            ACTIVE_LAYERS: float(sum(learning.active)),
+            PROBE: float(learning.probe),
         }
 
 

@@ -23,12 +23,16 @@ from cggr_ray.models.checkpointing import Checkpointing
 from cggr_ray.models.presets import check_folder
 from cggr_ray.objectives.multi_token import MultiToken
 from cggr_ray.objectives.next_token import NextToken
+from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.routing.buckets import DepthBuckets
 from cggr_ray.routing.collider import Collider
 from cggr_ray.routing.rows import AllRows, FewerRows, HardestRows, RandomRows
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens, SkippedTokens
-from cggr_ray.updates.full import FullUpdate
+from cggr_ray.updates.dynamic import DynamicSuffix
+from cggr_ray.updates.fixed import FullUpdate, StaticSuffix
+from cggr_ray.updates.random import RandomBlocks, RandomSuffix
+from cggr_ray.updates.relevance import WHOLE_GRADIENT
 
 RECIPES = Path(__file__).with_name("recipes")
 
@@ -68,7 +72,7 @@ class Recipe(Plain):
     )
     objective: NextToken | MultiToken = field(default_factory=NextToken)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    updates: FullUpdate = field(default_factory=FullUpdate)
+    updates: FullUpdate | StaticSuffix | DynamicSuffix | RandomBlocks | RandomSuffix = field(default_factory=FullUpdate)
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
@@ -77,10 +81,27 @@ class Recipe(Plain):
         if self.execution.cuda_graphs and self.optimizer.project_early:
             raise ValueError("cuda_graphs with project_early, whose backward pass does more than leave gradients; "
                              "accepted: one of the two")  # fmt: skip
+        if not isinstance(self.updates, FullUpdate):
+            self._check_resting(self.updates)
         if not (self.objective.runs_on_kept_rows() or self.tokens.runs_all_positions()):
             raise ValueError(f"{self.objective} reads all positions, and {self.tokens} leaves some out; accepted: "
                              "all_tokens, plan 'dense', skipped_tokens with exit of at least 1, depth_buckets with "
                              "engine 'every' or 'faithful'")  # fmt: skip
+
+    def _check_resting(self, updates: object) -> None:
+        """Whether layers can rest beside the other parts."""
+        kind, matrix = kind_of(type(updates)), self.optimizer.matrix
+        if isinstance(self.tokens, DepthBuckets):
+            raise ValueError(f"updates {kind!r} with tokens 'depth_buckets'; accepted: one of the two chooses layers")
+        if isinstance(matrix, GaLore) and matrix.full_rank:
+            raise ValueError(f"updates {kind!r} with full_rank = {matrix.full_rank}; accepted: one of the two, a layer "
+                             "that rests could be drawn")  # fmt: skip
+        if isinstance(matrix, GaLore) and getattr(updates, "relevance", None) in WHOLE_GRADIENT:
+            raise ValueError("relevance of weights or updates with GaLore, whose gradients are projected; "
+                             "accepted: gradient_norm, fisher")  # fmt: skip
+        if isinstance(updates, RandomBlocks) and self.execution.cuda_graphs:
+            raise ValueError("updates 'random_blocks' with cuda_graphs; accepted: without, as there are too many draws "
+                             "to capture each before the race")  # fmt: skip
 
     @property
     def reference(self) -> str | None:

@@ -70,6 +70,9 @@ ROUTER_SCORES: Final = "router/difficulty_score_dist"
 ROUTER_SPEARMAN: Final = "router/spearman"
 ROUTER_RECALL: Final = "router/recall_at_k"
 ROUTER_ACTIVE_PARAMS: Final = "router/active_params"
+ACTIVE_LAYERS: Final = "updates/active_layers"
+PROBE: Final = "updates/probe"
+RELEVANCE: Final = "updates/relevance"
 ORDER_ROWS: Final = "data/order_rows"
 ORDER_HASH: Final = "data/order_hash"
 DATA_WAIT_SECONDS: Final = "data/wait_seconds"
@@ -112,6 +115,9 @@ METRICS: Final = tuple(
             "share of the positions that top-k of the model's own scores keeps, found by the router's",
         ),
         (ROUTER_ACTIVE_PARAMS, "parameters", "parameters that get a gradient this step"),
+        (ACTIVE_LAYERS, "layers", "layers that learn in this step"),
+        (PROBE, "1", "1 in a step that measures every layer's relevance, else 0"),
+        (RELEVANCE, "relevance", "of every layer, the lowest first, as the recipe measures it"),
         (ORDER_ROWS, "rows", "rows read when data/order_hash was taken"),
         (ORDER_HASH, "hex", "chained hash of the first data/order_rows rows: equal for all trials of a race"),
         (DATA_WAIT_SECONDS, "s", "seconds the step path has waited for data so far"),

@@ -153,6 +153,11 @@ NEUTRAL = {
     "random_rows": {"rows.keep": 1.0},
     "random_tokens": {"tokens.keep": 1.0},
     "fewer_rows": {"rows.fraction": 1.0},
+    "static_suffix": {"updates.keep": 1.0},
+    "dynamic_suffix": {"updates.smallest": 1.0},
+    "dynamic_suffix_seed": {"updates.smallest": 1.0, "updates.largest": 1.0},
+    "random_blocks": {"updates.keep": 1.0},
+    "random_suffix": {"updates.smallest": 1.0},
 }
 
 
@@ -160,13 +165,20 @@ NEUTRAL = {
 ROUNDED = {"mtp_heads", "mtp_trunk_heads", "mtp_sequential"}
 BOUND = 1e-5
 
-# What a recipe needs on a model of four layers.
+# What a recipe needs on a model of four layers, or to do something in a few steps.
 SMALL = {
     "cggr_model": {"tokens.router.layers": 1},
     "cggr_model_sequence": {"rows.layers": 1},
     "cggr_seed": {"tokens.router.layers": 1},
     "cggr_skip": {"tokens.entry": 1, "tokens.exit": 1},
     "cggr_tuned": {"tokens.entry": 1, "tokens.exit": 1},
+    "dynamic_suffix": {"updates.cadence": {"first": 3, "shortest": 2}, "updates.hysteresis": 1},
+    "dynamic_suffix_seed": {
+        "updates.cadence": {"first": 3, "shortest": 3, "longest": 3},
+        "updates.stability": {"window": 2, "mean_change": 9.0, "variation": 9.0},
+    },
+    "random_blocks": {"updates.every": 2},
+    "random_suffix": {"updates.every": 2},
 }
 
 

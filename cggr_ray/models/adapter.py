@@ -129,12 +129,26 @@ class Adapter:
         return forward, both()
 
     def set_active_layers(self, active: Sequence[bool]) -> None:
-        """A layer that does not learn keeps no gradient and no optimizer update."""
+        """A layer that does not learn keeps no gradient and no optimizer update; the embedding follows the first one.
+
+        A head that is tied to the embedding goes on learning.
+        """
         if list(active) == self._active:
             return
         self._active = list(active)
-        for layer, learns in zip(self.layers, active, strict=True):
-            layer.requires_grad_(learns)
+        for i, learns in enumerate(active):
+            for parameter in self.layer_parameters(i):
+                parameter.requires_grad_(learns)
+
+    def layer_parameters(self, layer: int) -> list[nn.Parameter]:
+        """Those of a decoder layer, and of the first one what makes its input, as far as nothing else uses it."""
+        beside = self.family.input_parameters() if layer == 0 else []
+        return [*self.layers[layer].parameters(), *(p for p in beside if p is not self.head_VD)]
+
+    @property
+    def first_active(self) -> int:
+        """The lowest layer that learns: below it there is no backward pass."""
+        return self._active.index(True)
 
     def forward(self, micro: MicroBatch) -> Stream:
         """Hidden states of every position. Attention stays inside each document."""
@@ -143,7 +157,12 @@ class Adapter:
 
     def embed(self, micro: MicroBatch) -> Tensor:
         """(B, T, D), what enters the first layer."""
-        return self.family.embed(micro.tokens_BT, micro.positions_BT)
+        return self.embed_tokens(micro.tokens_BT, micro.positions_BT)
+
+    def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The same of any tokens; a constant where the first layer does not learn."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._active[0]):
+            return self.family.embed(tokens, positions)
 
     def finish(self, hidden_BTD: Tensor, trunk_BTD: Tensor | None = None) -> Stream:
         """The last norm, and the head that reads it."""

@@ -124,6 +124,11 @@ class Family:
         hidden: Tensor = self.embedding(tokens)
         return hidden + self.body.wpe(positions) if self.name == "gpt2" else hidden
 
+    def input_parameters(self) -> list[nn.Parameter]:
+        """What `embed` reads."""
+        modules = (self.embedding, self.body.wpe) if self.name == "gpt2" else (self.embedding,)
+        return [p for module in modules for p in module.parameters()]
+
     def rotary(self, hidden: Tensor, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """(cos, sin) of every kind of rotary embedding that a layer may ask for; none for learned positions."""
         if self.name == "gpt2":

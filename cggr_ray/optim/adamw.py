@@ -41,7 +41,7 @@ class AdamW(Rule):
                              f"{longest[0]} and {longest[1]}, longer averages would stand still")  # fmt: skip
 
     def init_state(self, weights: Tensor) -> State:
-        count = torch.zeros((), dtype=torch.float32, device=weights.device)
+        count = torch.zeros(len(weights), *[1] * (weights.ndim - 1), dtype=torch.float32, device=weights.device)
         moments = self.state.zeros("first", weights, "geometric") | self.state.zeros("second", weights, "squares")
         return moments | {"count": count}
 
@@ -57,6 +57,11 @@ class AdamW(Rule):
         steps = count.clamp_min(1)
         denominator = (second / (1 - self.beta2**steps)).sqrt_().add_(self.eps)
         return (first / (1 - self.beta1**steps)).div_(denominator)
+
+    def wake(self, state: State, steps: int) -> None:
+        """The first moment decays as if the gradients had been zero; the second, a scale, stays."""
+        first = self.state.read(state, "first", "geometric") * self.beta1**steps
+        self.state.write(state, "first", first, "geometric", first.new_ones(()))
 
     def rotate(self, state: State, which: slice, turn_nRR: Tensor, keep_n11: Tensor) -> None:
         """Writes the moments of some matrices in another basis of their rows, the second as if rows did not covary;

@@ -135,6 +135,9 @@ class GaLore(Rule):
         drawn = torch.tensor(random.sample(range(number), len(state["drawn"])))
         state["drawn"].copy_(drawn, non_blocking=True)
 
+    def wake(self, state: State, steps: int) -> None:
+        self.rule.wake(state, steps)
+
     def projects(self, state: State) -> bool:
         return side_of(state) is not None
 

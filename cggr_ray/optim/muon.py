@@ -28,6 +28,8 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+# Steps without gradients after which a momentum says nothing of the next.
+LONGEST_REST = 20
 # Polar Express expects singular values below 1 by this margin, against bf16 rounding.
 POLAR_EXPRESS_MARGIN = 1.02
 
@@ -100,6 +102,12 @@ class Muon(Rule):
         even = found_NMK * torch.where(rows_NM1 > 0, rows_NM1.rsqrt(), 0.0)
         before, after = (x.square().sum((-2, -1), keepdim=True) for x in (found_NMK, even))
         return even * torch.where(after > 0, (before / after).sqrt(), 0.0)
+
+    def wake(self, state: State, steps: int) -> None:
+        """An old momentum is forgotten: orthogonalised, it would be as long as a fresh one."""
+        if steps > LONGEST_REST:
+            momentum = self.state.read(state, "momentum", "linear")
+            self.state.write(state, "momentum", torch.zeros_like(momentum), "linear", momentum.new_ones(()))
 
     def rotate(self, state: State, which: slice, turn_nRR: Tensor, keep_n11: Tensor) -> None:
         """Writes the momenta of some matrices in another basis of their rows; where `keep_n11` is 0 no bit changes."""

@@ -8,11 +8,9 @@ master copy here; a float32 model is its own master.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +20,9 @@ from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.partition import Named, by_shape, partition
-from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.schedules import WSD, Linear
+from cggr_ray.optim.stack import REWARM_STEPS, Part, Stack, parts
 from cggr_ray.progress import Progress
-
-# Values of a stack at most, so that what is formed in full size on the way of an update stays small beside the model.
-LARGEST_STACK = 2**28
 
 
 @dataclass(frozen=True)
@@ -63,111 +58,41 @@ class Optimizer:
         return StackedOptimizer(self, list(named), list(hidden), device)
 
 
-class Stack:
-    """All parameters of one shape under one rule: weights, float32 master, state, as tensors of shape (N, *shape)."""
-
-    def __init__(self, name: str, rule: Rule, named: list[Named]) -> None:
-        self.name, self.rule, self.parameters = name, rule, [p for _, p in named]
-        shape = self.parameters[0].shape
-        self.weights = torch.stack([p.detach() for p in self.parameters])
-        for parameter, view in zip(self.parameters, self.weights.unbind(), strict=True):
-            parameter.data = view
-        self.master = self.weights if self.weights.dtype == torch.float32 else self.weights.float()
-        self.state = rule.init_state(self.master)
-        self._first, self._due, self._arrived = False, range(0), [0] * len(self.parameters)
-        self.scale = rule.shape_scale(shape[0], shape[1]) if len(shape) == 2 else 1.0
-        self._sum: Tensor | None = None
-        self._early = False
-
-    def begin(self, step: int) -> None:
-        """Before the first gradient of a step."""
-        self.rule.begin(self.state, len(self.parameters), step, self.name)
-        self._first, self._due = step == 0, self.rule.due(len(self.parameters), step)
-        self._sum, self._arrived = None, [0] * len(self.parameters)
-
-    def project_early(self) -> None:
-        """From now on, inside the backward pass; where the rule projects this stack."""
-        self._early = self.rule.projects(self.state)
-        # A hook that held the stack would keep both alive for ever: no garbage collector sees what a hook refers to.
-        project = weakref.WeakMethod(self._project_one)
-        for i, parameter in enumerate(self.parameters if self._early else []):
-            parameter.register_post_accumulate_grad_hook(partial(call_if_alive, project, i))
-
-    def accumulate(self) -> None:
-        """Moves the parameters' gradients into a float32 sum: one micro-batch of several."""
-        if not self._early:
-            gradient = self._take()
-            self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
-
-    def gradient(self) -> Tensor:
-        """What the rule uses of the step's gradients, stacked; the parameters' own are gone afterwards."""
-        assert len(set(self._arrived)) == 1, "a parameter of an active layer has no gradient"
-        gradient, self._sum = self._take() if self._sum is None else self._sum, None
-        return gradient
-
-    def _take(self) -> Tensor:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        assert len(gradients) == len(self.parameters), "a parameter of an active layer has no gradient"
-        for parameter in self.parameters:
-            parameter.grad = None
-        stacked = torch.stack(gradients) if len(gradients) > 1 else gradients[0].unsqueeze(0)
-        for i in self._due if self.rule.projects(self.state) else ():
-            # One by one, so that no more than one is there in float32.
-            self.rule.refresh(stacked[i : i + 1], self.state, slice(i, i + 1), self._first)
-        self._due = range(0)
-        return self.rule.project(stacked, self.state)
-
-    @torch.no_grad()
-    def _project_one(self, i: int, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        gradient, parameter.grad = parameter.grad.unsqueeze(0), None
-        which = slice(i, i + 1)
-        if i in self._due and not self._arrived[i]:
-            self.rule.refresh(gradient, self.state, which, self._first)
-        self._arrived[i] += 1
-        found = self.rule.project(gradient, self.state, which)
-        if self._sum is None:
-            self._sum = torch.zeros(len(self.parameters), *found.shape[1:], device=found.device)
-        self._sum[i] += found[0]
-
-    @property
-    def projected(self) -> Tensor | None:
-        """What there is of this step's gradients beside the parameters' own: sums of several, or projected ones."""
-        return self._sum
-
-    def tensors(self) -> dict[str, Tensor]:
-        masters = {} if self.master is self.weights else {"master": self.master}
-        return {"weights": self.weights, **masters, **self.state}
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of stacks of n gradients before clipping, weights before the update, and what it takes off them but for decay."""
 
 
-def parts(same: list[Named]) -> list[list[Named]]:
-    """Parameters of one shape, in stacks of LARGEST_STACK values at most."""
-    most = max(1, LARGEST_STACK // same[0][1].numel())
-    return [same[at : at + most] for at in range(0, len(same), most)]
+class Gauge(Protocol):
+    """Looks at an update."""
+
+    measure: Measure
+
+    def add(self, found: Tensor) -> None:
+        """Takes what was measured of the next stack."""
+        ...
 
 
-def call_if_alive(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:
-    """What a hook calls: nothing any more where the optimizer is gone and the model is not."""
-    alive = method()
-    if alive is not None:
-        alive(*args)
-
-
-def apply_rule(stack: Stack, gradient: Tensor, lr: Tensor, clip: Tensor, finite: Tensor) -> None:
-    """One update of a stack. Plain tensor code, so it compiles into one graph a shape.
+def apply_rule(
+    stack: Stack | Part, gradient: Tensor, lr: Tensor, clip: Tensor, finite: Tensor, measure: Measure | None = None
+) -> Tensor | None:
+    """One update of a stack, or of a part. Plain tensor code, so it compiles into one graph a shape.
 
     Args:
         lr: learning rate of this step, 0-d. clip: factor on the gradient. finite: 1, or 0 to change nothing at all.
+        measure: what to return of the update.
     """
-    gradient = torch.where(finite > 0, gradient.float() * clip, 0.0)
+    raw, gradient = gradient, torch.where(finite > 0, gradient.float() * clip, 0.0)
     direction = stack.rule.direction(gradient, stack.state, finite)
-    rate = lr * finite
+    stack.awake.add_(finite)
+    rate = lr * finite * (stack.awake / REWARM_STEPS).clamp(max=1.0)
+    measured = None if measure is None else measure(raw.float(), stack.master, direction * (rate * stack.scale))
     if stack.rule.weight_decay:
         decay = rate * stack.rule.weight_decay
         stack.master.mul_(1 - decay * (direction * stack.master > 0) if stack.rule.cautious else 1 - decay)
     stack.master.sub_(direction * (rate * stack.scale))
     if stack.master is not stack.weights:
         stack.weights.copy_(stack.master)
+    return measured
 
 
 class StackedOptimizer:
@@ -186,10 +111,14 @@ class StackedOptimizer:
         for stack in self.stacks.values() if config.project_early else ():
             stack.project_early()
         self._begun: int | None = None
-        stacked = [id(p) for stack in self.stacks.values() for p in stack.parameters]
-        self._model_order = [stacked.index(id(p)) for _, p in named]
+        self._model_order = [id(p) for _, p in named]
         self._rates = {id(rule): torch.zeros((), device=device) for rule in (config.matrix, config.rest)}
-        self._apply: Callable[..., None] = compiled_on(device, apply_rule)
+        self._apply: Callable[..., Tensor | None] = compiled_on(device, apply_rule)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them, as they stand in the stacks."""
+        return [p for stack in self.stacks.values() for p in stack.parameters]
 
     def learning_rate(self, progress: Progress) -> float:
         """Learning rate of the hidden matrices, as logged."""
@@ -205,8 +134,15 @@ class StackedOptimizer:
         for stack in self.stacks.values():
             stack.begin(progress.step)
 
+    def wake(self, parameters: Iterable[nn.Parameter], steps: int) -> None:
+        """Before a step in which these parameters learn again after so many in which they did not."""
+        woken = {id(p) for p in parameters}
+        for stack in self.stacks.values():
+            if which := [i for i, p in enumerate(stack.parameters) if id(p) in woken]:
+                stack.wake(which, steps)
+
     @torch.no_grad()
-    def step(self, progress: Progress) -> Tensor:
+    def step(self, progress: Progress, gauge: Gauge | None = None) -> Tensor:
         """Clips by the global norm, updates every parameter in place, drops the gradients; returns the norm, 0-d.
 
         A norm that is not finite changes nothing: no weight, no moment, no count, but for a refresh that was due, or a
@@ -218,21 +154,32 @@ class StackedOptimizer:
         multiplier = self._multiplier(progress)
         for rule in (self.config.matrix, self.config.rest):
             self._rates[id(rule)].fill_(rule.lr * multiplier)
-        gradients = {name: stack.gradient() for name, stack in self.stacks.items()}
-        # One a parameter, in the model's order and in float32, so that torch's own clipping would find the same there.
-        norms = [n for g in gradients.values() for n in torch._foreach_norm(g.unbind(), 2.0, dtype=torch.float32)]
-        norm = torch.linalg.vector_norm(torch.stack([norms[i] for i in self._model_order]))
+        learning = {name: stack for name, stack in self.stacks.items() if stack.learning}
+        gradients = {name: stack.gradient() for name, stack in learning.items()}
+        norm = self._norm(learning, gradients)
         clip = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         finite = norm.isfinite().float()
-        for name, stack in self.stacks.items():
-            self._apply(stack, gradients.pop(name), self._rates[id(stack.rule)], clip, finite)
+        for name, stack in learning.items():
+            part, rate = stack.part(), self._rates[id(stack.rule)]
+            found = self._apply(part, gradients.pop(name), rate, clip, finite, gauge and gauge.measure)
+            part.back()
+            if gauge is not None and found is not None:
+                gauge.add(found)
         return norm
+
+    def _norm(self, learning: dict[str, Stack], gradients: dict[str, Tensor]) -> Tensor:
+        """Of all gradients; by one a parameter, in the model's order and in float32, as torch's own clipping does."""
+        norms = [n for g in gradients.values() for n in torch._foreach_norm(g.unbind(), 2.0, dtype=torch.float32)]
+        stacked = [id(stack.parameters[i]) for stack in learning.values() for i in stack.learning]
+        place = {parameter: at for at, parameter in enumerate(stacked)}
+        return torch.linalg.vector_norm(torch.stack([norms[place[i]] for i in self._model_order if i in place]))
 
     def accumulate(self) -> None:
         """Adds the gradients of one micro-batch of several to the float32 sums that `step` will use."""
         assert self._begun is not None, "the step has not begun"
         for stack in self.stacks.values():
-            stack.accumulate()
+            if stack.learning:
+                stack.accumulate()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masters and states by stack. Weights of a float32 model are the model's, and are saved with it."""

@@ -30,6 +30,9 @@ class Rule:
         """
         raise NotImplementedError
 
+    def wake(self, state: State, steps: int) -> None:
+        """Before parameters learn again that have not for so many steps: ages their averages."""
+
     def shape_scale(self, rows: int, columns: int) -> float:
         """What multiplies the learning rate of a matrix."""
         return 1.0
@@ -46,7 +49,7 @@ class Rule:
         return range(0)
 
     def refresh(self, grad_n: Tensor, state: State, which: slice, first: bool) -> None:
-        """Adapts the projection to the gradients of some parameters. `first`: nothing has been projected before."""
+        """Adapts the projection to the gradients of some parameters. `first`: it says nothing of them so far."""
 
     def project(self, grad_n: Tensor, state: State, which: slice = slice(None)) -> Tensor:
         """What the rule uses of a gradient. Linear, so that the parts of several micro-batches may be added."""

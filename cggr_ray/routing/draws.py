@@ -12,4 +12,4 @@ def seed_of(*words: int) -> int:
 
 
 # What draws, so that two parts of one recipe draw apart.
-ROWS, TOKENS, OBJECTIVE = 0, 1, 2
+ROWS, TOKENS, OBJECTIVE, UPDATES = 0, 1, 2, 3

@@ -56,7 +56,9 @@ class _Given(torch.autograd.Function):
         x_RI, weight_OI = ctx.saved_tensors
         dy_RO = grads[0]
         bias = dy_RO.sum(0) if ctx.biased else None
-        return dy_RO @ weight_OI, dy_RO.mT @ x_RI, bias, None
+        # A layer that does not learn passes its input's gradient on and has none of its own.
+        weight = dy_RO.mT @ x_RI if ctx.needs_input_grad[1] else None
+        return dy_RO @ weight_OI, weight, bias, None
 
 
 def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, given_RO: Tensor | None) -> Tensor:

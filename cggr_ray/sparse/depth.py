@@ -113,6 +113,7 @@ class DepthRows:
         index_K, filled_K, whole = rows
         if run.kept is None:
             run.start(index_K, filled_K)
+            run.enter()
             return
         base_KD = hidden_ND if whole else hidden_ND.index_select(0, index_K)
         # An empty slot finds whatever row comes next: it takes nothing from there.

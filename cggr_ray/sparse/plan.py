@@ -121,14 +121,16 @@ class KeptRows:
 
     def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
         run = Rows(self.adapter, self.layers, micro)
-        traces = [run.capture(i) for i in range(reads)]
+        run.cross(reads)
+        traces = {i: run.capture(i) for i in range(run.first, reads)}
         route = run.keep(decide(seen(self.adapter, run.hidden_ND) if reads else None))
-        for i, trace in enumerate(traces):
+        run.cross(run.first)
+        run.enter()
+        for i, trace in traces.items():
             traces[i] = trace.rows(run.slots.index_K)
-        traces.reverse()
         last = len(self.adapter.layers) - 1
-        for i in range(last + 1):
-            run.replay(i, traces.pop() if traces else run.lend(i) if i == last else run.capture(i))
+        for i in range(run.first, last + 1):
+            run.replay(i, traces.pop(i) if i in traces else run.lend(i) if i == last else run.capture(i))
         return run.finish(route)
 
 
@@ -144,9 +146,11 @@ class TwoPass:
     def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
         run, layers = Rows(self.adapter, self.layers, micro), len(self.adapter.layers)
         assert reads == layers, "the first forward is the whole model's"
-        traces = [run.capture(i, products=False) for i in range(layers)]
+        run.cross(run.first)
+        traces = {i: run.capture(i, products=False) for i in range(run.first, layers)}
         route = run.keep(decide(seen(self.adapter, run.hidden_ND)))
-        for i, trace in enumerate(traces):
+        run.enter()
+        for i, trace in traces.items():
             run.replay(i, trace)
         return run.finish(route)
 
@@ -166,7 +170,9 @@ class Rows:
         self.hidden_ND = hidden.flatten(0, 1)
         self.kept: Kept | None = None
         self.hidden_KD: Tensor
+        self.first = adapter.first_active
         self._through = 0
+        self._entering_ND: Tensor | None = None
 
     @property
     def slots(self) -> Kept:
@@ -177,6 +183,18 @@ class Rows:
     def rotary_of(self, layer: int) -> Rotary:
         kind = self.adapter.shapes[layer].rotary
         return None if kind is None else self.rotary[kind]
+
+    @torch.no_grad()
+    def cross(self, layers: int) -> None:
+        """Runs all rows up to so many layers, of those below the first that learns: they leave nothing behind."""
+        span = slice(self._through, min(layers, self.first))
+        if span.start >= span.stop:
+            return
+        micro, hidden = self.micro, self.hidden_ND.unflatten(0, self.micro.tokens_BT.shape)
+        self.hidden_ND = self.adapter.run_layers(hidden, micro.positions_BT, self.documents, span).flatten(0, 1)
+        self._through = span.stop
+        if span.stop == self.first:
+            self._entering_ND = self.hidden_ND
 
     def capture(self, layer: int, products: bool = True) -> Trace:
         """Runs the next layer on all rows. Leaves the kept rows' products, or everybody's while nobody is chosen."""
@@ -196,7 +214,7 @@ class Rows:
         return self.layers.lend(shape, weights, self.hidden_ND, self.rotary_of(layer))
 
     def keep(self, route: TokenRoute | None) -> TokenRoute:
-        """From here on there are kept rows: their embeddings, with gradient."""
+        """From here on there are kept rows."""
         assert route is not None, "a plan for kept rows, and no route"
         micro = self.micro
         index = route.flat_index(micro.tokens_BT.numel() // len(route.index_BK))
@@ -204,11 +222,18 @@ class Rows:
         return route
 
     def start(self, index: Tensor, filled: Tensor) -> None:
-        """The embeddings of the kept slots, with gradient."""
-        micro = self.micro
-        self.kept = kept_rows(index, filled, micro, self.adapter.shapes, self.rotary)
-        tokens, positions = (x.flatten().index_select(0, index) for x in (micro.tokens_BT, micro.positions_BT))
-        self.hidden_KD = self.adapter.family.embed(tokens, positions)
+        """From here on there are kept slots."""
+        self.kept = kept_rows(index, filled, self.micro, self.adapter.shapes, self.rotary)
+
+    def enter(self) -> None:
+        """What of the kept slots enters the first layer that learns: their embeddings, with gradient, or a constant."""
+        if self._entering_ND is not None:
+            self.hidden_KD, self._entering_ND = self._entering_ND.index_select(0, self.slots.index_K), None
+            return
+        flat = (
+            x.flatten().index_select(0, self.slots.index_K) for x in (self.micro.tokens_BT, self.micro.positions_BT)
+        )
+        self.hidden_KD = self.adapter.embed_tokens(*flat)
 
     def replay(self, layer: int, trace: Trace) -> None:
         """Runs a layer on the kept rows, with gradient."""

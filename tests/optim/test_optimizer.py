@@ -22,7 +22,7 @@ from small_optimizers import (
 )
 from torch import nn
 
-from cggr_ray.optim import optimizer as optimizer_module
+from cggr_ray.optim import stack as stack_module
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.muon import Muon
@@ -333,7 +333,7 @@ def test_cautious_decay_touches_what_the_update_shrinks(rule):
 def test_smaller_stacks_make_the_same_updates(config, most, stacks, monkeypatch):
     whole = wide()
     unsplit = build(whole, config)
-    monkeypatch.setattr(optimizer_module, "LARGEST_STACK", most)
+    monkeypatch.setattr(stack_module, "LARGEST_STACK", most)
     parted = wide()
     split = build(parted, config)
     for shape, number in stacks.items():

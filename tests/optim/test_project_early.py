@@ -95,8 +95,8 @@ def test_what_an_interrupted_step_left_is_gone():
 def test_a_missing_gradient_is_noticed_where_gradients_are_projected_early():
     model = wide()
     optimizer = build(model, replace(OPTIMIZERS["galore"], project_early=True))
-    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     optimizer.begin(at())
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     next(losses(model, 0, 1)).backward()
     with pytest.raises(AssertionError, match="no gradient"):
         optimizer.step(at())

@@ -1,0 +1,159 @@
+"""Parameters of one shape as one tensor: what a rule updates at once, all of them or those that learn in a step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_ray.optim.partition import Named
+from cggr_ray.optim.rule import Rule
+
+# Steps over which the learning rate of a parameter that learns again rises to that of the others.
+REWARM_STEPS = 10
+# Values of a stack at most, so that what is formed in full size on the way of an update stays small beside the model.
+LARGEST_STACK = 2**28
+
+
+class Stack:
+    """All parameters of one shape under one rule: weights, float32 master, state, as tensors of shape (N, *shape).
+
+    A parameter that requires no gradient rests: nothing of it moves, and nothing of its state.
+    """
+
+    def __init__(self, name: str, rule: Rule, named: list[Named]) -> None:
+        self.name, self.rule, self.parameters = name, rule, [p for _, p in named]
+        shape = self.parameters[0].shape
+        self.weights = torch.stack([p.detach() for p in self.parameters])
+        for parameter, view in zip(self.parameters, self.weights.unbind(), strict=True):
+            parameter.data = view
+        self.master = self.weights if self.weights.dtype == torch.float32 else self.weights.float()
+        self.state = rule.init_state(self.master)
+        self.awake = torch.full((len(named), *[1] * len(shape)), float(REWARM_STEPS), device=self.weights.device)
+        self.learning, self._woken = list(range(len(named))), set[int]()
+        # Parameters whose projection is adapted in this step, and whether what it was says nothing.
+        self._due: dict[int, bool] = {}
+        self._arrived = [0] * len(named)
+        self.scale = rule.shape_scale(shape[0], shape[1]) if len(shape) == 2 else 1.0
+        self._sum: Tensor | None = None
+        self._early = False
+
+    def begin(self, step: int) -> None:
+        """Before the first gradient of a step."""
+        self.rule.begin(self.state, len(self.parameters), step, self.name)
+        self.learning = [i for i, p in enumerate(self.parameters) if p.requires_grad]
+        due = {*self.rule.due(len(self.parameters), step), *self._woken}
+        self._due = {i: step == 0 or i in self._woken for i in self.learning if i in due}
+        self._sum, self._arrived, self._woken = None, [0] * len(self.parameters), set()
+
+    def wake(self, which: list[int], steps: int) -> None:
+        """Before a step in which these parameters learn again after so many in which they did not."""
+        part = Part(self, which)
+        self.rule.wake(part.state, steps)
+        part.awake.zero_()
+        part.back()
+        self._woken |= {*which}
+
+    def part(self) -> Stack | Part:
+        """What learns in this step."""
+        return self if len(self.learning) == len(self.parameters) else Part(self, self.learning)
+
+    def back(self) -> None:
+        """What `Part` has to do after an update: of a whole stack, nothing."""
+
+    def project_early(self) -> None:
+        """From now on, inside the backward pass; where the rule projects this stack."""
+        self._early = self.rule.projects(self.state)
+        # A hook that held the stack would keep both alive for ever: no garbage collector sees what a hook refers to.
+        project = weakref.WeakMethod(self._project_one)
+        for i, parameter in enumerate(self.parameters if self._early else []):
+            parameter.register_post_accumulate_grad_hook(partial(call_if_alive, project, i))
+
+    def accumulate(self) -> None:
+        """Moves the parameters' gradients into a float32 sum: one micro-batch of several."""
+        if not self._early:
+            gradient = self._take()
+            self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
+
+    def gradient(self) -> Tensor:
+        """What the rule uses of the step's gradients, stacked; the parameters' own are gone afterwards."""
+        assert len({self._arrived[i] for i in self.learning}) == 1, "a parameter of an active layer has no gradient"
+        gradient, self._sum = self._take() if self._sum is None else self._sum, None
+        return gradient[rows_of(self.learning, gradient.device)] if self._early else gradient
+
+    def _take(self) -> Tensor:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        assert len(gradients) == len(self.learning), "a parameter of an active layer has no gradient"
+        for parameter in self.parameters:
+            parameter.grad = None
+        stacked = torch.stack(gradients) if len(gradients) > 1 else gradients[0].unsqueeze(0)
+        for at, i in enumerate(self.learning if self.rule.projects(self.state) else ()):
+            if i in self._due:
+                # One by one, so that no more than one is there in float32.
+                self.rule.refresh(stacked[at : at + 1], self.state, slice(i, i + 1), self._due[i])
+        self._due = {}
+        return self.rule.project(stacked, self.part().state)
+
+    @torch.no_grad()
+    def _project_one(self, i: int, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.unsqueeze(0), None
+        which = slice(i, i + 1)
+        if i in self._due and not self._arrived[i]:
+            self.rule.refresh(gradient, self.state, which, self._due[i])
+        self._arrived[i] += 1
+        found = self.rule.project(gradient, self.state, which)
+        if self._sum is None:
+            self._sum = torch.zeros(len(self.parameters), *found.shape[1:], device=found.device)
+        self._sum[i] += found[0]
+
+    @property
+    def projected(self) -> Tensor | None:
+        """What there is of this step's gradients beside the parameters' own: sums of several, or projected ones."""
+        return self._sum
+
+    def tensors(self) -> dict[str, Tensor]:
+        masters = {} if self.master is self.weights else {"master": self.master}
+        return {"weights": self.weights, "awake": self.awake, **masters, **self.state}
+
+
+class Part:
+    """Some parameters of a stack: views of it where they are neighbours, else copies that `back` writes."""
+
+    def __init__(self, stack: Stack, which: list[int]) -> None:
+        self.rule, self.scale = stack.rule, stack.scale
+        self._rows, self._of = rows_of(which, stack.weights.device), stack.tensors()
+        self._own = {key: value[self._rows] for key, value in self._of.items()}
+        rest = dict(self._own)
+        self.weights, self.awake = rest.pop("weights"), rest.pop("awake")
+        self.master = rest.pop("master", self.weights)
+        self.state = rest
+
+    def back(self) -> None:
+        if isinstance(self._rows, Tensor):
+            for key, value in self._own.items():
+                self._of[key].index_copy_(0, self._rows, value)
+
+
+def rows_of(which: list[int], device: torch.device) -> slice | Tensor:
+    """A slice where they are neighbours, else an index; without waiting for the device."""
+    if which == list(range(which[0], which[-1] + 1)):
+        return slice(which[0], which[-1] + 1)
+    return torch.tensor(which, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def parts(same: list[Named]) -> list[list[Named]]:
+    """Parameters of one shape, in stacks of LARGEST_STACK values at most."""
+    most = max(1, LARGEST_STACK // same[0][1].numel())
+    return [same[at : at + most] for at in range(0, len(same), most)]
+
+
+def call_if_alive(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:
+    """What a hook calls: nothing any more where the optimizer is gone and the model is not."""
+    alive = method()
+    if alive is not None:
+        alive(*args)
