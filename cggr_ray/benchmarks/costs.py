@@ -6,6 +6,7 @@
     own scores (`after`)     X + A + H + 2 r X + 2.5 r A + 2 r H
     known mask (`before`)    X + A - dead + 2 r X + 2.5 r A + 3 r H
     live constants add kappa (1 - r) X, kappa = 2 d kv / P
+    the last k of L layers   X + A + 3 H + (k / L) (2 X + 2.5 A)
 
 `dead` is what dropped positions would do in the last layer after their keys and values. Here r is the kept ratio, a the
 width of all heads, kv that of all key-value heads. A probe's own products are left out: they are thousandths.
@@ -41,6 +42,11 @@ class Costs:
         else:
             cost = forward - self.dead(ratio) + kept + 3 * ratio * self.head
         return self.full / (cost + live * self.kv_share * (1 - ratio) * self.matrices)
+
+    def suffix(self, share: float) -> float:
+        """FLOPs of a step in which a share of the layers learns, over those of full training."""
+        below = self.matrices + self.attention + 3 * self.head
+        return (below + share * (2 * self.matrices + 2.5 * self.attention)) / self.full
 
     def dead(self, ratio: float) -> float:
         rest = (1 - ratio) * (1 - self.kv_share) * self.matrices

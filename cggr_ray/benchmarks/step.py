@@ -6,7 +6,7 @@ model's own loss after the forward, `router` by a probe on the first layers, `ra
 launch, and again as a CUDA graph where they can; `upstream_cggr` is the PyPI package as it is, in eager mode.
 
 The value is the fastest baseline's time over this provider's; rows in `arithmetic_limit` say what the plan could reach
-(`costs`). No optimizer, no loader.
+(`costs`). No optimizer, no loader, but for the units of suffixes that say so (`suffixes`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cggr_ray.benchmarks.costs import costs_of
+from cggr_ray.benchmarks.costs import Costs, costs_of
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, installed, not_installed
+from cggr_ray.benchmarks.suffixes import Suffixes
 from cggr_ray.benchmarks.timing import Timing, interleaved
 from cggr_ray.compiling import compiled_on, never_eager
 from cggr_ray.data.batch import MicroBatch
@@ -51,10 +52,10 @@ Call = Callable[[], None]
 def bench_step(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
     found = pick_device(device)
     work = Work(shape, found)
-    providers = work.full() | work.kept() | work.upstream()
-    times = interleaved(providers, rounds, found)
+    providers = work.full() | work.kept() | work.layers() | work.upstream()
+    times = interleaved(providers | work.suffixes.updates(), rounds, found)
     best = min(timing.p50 for name, timing in times.items() if name.startswith("full_"))
-    rows = [work.row(name, timing, best) for name, timing in times.items()] + work.limits()
+    rows = [work.row(name, times[name], best) for name in providers] + work.limits() + work.suffix_rows(times, best)
     return rows + not_installed("step", shape, work.missing, work.dtype, found)
 
 
@@ -67,6 +68,7 @@ class Work:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = random_model(shape.model, device, self.dtype)
         self.adapter = Adapter(self.model)
+        self.suffixes = Suffixes(self.adapter)
         self.parameters = list(self.model.parameters())
         self.micro = random_micro(shape, self.adapter.head_VD.shape[0], device)
         self.scale = torch.tensor(1 / self.micro.labelled, device=device)
@@ -115,6 +117,10 @@ class Work:
                 passes[f"kept_{ratio}_{name}_{detach}"] = run_pass, ratio
         return passes
 
+    def layers(self) -> dict[str, Call]:
+        """Suffixes of the layers, by the model's blocks as in `full_blocks`."""
+        return self._both(self.suffixes.steps(self._blocks))
+
     def upstream(self) -> dict[str, Call]:
         """The package as it is: its router, its model, a clone of ours in plain eager mode with labels of its own."""
         if self.device.type != "cuda" or not installed("cggr"):
@@ -141,16 +147,28 @@ class Work:
 
     def limits(self) -> list[BenchRow]:
         """What each plan could reach if everything ran at the speed of full training."""
-        vocabulary, width = self.adapter.head_VD.shape
-        inner = self.model.config.intermediate_size
-        costs = costs_of(self.adapter.shapes, width, inner, vocabulary, self.shape.positions)
-        rows = []
+        costs, rows = self._costs(), []
         for name, (_, ratio) in self._passes.items():
             limit = costs.limit(ratio, own="_own_" in name, live=name.endswith("_live"))
             nothing = Timing(0.0, 0.0, 0.0, 0.0)
             row = bench_row("step", self.shape, name, self.dtype, self.device, nothing, limit, "arithmetic_limit")
             rows.append(row)
         return rows
+
+    def suffix_rows(self, times: dict[str, Timing], best: float) -> list[BenchRow]:
+        """What of its limit each suffix reaches."""
+        costs = self._costs()
+        return [
+            bench_row("step", self.shape, name, self.dtype, self.device, timing, value, unit)
+            for name, timing in times.items()
+            if name.startswith("suffix_")
+            for unit, value in self.suffixes.values(name, times, best, costs).items()
+        ]
+
+    def _costs(self) -> Costs:
+        vocabulary, width = self.adapter.head_VD.shape
+        inner = self.model.config.intermediate_size
+        return costs_of(self.adapter.shapes, width, inner, vocabulary, self.shape.positions)
 
     def _both(self, steps: dict[str, Any]) -> dict[str, Call]:
         """Each step launch by launch, and as a graph where there are graphs."""

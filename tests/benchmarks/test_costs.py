@@ -6,7 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cggr_ray.benchmarks import suffixes as module
 from cggr_ray.benchmarks.costs import Costs, costs_of, mean_keys
+from cggr_ray.benchmarks.suffixes import Suffixes
+from cggr_ray.benchmarks.timing import Timing
+from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.families import Family
 from cggr_ray.models.presets import ModelSpec
 
@@ -109,3 +113,45 @@ def test_live_constants_cost_key_and_value_weights_of_dropped_rows(
     costs = smollm[1]
     cost = {live: costs.full / costs.limit(0.25, own=own, live=live) for live in (False, True)}
     assert cost[True] - cost[False] == pytest.approx(0.75 * 30 * 2 * (2 * 576 * 192))
+
+
+def test_a_suffix_by_hand(smollm: tuple[Family, Costs, int]) -> None:
+    costs = smollm[1]
+    x, a, h = costs.matrices, costs.attention, costs.head
+    assert costs.suffix(1.0) == pytest.approx(1.0)
+    assert costs.suffix(0.5) == pytest.approx((x + a + h + 0.5 * (2 * x + 2.5 * a) + 2 * h) / (3 * x + 3.5 * a + 3 * h))
+    assert Costs(4, 1.0, 0.0, 0.0, 0.1).suffix(0.25) == pytest.approx(1 / 2)
+
+
+def test_the_share_of_its_limit_that_a_suffix_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Adapter(ModelSpec(preset="tiny").build(64, 0, torch.device("cpu"), torch.float32))
+    suffixes = Suffixes(adapter)
+    assert list(suffixes.updates()) == ["update_1.0", "update_0.75", "update_0.5", "update_0.25"]
+    milliseconds = {"suffix_0.5_graph": 80.0, "update_1.0": 20.0, "update_0.5": 12.0}
+    times = {name: Timing(p50, p50, p50, 0.0) for name, p50 in milliseconds.items()}
+    found = suffixes.values("suffix_0.5_graph", times, 100.0, Costs(4, 1.0, 0.0, 0.0, 0.1))
+    assert found["arithmetic_limit"] == pytest.approx(1.5)
+    assert found["limit_share"] == pytest.approx(100 / 80 / 1.5)
+    assert found["speedup_with_optimizer"] == pytest.approx(120 / 92)
+    assert found["limit_share_with_optimizer"] == pytest.approx(120 / 92 * (100 / 1.5 + 12) / 120)
+    monkeypatch.setattr(module, "OPTIMIZER_BELOW", 1)
+    alone = Suffixes(adapter)
+    assert not alone.updates() and alone.values(
+        "suffix_0.5_graph", times, 100.0, Costs(4, 1.0, 0.0, 0.0, 0.1)
+    ).keys() == {
+        "arithmetic_limit",
+        "limit_share",
+    }
+
+
+def test_a_suffix_step_leaves_gradients_of_what_learns() -> None:
+    adapter = Adapter(ModelSpec(preset="tiny").build(64, 0, torch.device("cpu"), torch.float32))
+    seen = []
+
+    def step(micro: None, scale: None) -> None:
+        seen.append([p.requires_grad for layer in adapter.layers for p in layer.parameters()])
+
+    Suffixes(adapter).steps(step)["suffix_0.25"](None, None)  # type: ignore[arg-type]
+    (learns,) = seen
+    assert sum(learns) * 4 == len(learns) and all(learns[-sum(learns) :])
+    assert all(p.requires_grad for p in adapter.model.parameters())
