@@ -55,7 +55,9 @@ class Training:
             "weights_bytes": live_bytes(self.parameters),
             "master_bytes": live_bytes(masters),
             "gradient_bytes": live_bytes([*gradients, *(s.projected for s in stacks if s.projected is not None)]),
-            "optimizer_bytes": live_bytes(tensor for stack in stacks for tensor in stack.state.values()),
+            "optimizer_bytes": live_bytes(
+                tensor for stack in stacks for tensor in (*stack.state.values(), stack.awake)
+            ),
         }
 
 
