@@ -18,6 +18,7 @@ from cggr_ray.schema import (
     KIND,
     ORDER_HASH,
     ORDER_ROWS,
+    RELEVANCE,
     SAMPLES_PER_SEC,
     STEP,
     STEP_SECONDS,
@@ -71,12 +72,14 @@ class Recorder:
         self._last_row = self._last_report = start
 
     def step(self, finished: Finished, at: Position, marks: dict[str, str]) -> None:
-        """Keeps a finished step's row where one is due. `at` is now, up to two steps after the finished one."""
+        """Keeps a finished step's row where one is due. `at` is now, up to two steps after the finished one.
+
+        A row of a step that measured the layers is always due: what was decided follows from it.
+        """
         last = self._last_row
-        elapsed = at.train_seconds - last.train_seconds
-        if elapsed < self._budget.seconds / ROWS and finished.progress.step > 0:
+        elapsed, first = at.train_seconds - last.train_seconds, finished.progress.step == 0
+        if elapsed < self._budget.seconds / ROWS and not first and RELEVANCE not in finished.values:
             return
-        elapsed = max(elapsed, 1e-9)
         mark = max(marks, key=int, default=None)
         self._last_row = at
         self._newest = {
@@ -86,9 +89,7 @@ class Recorder:
             TRAIN_SECONDS: at.train_seconds,
             WALL_SECONDS: at.wall_seconds,
             TOKENS_SEEN: finished.progress.tokens_seen,
-            TOKENS_PER_SEC: (at.tokens_seen - last.tokens_seen) / elapsed,
-            SAMPLES_PER_SEC: (at.rows - last.rows) / elapsed,
-            STEP_SECONDS: elapsed / max(at.step - last.step, 1),
+            **(_rates(last, at) if elapsed > 0 else {}),
             DATA_WAIT_SECONDS: at.data_wait_seconds,
             **finished.values,
             **({ORDER_ROWS: int(mark), ORDER_HASH: marks[mark]} if mark else {}),
@@ -137,3 +138,12 @@ class Recorder:
     def _track(self, row: Row) -> None:
         for tracker in self._trackers:
             tracker.log(row)
+
+
+def _rates(last: Position, at: Position) -> Row:
+    elapsed = at.train_seconds - last.train_seconds
+    return {
+        TOKENS_PER_SEC: (at.tokens_seen - last.tokens_seen) / elapsed,
+        SAMPLES_PER_SEC: (at.rows - last.rows) / elapsed,
+        STEP_SECONDS: elapsed / max(at.step - last.step, 1),
+    }

@@ -35,6 +35,8 @@ from cggr_ray.updates.schedule import (
 
 # Probes in a row without a change after which they come half as often.
 UNCHANGED = 3
+# Of a sum of relevances, so that equal layers are counted alike.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,9 @@ class DynamicSuffix:
     """The last layers learn, as many as hold `threshold` of the relevance.
 
     `smallest`, `largest`, `levels`: the fractions of the layers between which there are so many depths. `hysteresis`:
-    probes in a row that must ask for another depth. The schedule starts at `full_until` of the budget, and not before
-    the loss is steady where `stability` is set; from `full_from` every layer learns again.
+    probes in a row that must ask for another depth; until they have, every layer learns. The schedule starts at
+    `full_until` of the budget, and not before the loss is steady where `stability` is set; from `full_from` every layer
+    learns again.
     """
 
     IS_PART: ClassVar[bool] = True
@@ -224,10 +227,11 @@ class SuffixSchedule:
 
     def _wanted(self) -> int:
         """The smallest suffix that holds enough of the relevance, within the limits, rounded up to a level."""
-        relevance, most = self.memory.relevance, len(self.levels) - 1
-        enough = self.config.threshold * sum(relevance)
-        held = accumulate(reversed(relevance))
-        depth = next((k for k, total in enumerate(held, 1) if total >= enough), self._layers)
+        most = len(self.levels) - 1
+        # A layer whose update raises the loss holds nothing of what lowers it.
+        held = list(accumulate(max(0.0, value) for value in reversed(self.memory.relevance)))
+        enough = self.config.threshold * held[-1] * (1 - ROUNDING)
+        depth = next(k for k, total in enumerate(held, 1) if total >= enough) if held[-1] > 0 else self._layers
         lowest = self.levels[max(0, self.memory.raised)]
         highest = self.levels[most + min(0, self.memory.raised)]
         depth = min(max(depth, lowest), highest)

@@ -85,12 +85,12 @@ class BlockDraws(Stateless):
         return Learning(tuple(i in drawn for i in range(self._layers)))
 
     def reachable(self) -> list[Learning]:
-        """Too many to name: two of them have every kind of layer, learning or not, behind one that learns or not."""
+        """Too many to name: in these, layers that learn and that rest come above some that learn and above none."""
         return list(dict.fromkeys([Learning(every_layer(self._layers)), *(self._spread(first) for first in (0, 1))]))
 
     def _spread(self, first: int) -> Learning:
-        """Every other layer from `first` on, then what is missing from below."""
-        order = [*range(first, self._layers, 2), *range(1 - first, self._layers, 2)]
+        """Every other layer from `first` on, then what is missing from above."""
+        order = [*range(first, self._layers, 2), *reversed(range(1 - first, self._layers, 2))]
         chosen = order[: self._learning]
         return Learning(tuple(i in chosen for i in range(self._layers)))
 
