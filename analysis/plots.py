@@ -1,4 +1,4 @@
-"""The plots of a report: loss against train seconds and tokens, speed against train seconds, memory.
+"""The plots of a report: loss against train seconds and tokens, speed against train seconds, memory, resting layers.
 
 A recipe keeps its colour in every plot of a race (Okabe and Ito's palette, which survives colour blindness; the
 baseline is black). A thin line is one run, a thick line the mean of a recipe's finished runs, drawn where all of them
@@ -15,8 +15,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis.frames import Race
+from analysis.layers import relevance_shares, resting_rows
 from analysis.measures import FINISHED, finished_runs
 from cggr_ray.schema import FRACTION, TOKENS_PER_SEC, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 
@@ -90,6 +92,41 @@ def plot_memory(race: Race, path: Path) -> Path:
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
     return _save(figure, axes, path)
+
+
+def plot_active_layers(race: Race, path: Path) -> Path:
+    """Layers that learn between probes against seconds of training: a line a run in which layers rested."""
+    figure, axes = _canvas("train time (s)", "layers that learn")
+    look, rows = styles(race.recipes, race.baseline), resting_rows(race)
+    for recipe, own in rows.groupby("recipe", sort=False):
+        colour, dash = look[str(recipe)]
+        runs = [run for _, run in own.groupby("trial_id", sort=False)]
+        for number, run in enumerate(runs):
+            label = str(recipe) if number == 0 else None
+            axes.step(run[TRAIN_SECONDS], run["depth"], dash, color=colour, lw=1.0, alpha=0.7, label=label)
+    axes.set_ylim(0, 1.05 * rows["layers"].max())
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return _save(figure, axes, path)
+
+
+def plot_relevance(race: Race, path: Path) -> Path:
+    """A panel a recipe, of its first seed: each layer's share of the relevance, from one probe to the next."""
+    shares = relevance_shares(race)
+    figure = Figure(figsize=(8, 1 + 2.6 * len(shares)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(shares), sharex=True, squeeze=False)[:, 0]
+    # A probe whose sum is close to 0 has huge shares; it must not darken all others.
+    brightest = float(np.quantile(np.concatenate([own.to_numpy().ravel() for own in shares.values()]), 0.99))
+    for axes, (trial, own) in zip(panels, shares.items(), strict=True):
+        end = race.steps.loc[race.steps["trial_id"] == trial, TRAIN_SECONDS].max()
+        layers = np.arange(own.shape[1] + 1) - 0.5
+        mesh = axes.pcolormesh([*own.index, end], layers, own.T, vmin=0, vmax=brightest, rasterized=True)
+        axes.set(title=trial, ylabel="layer (0: lowest)")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(mesh, ax=axes, label="share of the relevance")
+    panels[-1].set_xlabel("train time (s)")
+    figure.savefig(path, dpi=DPI)
+    return path
 
 
 def _lines(axes: Axes, race: Race, rows: pd.DataFrame, x: str, y: str) -> None:

@@ -9,19 +9,30 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.frames import Race, read_race
+from analysis.layers import relevance_shares, resting_rows
 from analysis.measures import FINISHED, comparison, epochs, equal_tokens, ledger_check, order_check
-from analysis.plots import ZOOM_FRACTION, plot_loss_against_seconds, plot_loss_against_tokens, plot_memory, plot_speed
+from analysis.plots import (
+    ZOOM_FRACTION,
+    plot_active_layers,
+    plot_loss_against_seconds,
+    plot_loss_against_tokens,
+    plot_memory,
+    plot_relevance,
+    plot_speed,
+)
 from analysis.tables import (
     NONE,
     comparison_table,
     distinct,
     figure,
+    layers_table,
     ledger_table,
     order_table,
     plain,
@@ -43,6 +54,11 @@ PLOTS = (
     ("tokens_per_second.png", "Tokens per train second", plot_speed),
     ("memory.png", "Peak device memory", plot_memory),
 )
+LAYER_PLOTS = (
+    ("active_layers.png", "Layers that learn between probes, against train seconds", plot_active_layers),
+    ("relevance.png", "Relevance of every layer, as shares of what a probe found, first seed", plot_relevance),
+)
+Plots = tuple[tuple[str, str, Callable[[Race, Path], Path]], ...]
 CURVE_NOTE = (
     "Thin lines are runs, thick lines means over a recipe's finished runs. The loss axis leaves out what lies above "
     f"every loss measured after {ZOOM_FRACTION:.0%} of the budget."
@@ -63,6 +79,17 @@ COLUMN_NOTES = """\
 
 Train seconds are training plus waiting for data; nothing else counts against the budget."""
 
+LAYER_NOTES = """\
+Runs in which a layer ever rested.
+
+* **layers that learn**: mean over train seconds, probes included.
+* **probes**: steps in which every layer learns and its relevance is measured.
+* **switches**: changes of the number of layers that learn, between steps that are no probes.
+* **full at the start, between, at the end**: seconds in which every layer learns, probes left out: before some rest for
+  the first time, in the midst, and after they rested for the last time (recovery).
+* **steps a row**: a logged row speaks for the steps since the row before it, a probe for itself alone. Above 1.0 the
+  seconds are estimates, and switches are those in the log: more may have happened."""
+
 
 def write_report(race_folder: Path | str, out: Path | str | None = None) -> Path:
     """Writes the report, its plots and the frames as Parquet; returns the path of the Markdown file.
@@ -73,7 +100,7 @@ def write_report(race_folder: Path | str, out: Path | str | None = None) -> Path
     target = Path(out) if out is not None else race.folder / REPORT_FOLDER
     target.mkdir(parents=True, exist_ok=True)
     race.to_parquet(target)
-    for name, _, plot in PLOTS:
+    for name, _, plot in (*PLOTS, *_layer_plots(race)):
         plot(race, target / name)
     path = target / REPORT_FILE
     path.write_text(render(race), encoding="utf-8")
@@ -81,8 +108,7 @@ def write_report(race_folder: Path | str, out: Path | str | None = None) -> Path
 
 
 def render(race: Race) -> str:
-    """The Markdown of a report; it links to the plots by the names in PLOTS."""
-    images = "\n\n".join(f"**{caption}**\n\n![{caption}]({name})" for name, caption, _ in PLOTS)
+    """The Markdown of a report; it links to the plots by the names in PLOTS and LAYER_PLOTS."""
     tokens = figure(equal_tokens(race) / 1e6, 3)
     sections = (
         (
@@ -91,7 +117,8 @@ def render(race: Race) -> str:
         ),
         ("## What ran", _what_ran(race)),
         ("## Comparison", f"{comparison_table(race)}\n\n{COLUMN_NOTES.format(tokens=tokens)}"),
-        ("## Curves", f"{CURVE_NOTE}\n\n{images}"),
+        ("## Curves", f"{CURVE_NOTE}\n\n{_images(PLOTS)}"),
+        *_layers(race),
         ("## Validation, run by run", f"{validation_table(race)}\n\n{_unfinished(race)}"),
         ("## Where the time went", f"{_ledger_words(race)}\n\n{ledger_table(race)}"),
         ("## Order of the data", f"{_order_words(race)}\n\n{order_table(race)}"),
@@ -100,6 +127,22 @@ def render(race: Race) -> str:
         ("## Specification", f"```json\n{json.dumps(race.spec.get('spec', {}), indent=2, ensure_ascii=False)}\n```"),
     )
     return "\n\n".join(f"{title}\n\n{body.strip()}" for title, body in sections) + "\n"
+
+
+def _images(plots: Plots) -> str:
+    return "\n\n".join(f"**{caption}**\n\n![{caption}]({name})" for name, caption, _ in plots)
+
+
+def _layers(race: Race) -> list[tuple[str, str]]:
+    """The section on resting layers, where some rested."""
+    plots = _layer_plots(race)
+    return [("## Layers that learn", f"{layers_table(race)}\n\n{LAYER_NOTES}\n\n{_images(plots)}")] if plots else []
+
+
+def _layer_plots(race: Race) -> Plots:
+    """Those that have something to show."""
+    shown = (len(resting_rows(race)), len(relevance_shares(race)))
+    return tuple(plot for plot, some in zip(LAYER_PLOTS, shown, strict=True) if some)
 
 
 def summary_table(race: Race) -> str:

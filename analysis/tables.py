@@ -11,6 +11,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from analysis.frames import Race
+from analysis.layers import MODES, layer_measures
 from analysis.measures import comparison, epochs, ledger_check, order_check
 from cggr_ray.schema import BUDGET_LEDGERS, LEARNING_RATE, LEDGERS, TRAIN_SECONDS, VAL_LOSS, VAL_NATS_PER_BYTE
 
@@ -114,6 +115,19 @@ def ledger_table(race: Race) -> str:
         steps = figure(check["overrun_steps"], 2)
         rows.append([str(check["trial_id"]), *seconds, *closure, difference, *overrun, steps])
     return table(headers, rows)
+
+
+def layers_table(race: Race) -> str:
+    """One row a run in which layers rested: how many learnt on average, probes, switches, seconds of each mode."""
+    headers = ("trial", "recipe", "seed", "layers that learn (mean)", "probes", "switches", "steps a row")
+    seconds = ("full at the start (s)", "probes (s)", "resting (s)", "full between (s)", "full at the end (s)")
+    rows = []
+    for run in layer_measures(race).to_dict("records"):
+        cells = [str(run[name]) for name in ("trial_id", "recipe", "seed")]
+        cells += [f"{figure(run['mean_active'], 2)} of {run['layers']}", str(run["probes"]), str(run["switches"])]
+        cells += [figure(run["steps_per_row"], 1), *(figure(run[f"seconds/{mode}"], 1) for mode in MODES)]
+        rows.append(cells)
+    return table([*headers, *seconds], rows)
 
 
 def order_table(race: Race) -> str:

@@ -41,9 +41,12 @@ class Flight:
         self._queue.append((row, copies, event))
 
     def land(self, all_steps: bool) -> list[Finished]:
-        """Waits for every step but the newest, or for all of them; returns those that finished, oldest first."""
-        landed = []
-        while len(self._queue) > (0 if all_steps else 1):
+        """Waits for every step but the newest, or for all of them; returns those that finished, oldest first.
+
+        Without a device there is nothing to wait for, and every step lands at once.
+        """
+        landed, left = [], 1 if self._cuda and not all_steps else 0
+        while len(self._queue) > left:
             row, copies, event = self._queue.popleft()
             if event is not None:
                 event.synchronize()

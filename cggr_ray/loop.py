@@ -28,6 +28,7 @@ from cggr_ray.evaluation.reference import reference_nll
 from cggr_ray.flight import Flight
 from cggr_ray.learner import Learner
 from cggr_ray.models.adapter import Adapter
+from cggr_ray.models.prefix_cache import PrefixCache
 from cggr_ray.progress import Budget, Progress
 from cggr_ray.race import Trial
 from cggr_ray.recorder import Position, Recorder, Report
@@ -43,6 +44,8 @@ STEPS_NEAR_THE_END = 4
 NOT_FINITE_LIMIT = 20
 # A part that learns from measurements gets them two steps late, in flight or not, so that a resumed run sees the same.
 OBSERVE_DELAY = 2
+# Beside the run's own files, while it runs: what a cache of activations does not hold on the device.
+ACTIVATIONS_FILE = "activations.bin"
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +127,9 @@ class Run:
         model = spec.model.build(vocabulary, self.trial.seed, self.device, dtype)
         adapter = Adapter(model, recipe.execution.gradient_checkpointing)
         log.info("%s: %s", self.trial.trial_id, adapter.execution_note)
+        if (kept := recipe.execution.activation_cache) is not None:
+            file, width = self.folder / ACTIVATIONS_FILE, adapter.head_VD.shape[1]
+            adapter.cache = PrefixCache(kept, self.data.num_positions, width, dtype, self.device, file)
         self.learner = Learner(recipe, adapter, self.trial.seed, self.data.num_positions, reference)
         order = self.data.order()
         self.heldout = HeldOut(self.data, order, spec.micro_rows, self.device)
@@ -173,7 +179,7 @@ class Run:
             "race": spec.name,
             "values": trial.values,
             "parts": trial.recipe.to_plain(),
-            "model": {"name": spec.model.name, "parameters": parameters, "dtype": dtype},
+            "model": {"name": spec.model.name, "layers": len(adapter.layers), "parameters": parameters, "dtype": dtype},
             "device": device_info(self.device),
             "process": {"host": platform.node(), "pid": os.getpid()},
             "execution": adapter.execution_note,
@@ -291,6 +297,8 @@ class Run:
         aside.write_text(json.dumps(plain(summary), indent=1))
         aside.replace(self.folder / SUMMARY_FILE)
         checkpoint.remove_all(self.folder)
+        if self.learner.adapter.cache is not None:
+            self.learner.adapter.cache.close()
         return summary
 
     def _epochs(self) -> dict[str, float]:

@@ -133,6 +133,9 @@ class RaceSpec(Plain):
             try:
                 recipe = self.recipe(name)
                 check_layers(recipe, self.model)
+                if recipe.execution.activation_cache and self.model.config().get_text_config().tie_word_embeddings:
+                    raise ValueError("activation_cache with a head tied to the embedding, which goes on learning; "
+                                     "accepted: model.tie_embeddings = false")  # fmt: skip
                 step = recipe.rows.rows_per_step(self.global_rows)
                 for rows in {min(self.micro_rows, step), step % self.micro_rows} - {0}:
                     recipe.rows.check_rows(rows)

@@ -20,6 +20,7 @@ import torch
 
 from cggr_ray.codec import Plain, kind_of, nearest, with_values
 from cggr_ray.models.checkpointing import Checkpointing
+from cggr_ray.models.prefix_cache import ActivationCache
 from cggr_ray.models.presets import check_folder
 from cggr_ray.objectives.multi_token import MultiToken
 from cggr_ray.objectives.next_token import NextToken
@@ -43,12 +44,15 @@ class Execution:
 
     `gradient_checkpointing`: see `models.checkpointing`. `cuda_graphs`: on a GPU, forward and backward of a micro-batch
     are one launch; for small models. `prefetch`: batches that the loader's thread has packed and copied ahead.
+    `activation_cache`: keeps what layers at rest compute from one epoch to the next, see `models.prefix_cache`; a run
+    with it resumes exactly but for rounding, as it begins with nothing kept.
     """
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: Checkpointing = "none"
     cuda_graphs: bool = False
     prefetch: int = 3
+    activation_cache: ActivationCache | None = None
 
     def __post_init__(self) -> None:
         if self.prefetch < 1:
@@ -83,10 +87,24 @@ class Recipe(Plain):
                              "accepted: one of the two")  # fmt: skip
         if not isinstance(self.updates, FullUpdate):
             self._check_resting(self.updates)
+        if self.execution.activation_cache is not None:
+            self._check_cache()
         if not (self.objective.runs_on_kept_rows() or self.tokens.runs_all_positions()):
             raise ValueError(f"{self.objective} reads all positions, and {self.tokens} leaves some out; accepted: "
                              "all_tokens, plan 'dense', skipped_tokens with exit of at least 1, depth_buckets with "
                              "engine 'every' or 'faithful'")  # fmt: skip
+
+    def _check_cache(self) -> None:
+        """Whether what layers at rest compute can be kept."""
+        if not isinstance(self.updates, StaticSuffix | DynamicSuffix):
+            raise ValueError(f"activation_cache with updates {kind_of(type(self.updates))!r}; accepted: static_suffix, "
+                             "dynamic_suffix, whose lower layers rest for long")  # fmt: skip
+        if not isinstance(self.rows, AllRows | FewerRows) or isinstance(self.tokens, SkippedTokens):
+            kinds = kind_of(type(self.rows)), kind_of(type(self.tokens))
+            raise ValueError(f"activation_cache with rows and tokens {kinds}; accepted: all_rows or fewer_rows, which "
+                             "the host knows, and no skipped_tokens")  # fmt: skip
+        if self.execution.cuda_graphs:
+            raise ValueError("activation_cache with cuda_graphs; accepted: one of the two")
 
     def _check_resting(self, updates: object) -> None:
         """Whether layers can rest beside the other parts."""

@@ -35,6 +35,7 @@ def warm_up(learner: Learner, heldout: HeldOut, order: RowOrder, rows: int, micr
             parameter.copy_(weights[name])
         for name, tensor in learner.router.tensors().items():
             tensor.copy_(routing[name])
+    learner.adapter.forget()
     learner.optimizer.load_state_dict(tensors)
     learner.load_state_dict(host)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from search_spaces.baseline import baseline
 from search_spaces.cggr import cggr
 from search_spaces.e3 import e3
+from search_spaces.suffix import suffix
 
 
 class Space(NamedTuple):
@@ -21,4 +22,5 @@ SPACES: dict[str, Space] = {
     "baseline": Space("baseline", baseline),
     "cggr": Space("cggr_loss", cggr),
     "e3": Space("e3/full", e3),
+    "suffix": Space("dynamic_suffix", suffix),
 }

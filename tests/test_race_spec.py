@@ -230,6 +230,15 @@ def test_what_reads_fewer_layers_fits(recipe: str, values: dict[str, Any]) -> No
     RaceSpec(recipes=(recipe,), values=values).check()
 
 
+def test_a_cache_of_activations_needs_an_embedding_that_rests() -> None:
+    values = {"execution.activation_cache": {"memory_gib": 1.0}}
+    spec = RaceSpec(recipes=("static_suffix",), values=values)
+    untied = RaceSpec(recipes=("static_suffix",), values=values, model=ModelSpec(tie_embeddings=False))
+    with pytest.raises(ValueError, match=r"^recipe 'static_suffix': .*tied to the embedding.*accepted: "):
+        spec.check()
+    untied.check()
+
+
 @pytest.mark.parametrize(
     "config", [{"model_type": "gpt2", "n_layer": 3}, {"model_type": "llama", "num_hidden_layers": 3}]
 )

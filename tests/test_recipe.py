@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,3 +116,26 @@ def test_an_unknown_recipe_names_the_nearest_and_all(tmp_path: Path) -> None:
         load_recipe("basline")
     with pytest.raises(ValueError, match=r"nowhere\.toml"):
         load_recipe(str(tmp_path / "nowhere.toml"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"updates": {"kind": "static_suffix"}, "tokens": {"kind": "depth_buckets"}}, "with tokens 'depth_buckets'"),
+        (
+            {"updates": {"kind": "static_suffix"}, "optimizer.matrix": {"kind": "galore", "full_rank": 0.2}},
+            "'static_suffix' with full_rank = 0.2",
+        ),
+        (
+            {"updates": {"kind": "dynamic_suffix", "relevance": "decrease"}, "optimizer.matrix": {"kind": "galore"}},
+            "GaLore, whose gradients are projected",
+        ),
+        ({"updates": {"kind": "random_blocks"}, "execution.cuda_graphs": True}, "'random_blocks' with cuda_graphs"),
+    ],
+)
+def test_what_cannot_rest_together_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        Recipe("x").with_values(values)
+    assert "accepted: " in str(error.value) and "\n" not in str(error.value)
+    Recipe("x").with_values({key: value for key, value in values.items() if key != "updates"})
+    Recipe("x").with_values({"updates": values["updates"]})

@@ -29,6 +29,8 @@ class MicroBatch:
     labelled_B: np.ndarray
     """Labelled positions of each row as it was read, on the host."""
     index: int
+    ids_BT: np.ndarray | None = None
+    """`position_ids_BT` on the host, of rows as the loader read them."""
 
     @property
     def documents_BT(self) -> Tensor:

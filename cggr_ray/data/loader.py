@@ -48,6 +48,7 @@ def micro_batches(
                 longest_document=shape.longest,
                 labelled_B=np.array([r.labelled for r in group]),
                 index=index,
+                ids_BT=fields[3],
             )
         )
     return micros

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.attention import Documents, document_mask, documents_of, register_document_flash
 from cggr_ray.models.checkpointing import Checkpointing, keep_products
 from cggr_ray.models.families import Family
+from cggr_ray.models.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +81,7 @@ class Adapter:
         self.layers: Sequence[nn.Module] = self.family.layers
         self.shapes = [self.family.shape(i) for i in range(len(self.layers))]
         self._active = [True] * len(self.layers)
+        self.cache: PrefixCache | None = None
         model.train()
 
     @property
@@ -135,10 +138,17 @@ class Adapter:
         """
         if list(active) == self._active:
             return
+        if list(active).index(True) != self.first_active:
+            self.forget()
         self._active = list(active)
         for i, learns in enumerate(active):
             for parameter in self.layer_parameters(i):
                 parameter.requires_grad_(learns)
+
+    def forget(self) -> None:
+        """Weights below the first layer that learns have changed, or others are below it: nothing kept is of use."""
+        if self.cache is not None:
+            self.cache.clear()
 
     def layer_parameters(self, layer: int) -> list[nn.Parameter]:
         """Those of a decoder layer, and of the first one what makes its input, as far as nothing else uses it."""
@@ -152,8 +162,26 @@ class Adapter:
 
     def forward(self, micro: MicroBatch) -> Stream:
         """Hidden states of every position. Attention stays inside each document."""
-        hidden = self.embed(micro)
-        return self.finish(self.run_layers(hidden, micro.positions_BT, self.documents(micro)))
+        documents = self.documents(micro)
+        hidden, below = self.enter(micro, documents)
+        return self.finish(self.run_layers(hidden, micro.positions_BT, documents, slice(below, None)))
+
+    def enter(self, micro: MicroBatch, documents: Documents, most: int | None = None) -> tuple[Tensor, int]:
+        """(what enters the first layer that learns, the number of layers below it); after `most` layers at most.
+
+        It is a constant where there are layers below, and read back where it is kept; not in a forward without
+        gradient, which may be of other data.
+        """
+        below = self.first_active if most is None else min(most, self.first_active)
+        if below == 0:
+            return self.embed(micro), 0
+        keep = self.cache if torch.is_grad_enabled() and below == self.first_active else None
+        with torch.no_grad():
+            run = partial(self._run_below, micro, documents, below)
+            return run() if keep is None else keep.fetch(micro, run), below
+
+    def _run_below(self, micro: MicroBatch, documents: Documents, layers: int) -> Tensor:
+        return self.run_layers(self.embed(micro), micro.positions_BT, documents, slice(0, layers))
 
     def embed(self, micro: MicroBatch) -> Tensor:
         """(B, T, D), what enters the first layer."""

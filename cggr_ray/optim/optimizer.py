@@ -59,7 +59,8 @@ class Optimizer:
 
 
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of stacks of n gradients before clipping, weights before the update, and what it takes off them but for decay."""
+"""Of stacks of n gradients before clipping, weights before the update, and what it takes off them at the full rate,
+decay left out."""
 
 
 class Gauge(Protocol):
@@ -84,8 +85,10 @@ def apply_rule(
     raw, gradient = gradient, torch.where(finite > 0, gradient.float() * clip, 0.0)
     direction = stack.rule.direction(gradient, stack.state, finite)
     stack.awake.add_(finite)
-    rate = lr * finite * (stack.awake / REWARM_STEPS).clamp(max=1.0)
+    rate = lr * finite
+    # As if it had not rested: else a layer that has would look as if it had little to learn.
     measured = None if measure is None else measure(raw.float(), stack.master, direction * (rate * stack.scale))
+    rate = rate * (stack.awake / REWARM_STEPS).clamp(max=1.0)
     if stack.rule.weight_decay:
         decay = rate * stack.rule.weight_decay
         stack.master.mul_(1 - decay * (direction * stack.master > 0) if stack.rule.cautious else 1 - decay)

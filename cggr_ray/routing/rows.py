@@ -233,4 +233,5 @@ def rows_of(micro: MicroBatch, rows_K: Tensor) -> MicroBatch:
         positions_BT=positions,
         position_ids_BT=micro.position_ids_BT.index_select(0, rows_K),
         document_starts=starts.int(),
+        ids_BT=None,
     )

@@ -76,11 +76,12 @@ class Dense:
 
     def forward(self, micro: MicroBatch, reads: int, decide: Decide) -> Planned:
         adapter, documents = self.adapter, self.adapter.documents(micro)
-        hidden = adapter.embed(micro)
+        hidden, below = adapter.enter(micro, documents, reads or None)
         trunk = Trunk(adapter, hidden)
-        hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(0, reads), trunk)
+        middle = max(below, reads)
+        hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(below, middle), trunk)
         route = decide(seen(adapter, hidden.detach().flatten(0, 1)) if reads else None)
-        hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(reads, None), trunk)
+        hidden = adapter.run_layers(hidden, micro.positions_BT, documents, slice(middle, None), trunk)
         stream = adapter.finish(hidden, trunk.hidden_BTD)
         whole = partial(seen, adapter, hidden.detach().flatten(0, 1))
         return Planned(stream, route, route.statistics if route else {}, whole)
@@ -184,15 +185,18 @@ class Rows:
         kind = self.adapter.shapes[layer].rotary
         return None if kind is None else self.rotary[kind]
 
-    @torch.no_grad()
     def cross(self, layers: int) -> None:
         """Runs all rows up to so many layers, of those below the first that learns: they leave nothing behind."""
-        span = slice(self._through, min(layers, self.first))
+        span, micro = slice(self._through, min(layers, self.first)), self.micro
         if span.start >= span.stop:
             return
-        micro, hidden = self.micro, self.hidden_ND.unflatten(0, self.micro.tokens_BT.shape)
-        self.hidden_ND = self.adapter.run_layers(hidden, micro.positions_BT, self.documents, span).flatten(0, 1)
-        self._through = span.stop
+        if span.start == 0:
+            hidden, _ = self.adapter.enter(micro, self.documents, span.stop)
+        else:
+            with torch.no_grad():
+                hidden = self.hidden_ND.unflatten(0, micro.tokens_BT.shape)
+                hidden = self.adapter.run_layers(hidden, micro.positions_BT, self.documents, span)
+        self.hidden_ND, self._through = hidden.flatten(0, 1), span.stop
         if span.stop == self.first:
             self._entering_ND = self.hidden_ND
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from cggr_ray.schema import STEP
-from cggr_ray.telemetry.tracker import Row
+from cggr_ray.telemetry.tracker import Row, scalars
 
 
 class TensorBoardTracker:
@@ -15,7 +15,7 @@ class TensorBoardTracker:
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, row: Row) -> None:
-        for name, value in row.items():
+        for name, value in scalars(row).items():
             if isinstance(value, int | float) and name != STEP:
                 self._writer.add_scalar(name, value, row[STEP])
 

@@ -8,6 +8,14 @@ from typing import Any, Protocol
 Row = dict[str, Any]
 
 
+def scalars(row: Row) -> Row:
+    """The row with `name/00`, `name/01`, ... in place of every list: some trackers draw numbers alone."""
+    flat: Row = {}
+    for name, value in row.items():
+        flat |= {f"{name}/{i:02d}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
+    return flat
+
+
 class Tracker(Protocol):
     def log(self, row: Row) -> None: ...
     def finish(self, summary: Row) -> None: ...

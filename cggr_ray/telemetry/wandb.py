@@ -11,7 +11,7 @@ import wandb
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from cggr_ray.schema import KIND, ROUTER_SCORES, STEP, TRAIN_SECONDS
-from cggr_ray.telemetry.tracker import Row
+from cggr_ray.telemetry.tracker import Row, scalars
 
 # The longest wait for the server, at the start and again at the end.
 WAIT_SECONDS = 10
@@ -28,7 +28,8 @@ class WandbTracker:
         run.define_metric("*", step_metric=TRAIN_SECONDS)
 
     def log(self, row: Row) -> None:
-        values = {k: v for k, v in row.items() if k not in (KIND, STEP) and v is not None and not isinstance(v, str)}
+        kept = ((k, v) for k, v in scalars(row).items() if k not in (KIND, STEP))
+        values = {k: v for k, v in kept if v is not None and not isinstance(v, str)}
         if ROUTER_SCORES in values:
             histogram = values[ROUTER_SCORES]
             values[ROUTER_SCORES] = wandb.Histogram(np_histogram=(histogram["counts"], histogram["edges"]))

@@ -1,6 +1,7 @@
 """How much a layer has to learn, measured from one step's gradients, all parameters of a layer together.
 
-With g the gradient before clipping, W the weights before the update, u what the update takes off them, decay left out:
+With g the gradient before clipping, W the weights before the update, u what the update takes off them at the full rate,
+decay left out:
 
     gradient_norm   |g| / (|W| + eps)
     saliency        sum |g W|

@@ -70,6 +70,12 @@ def write_pair_race(folder: Path, seeds: tuple[int, ...] = (0, 1)) -> Path:
     return folder
 
 
+def active_row(step: int, seconds: float, active: int, relevance: list[float | None] | None = None) -> dict[str, Any]:
+    """A step in which so many layers learn; one with relevance is a probe."""
+    probe = {"updates/probe": 1.0, "updates/relevance": relevance} if relevance else {"updates/probe": 0.0}
+    return step_row(step, train_seconds=seconds, **{"updates/active_layers": float(active)}, **probe)
+
+
 @pytest.fixture
 def pair_race(tmp_path: Path) -> Path:
     return write_pair_race(tmp_path / "pair")
@@ -78,6 +84,27 @@ def pair_race(tmp_path: Path) -> Path:
 @pytest.fixture
 def one_seed_race(tmp_path: Path) -> Path:
     return write_pair_race(tmp_path / "one_seed", seeds=(0,))
+
+
+@pytest.fixture
+def resting_race(tmp_path: Path) -> Path:
+    """`baseline` with four layers that learn, `suffix` over two seeds with some that rest, `static` with two."""
+    folder = tmp_path / "resting"
+    first = [active_row(1, 1.0, 4, [1.0, 1.0, 1.0, 1.0]), active_row(2, 1.5, 4), active_row(3, 2.0, 2)]
+    first += [active_row(4, 2.25, 2), active_row(5, 3.25, 4, [0.0, 1.0, 2.0, 5.0]), active_row(6, 3.75, 3)]
+    first += [active_row(7, 4.5, 4), active_row(8, 4.75, 2), active_row(9, 5.5, 4), active_row(10, 6.0, 4)]
+    # Rows that stand for several steps, the first of them a probe without a figure for one layer.
+    second = [active_row(1, 1.0, 4, [1.0, None, 1.0, 1.0]), active_row(4, 3.0, 2), active_row(8, 5.0, 2)]
+    write_run(folder, "suffix", 1, second, {})
+    write_run(folder, "suffix", 0, first, {})
+    for recipe, active in (("baseline", 4), ("static", 2)):
+        write_run(folder, recipe, 0, [active_row(step, step / 2, active) for step in (1, 2, 3)], {})
+    return folder
+
+
+@pytest.fixture
+def learning_row() -> Callable[..., dict[str, Any]]:
+    return active_row
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from analysis.frames import Race, read_race
@@ -49,6 +50,48 @@ def test_a_report_is_complete_and_its_links_resolve(pair_race: Path) -> None:
         assert fact in text
     assert not re.search(r"\bnan\b|None", text)
     assert render(read_race(pair_race)) == text  # the report inside the race folder is no part of the race
+
+
+def section(text: str, title: str) -> str:
+    (body,) = re.findall(rf"^## {title}\n(.*?)(?=^## )", text, re.M | re.S)
+    return str(body)
+
+
+def test_resting_layers_get_a_section_with_two_plots(resting_race: Path) -> None:
+    path = write_report(resting_race)
+    body = section(path.read_text(), "Layers that learn")
+    links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", body)
+    assert links == ["active_layers.png", "relevance.png"]
+    assert all((path.parent / link).read_bytes().startswith(PNG) for link in links)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line[:1] == "|"]
+    cells = {row[0]: row[1:] for row in rows[2:]}
+    assert set(cells) == {"suffix-0", "suffix-1", "static-0"}
+    assert cells["suffix-0"] == ["suffix", "0", "3.58 of 4", "2", "5", "1.0", "0.5", "2.0", "1.5", "0.8", "1.2"]
+    steps = pd.read_parquet(path.parent / "steps.parquet")
+    texts = steps.loc[steps["trial_id"] == "suffix-0", "updates/relevance"].dropna()
+    assert [json.loads(text) for text in texts] == [[1, 1, 1, 1], [0, 1, 2, 5]]
+
+
+def test_layers_that_rest_without_probes_have_no_heat_map(
+    tmp_path: Path, run_writer: Writer, learning_row: RowMaker
+) -> None:
+    run_writer(tmp_path, "static", 0, [learning_row(1, 0.5, 4), learning_row(2, 1.0, 2)], {})
+    path = write_report(tmp_path)
+    assert "active_layers.png" in path.read_text() and "relevance.png" not in path.read_text()
+    assert (path.parent / "active_layers.png").is_file() and not (path.parent / "relevance.png").exists()
+
+
+def test_without_resting_layers_the_report_is_as_before(
+    tmp_path: Path, run_writer: Writer, learning_row: RowMaker, logged_step: RowMaker
+) -> None:
+    texts = []
+    for name, maker in (("old", logged_step), ("new", lambda step: learning_row(step, float(step), 4))):
+        run_writer(tmp_path / name, "baseline", 0, [maker(1), maker(2)], {})
+        (tmp_path / name / "race.json").write_text('{"name": "same"}')
+        path = write_report(tmp_path / name)
+        texts.append(path.read_text())
+        assert len(list(path.parent.glob("*.png"))) == 4
+    assert texts[0] == texts[1] and "Layers that learn" not in texts[0]
 
 
 def test_figures_of_the_comparison_reach_the_table(pair_race: Path) -> None:

@@ -133,7 +133,12 @@ def learner_of(name: str, model: PreTrainedModel, graphs: bool, order: RowOrder,
     recipe = recipe_of(name, **{"execution.cuda_graphs": graphs})
     learner = Learner(recipe, Adapter(copy.deepcopy(model)), 7, POSITIONS)
     assert (learner.graphs is not None) == graphs
-    return warmed(learner, [Levels(1.0, learner.router.ratio(progress_of(1)), learner.updates.begin(progress_of(1)))], order, micro_rows)
+    return warmed(
+        learner,
+        [Levels(1.0, learner.router.ratio(progress_of(1)), learner.updates.begin(progress_of(1)))],
+        order,
+        micro_rows,
+    )
 
 
 def loss_of(row: StepRow) -> float:

@@ -45,7 +45,9 @@ STEPS = [Progress(step, used, 1.0, 10**6) for step, used in ((1, 0.0), (2, 0.3),
 def test_nothing_waits_after_the_warm_up(name: str, graphs: bool, order: RowOrder) -> None:
     recipe = load_recipe(name).with_values(RECIPES[name] | {"execution.cuda_graphs": graphs})
     learner = Learner(recipe, Adapter(tiny()), 7, POSITIONS)
-    levels = sorted({Levels(learner.rows.ratio(at), learner.router.ratio(at), learner.updates.begin(at)) for at in STEPS})
+    levels = sorted(
+        {Levels(learner.rows.ratio(at), learner.router.ratio(at), learner.updates.begin(at)) for at in STEPS}
+    )
     assert len(levels) == (1 if name in ONE_LEVEL else 2)
     batches = batches_of(order, len(STEPS), ROWS // 2)
     weights = [p.detach().clone() for _, p in learner.named_parameters()]

@@ -13,6 +13,7 @@ from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.optim.state_formats import Int8Blockwise
+from cggr_ray.updates.relevance import Probe
 
 SUFFIX, SCATTERED = (False, False, True, True), (True, False, True, False)
 CONFIGS = {"muon": Optimizer(Muon(weight_decay=0.1), AdamW(weight_decay=0.1), schedule=STEADY)} | OPTIMIZERS
@@ -131,6 +132,18 @@ def test_the_rate_of_a_woken_parameter_rises_over_ten_steps():
         optimizer.step(at(step))
         assert torch.equal(start[other] - 1, other)
         torch.testing.assert_close(start[woken] - woken, torch.full_like(woken, min(1, (step + 1) / 10)))
+
+
+def test_a_layer_that_has_rested_counts_by_its_full_rate():
+    model = llama(tied=False)
+    optimizer = build(model, Optimizer(Plain(lr=0.5), Plain(lr=0.5), schedule=STEADY, clip_norm=float("inf")))
+    layers = [Adapter(model).layer_parameters(i) for i in range(2)]
+    probe = Probe("decrease", optimizer.parameters, layers)
+    optimizer.wake(layers[0], 30)
+    random_gradients(model, 0)
+    expected = torch.stack([sum(0.5 * p.grad.square().sum() for p in layer) for layer in layers])
+    optimizer.step(at(), probe)
+    torch.testing.assert_close(probe.of_layers(), expected)
 
 
 def test_a_step_that_is_not_finite_does_not_count_as_awake():

@@ -68,5 +68,25 @@ def test_the_e3_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
     assert min(d.tokens.keep for d in draws) < 0.5 and max(d.tokens.keep for d in draws) > 0.8
 
 
+def test_the_suffix_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
+    np.random.seed(3)
+    draws = []
+    for number in range(400):
+        values = {key: domain.sample() for key, domain in SPACES["suffix"].domains().items()}
+        draws.append(sweep_trial(RaceSpec(), "dynamic_suffix", values, str(number), tmp_path).recipe.updates)
+    for draw in draws:
+        reachable = draw.build(12, 0).reachable()
+        assert reachable[0].probe and min(sum(learning.active) for learning in reachable) >= 1
+    assert {d.relevance for d in draws} == {"gradient_norm", "saliency", "fisher", "decrease"}
+    assert {d.levels for d in draws} == {2, 3, 4, 6, 8} and {d.hysteresis for d in draws} == {1, 2, 3}
+    assert {d.smallest for d in draws} == {0.125, 0.25, 0.5} and {d.beta for d in draws} >= {0.0, 0.95}
+    assert min(d.threshold for d in draws) < 0.55 and max(d.threshold for d in draws) > 0.9
+    assert {d.cadence.shortest == d.cadence.longest for d in draws} == {True, False}
+    assert {d.stability and d.stability.window for d in draws} == {None, 20, 50}
+    assert {d.limits and d.limits.upper for d in draws} == {None, 1.01, 1.02, 1.05}
+    assert min(d.full_until for d in draws) < 0.05 and max(d.full_until for d in draws) > 0.35
+    assert {d.full_from for d in draws} == {0.8, 0.85, 0.9, 0.95, 1.0}
+
+
 def test_a_sweep_validates_at_every_rung_of_successive_halving() -> None:
     assert sweep_spec(RaceSpec(milestones=(0.9,))).milestones == (0.125, 0.25, 0.5)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cggr_ray.telemetry.jsonl import JsonlTracker, plain
-from cggr_ray.telemetry.tracker import open_trackers
+from cggr_ray.telemetry.tracker import open_trackers, scalars
 
 HISTOGRAM = {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 4.5]}
 ROWS: list[dict[str, Any]] = [
@@ -23,6 +23,7 @@ ROWS: list[dict[str, Any]] = [
         "train/grad_norm": 1.5 if step < 3 else math.nan,
         "router/difficulty_score_dist": HISTOGRAM,
         "data/order_hash": "ab12",
+        "updates/relevance": [0.5, 0.25 * step],
     }
     for step in (1, 2, 3)
 ]
@@ -61,6 +62,13 @@ def test_whole_lines_are_left_alone(tmp_path: Path) -> None:
         assert path.read_text() == content
 
 
+def test_lists_become_scalars_and_nothing_else_changes() -> None:
+    row = {"step": 3, "a/list": [1.5, 2], "hash": "ab", "scores": HISTOGRAM, "none": None, "empty": []}
+    rest = {"step": 3, "hash": "ab", "scores": HISTOGRAM, "none": None}
+    assert scalars(row) == rest | {"a/list/00": 1.5, "a/list/01": 2}
+    assert list(scalars({"r": list(range(101))}))[9::91] == ["r/09", "r/100"]
+
+
 def test_jsonl_alone_unless_more_is_asked_for(tmp_path: Path) -> None:
     assert [type(t).__name__ for t in open_trackers(tmp_path, RUN, "off", "p", tensorboard=False)] == ["JsonlTracker"]
     assert list(tmp_path.iterdir()) == []
@@ -75,9 +83,11 @@ def test_tensorboard_files_can_be_read_back(tmp_path: Path) -> None:
     tracker.finish({"steps": 3})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"train_seconds", "train/tokens_per_sec", "train/grad_norm"}
+    names = {"train_seconds", "train/tokens_per_sec", "train/grad_norm"}
+    assert set(events.Tags()["scalars"]) == names | {"updates/relevance/00", "updates/relevance/01"}
     found = [(e.step, e.value) for e in events.Scalars("train/tokens_per_sec")]
     assert found == [(1, 100.0), (2, 200.0), (3, 300.0)]
+    assert [e.value for e in events.Scalars("updates/relevance/01")] == [0.25, 0.5, 0.75]
 
 
 def with_wandb(folder: Path, script: str, **environment: str) -> str:
@@ -112,7 +122,7 @@ tracker.finish({"steps": 2, "val/loss": 1.25})
     (run,) = (tmp_path / "wandb").glob("offline-run-*/run-demo-baseline-s0.wandb")
     content = run.read_bytes()
     names = ("train/tokens_per_sec", "train/grad_norm", "router/difficulty_score_dist", "val/loss", "train_seconds")
-    for name in names:
+    for name in (*names, "updates/relevance/00", "updates/relevance/01"):
         assert name.encode() in content
     assert b'"histogram"' in content
     assert b"all_tokens" in content

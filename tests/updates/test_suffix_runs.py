@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def data_folder(spec: RaceSpec, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def run(spec: RaceSpec, folder: Path, data_folder: Path, **values: object) -> list[dict]:
-    changed = RaceSpec.from_plain(spec.to_plain() | {"arms": {spec.recipes[0]: values}})
+    changed = replace(spec, arms={spec.recipes[0]: values})
     run_race(plan_trials(changed, folder)[0].placed(folder, data_folder))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "step"]
@@ -79,7 +80,7 @@ def test_decisions_follow_from_the_log(
 
 
 def test_what_rests_keeps_its_bits(spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
-    static = RaceSpec.from_plain(spec.to_plain() | {"recipes": ["static_suffix"], "budget_seconds": 5 * STEP_SECONDS})
+    static = replace(spec, recipes=("static_suffix",), budget_seconds=5 * STEP_SECONDS)
     rows = run(static, tmp_path, data_folder, **{"updates.keep": 0.5, "updates.full_from": 1.0})
     after = load_file(tmp_path / "model" / "model.safetensors")
     start = static.model.build(len(after["model.embed_tokens.weight"]), 0, torch.device("cpu"), torch.float32)
@@ -89,3 +90,24 @@ def test_what_rests_keeps_its_bits(spec: RaceSpec, data_folder: Path, tmp_path: 
         assert changed == (not name.startswith(("model.layers.0.", "model.layers.1."))), name
     learning = sum(p.numel() for name, p in start.named_parameters() if moved[name])
     assert {(row[ACTIVE_LAYERS], row[ROUTER_ACTIVE_PARAMS]) for row in rows} == {(2.0, float(learning))}
+
+
+@pytest.mark.parametrize("recipe", ["static_suffix", "dynamic_suffix"])
+def test_a_cache_of_activations_changes_no_loss(recipe: str, spec: RaceSpec, tmp_path: Path) -> None:
+    # Few documents, so that they come again; the first epoch finds nothing kept.
+    data = DataSpec(sources=(Problems(count=14),), row_tokens=48, val_documents=2, val_per_mille=100)
+    prepare(data, tmp_path / "data")
+    untied = ModelSpec(preset="tiny", tie_embeddings=False)
+    few = replace(spec, recipes=(recipe,), budget_seconds=40 * STEP_SECONDS, data=data, save_model=False, model=untied)
+    often = {
+        "updates.cadence": {"first": 9, "shortest": 9, "longest": 9},
+        "updates.hysteresis": 1,
+        "updates.threshold": 0.3,
+    }
+    values = {"updates.full_until": 0.1, **(often if recipe == "dynamic_suffix" else {})}
+    plain = run(few, tmp_path / "plain", tmp_path / "data", **values)
+    kept = {"execution.activation_cache": {"memory_gib": 1e-4, "disk_gib": 1.0}}
+    found = run(few, tmp_path / "kept", tmp_path / "data", **values, **kept)
+    assert [row["step"] for row in found] == [row["step"] for row in plain]
+    assert [row[TRAIN_LOSS] for row in found] == pytest.approx([row[TRAIN_LOSS] for row in plain], rel=1e-4)
+    assert not (tmp_path / "kept" / "activations.bin").exists()

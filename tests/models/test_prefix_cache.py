@@ -1,0 +1,163 @@
+"""What layers at rest compute, read back in later epochs: the same training, with fewer passes through those layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_batches import packed
+from small_models import small_model
+
+from cggr_ray.data.batch import MicroBatch
+from cggr_ray.models.adapter import Adapter
+from cggr_ray.models.prefix_cache import GIB, ActivationCache, PrefixCache
+from cggr_ray.objectives.next_token import NextToken
+from cggr_ray.recipe import Recipe
+from cggr_ray.routing.route import TokenRoute
+from cggr_ray.routing.rows import RandomRows
+from cggr_ray.routing.tokens import SelectedTokens, SkippedTokens
+from cggr_ray.sparse.plan import Dense, KeptRows, Plan, TwoPass
+from cggr_ray.updates.fixed import StaticSuffix
+from cggr_ray.updates.random import RandomBlocks
+
+POSITIONS, WIDTH, LAYERS = 126, 32, 3
+ROW = 4 * WIDTH
+# The two packings hold the same documents in other rows and at other places.
+DOCUMENTS = [[5, 11, 5], [21], [1, 1, 18], [9, 4], [20], [7, 7, 7]]
+MEMORY = {"memory": (POSITIONS, 0), "disk": (0, POSITIONS), "both": (50, POSITIONS), "not all": (30, 40)}
+
+
+def with_ids(micro: MicroBatch) -> MicroBatch:
+    return MicroBatch(**{**vars(micro), "ids_BT": micro.position_ids_BT.numpy()})
+
+
+def other_packing(micro: MicroBatch) -> MicroBatch:
+    """The same rows in another order."""
+    order = torch.tensor([3, 0, 5, 2, 1, 4])
+    starts = [
+        r * 21 + t for r, row in enumerate(micro.positions_BT[order].tolist()) for t, p in enumerate(row) if p == 0
+    ]
+    changed = {
+        name: getattr(micro, name)[order] for name in ("tokens_BT", "labels_BT", "positions_BT", "position_ids_BT")
+    }
+    starts += [micro.tokens_BT.numel()] * 3
+    return with_ids(MicroBatch(**{**vars(micro), **changed, "document_starts": torch.tensor(starts).int()}))
+
+
+MICRO = with_ids(packed(DOCUMENTS, width=21))
+REAL = MICRO.position_ids_BT >= 0
+
+
+def cache_of(tmp_path: Path, here: int, there: int) -> PrefixCache:
+    config = ActivationCache(here * ROW / GIB, there * ROW / GIB)
+    return PrefixCache(config, POSITIONS, WIDTH, torch.float32, torch.device("cpu"), tmp_path / "kept.bin")
+
+
+def route(micro: MicroBatch) -> TokenRoute:
+    """Of every row the first and the ninth position."""
+    index = torch.tensor([[0, 8]]).expand(len(micro.tokens_BT), 2).contiguous()
+    return TokenRoute(index, torch.ones(index.shape))
+
+
+def gradients(adapter: Adapter, plan: Plan, reads: int, micro: MicroBatch) -> dict[str, torch.Tensor]:
+    planned = plan.forward(micro, reads, lambda seen: route(micro))
+    NextToken().loss(planned.stream, micro, planned.route, torch.tensor(1 / micro.labelled)).total.backward()
+    found = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+    adapter.model.zero_grad()
+    return found
+
+
+PLANS: dict[str, Any] = {
+    "dense": lambda adapter: (Dense(adapter), 0),
+    "after": lambda adapter: (KeptRows(adapter, "const"), LAYERS),
+    "before": lambda adapter: (KeptRows(adapter, "live"), 0),
+    "two_pass": lambda adapter: (TwoPass(adapter, "const"), LAYERS),
+}
+
+
+@pytest.mark.parametrize("where", MEMORY)
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_is_read_back_trains_the_same(plan: str, where: str, tmp_path: Path) -> None:
+    adapter, passes = Adapter(small_model("llama")), Counter[str]()
+    adapter.set_active_layers((False, False, True))
+    adapter.cache = cache_of(tmp_path, *MEMORY[where])
+    adapter.layers[1].register_forward_hook(lambda *_: passes.update(["below"]))
+    plain = Adapter(small_model("llama"))
+    plain.set_active_layers((False, False, True))
+    for visit, micro in enumerate((MICRO, other_packing(MICRO), MICRO)):
+        found = gradients(adapter, *PLANS[plan](adapter), micro)
+        expected = gradients(plain, *PLANS[plan](plain), micro)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+        whole = where != "not all"
+        assert passes["below"] == (1 if whole else visit + 1)
+        assert (adapter.cache.hits, adapter.cache.misses) == ((visit, 1) if whole else (0, visit + 1))
+    assert (tmp_path / "kept.bin").exists() == (MEMORY[where][1] > 0)
+    adapter.cache.close()
+    assert not (tmp_path / "kept.bin").exists()
+
+
+@torch.no_grad()
+def below(adapter: Adapter, micro: MicroBatch) -> torch.Tensor:
+    return adapter.run_layers(adapter.embed(micro), micro.positions_BT, adapter.documents(micro), slice(0, 2))
+
+
+def test_a_change_below_is_noticed(tmp_path: Path) -> None:
+    adapter = Adapter(small_model("llama"))
+    adapter.cache = cache_of(tmp_path, POSITIONS, 0)
+
+    def entering(*active: bool) -> torch.Tensor:
+        adapter.set_active_layers(active)
+        return adapter.enter(MICRO, adapter.documents(MICRO))[0][REAL]
+
+    first = entering(False, False, True)
+    assert torch.equal(entering(False, False, True), first) and adapter.cache.hits == 1
+    # A step of every layer, after which the lower ones rest again.
+    assert entering(True, True, True).requires_grad
+    with torch.no_grad():
+        adapter.layers[0].mlp.up_proj.weight.mul_(1.5)
+    changed = entering(False, False, True)
+    assert not torch.equal(changed, first) and torch.equal(changed, below(adapter, MICRO)[REAL])
+    assert not torch.equal(entering(False, True, True), changed)
+    # A forward without gradient may be of other data, which has ids of its own.
+    entering(False, False, True)
+    hits = adapter.cache.hits
+    with torch.no_grad():
+        assert torch.equal(entering(False, False, True), changed) and adapter.cache.hits == hits
+    # Weights that somebody else has written.
+    with torch.no_grad():
+        adapter.layers[0].mlp.up_proj.weight.mul_(1.5)
+    adapter.forget()
+    assert torch.equal(entering(False, False, True), below(adapter, MICRO)[REAL])
+
+
+def test_padding_is_neither_kept_nor_missed(tmp_path: Path) -> None:
+    adapter = Adapter(small_model("llama"))
+    adapter.set_active_layers((False, False, True))
+    adapter.cache = cache_of(tmp_path, POSITIONS, 0)
+    first = adapter.enter(MICRO, adapter.documents(MICRO))[0]
+    again = adapter.enter(MICRO, adapter.documents(MICRO))[0]
+    assert not REAL.all() and torch.equal(first[REAL], again[REAL]) and (again[~REAL] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "parts, named",
+    [
+        ({}, "activation_cache with updates 'full_update'"),
+        ({"updates": RandomBlocks()}, "activation_cache with updates 'random_blocks'"),
+        ({"updates": StaticSuffix(), "rows": RandomRows()}, "rows and tokens .*random_rows"),
+        ({"updates": StaticSuffix(), "tokens": SkippedTokens()}, "rows and tokens .*skipped_tokens"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(parts: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Recipe("x", **parts).with_values({"execution.activation_cache": {"memory_gib": 1.0}})
+    Recipe("x", updates=StaticSuffix(), tokens=SelectedTokens(plan="after")).with_values(
+        {"execution.activation_cache": {"memory_gib": 1.0}}
+    )
+    with pytest.raises(ValueError, match="0 or more GiB of each"):
+        ActivationCache(0.0, 0.0)
