@@ -34,7 +34,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "collider": {},
     "muon_8bit": {},
     "galore": {"optimizer.matrix.refresh_every": 2},
+    "static_suffix": {"updates.full_until": 0.2},
+    "dynamic_suffix_seed": {
+        "updates.full_until": 0.0,
+        "updates.threshold": 0.3,
+        "updates.cadence": {"first": 2, "shortest": 2, "longest": 2},
+    },
+    "random_suffix": {"updates.every": 1, "updates.full_until": 0.0},
 }
+# Those whose layers rest: more of what a step may run at.
+RESTING = {"static_suffix", "dynamic_suffix_seed", "random_suffix"}
 ONE_LEVEL = {"baseline", "collider", "muon_8bit", "galore", *(name for name in RECIPES if name.startswith("mtp_"))}
 # The start, the middle, a step that compares a router with the model's own scores, the end.
 STEPS = [Progress(step, used, 1.0, 10**6) for step, used in ((1, 0.0), (2, 0.3), (3, 0.3), (64, 0.3), (65, 0.9))]
@@ -45,10 +54,13 @@ STEPS = [Progress(step, used, 1.0, 10**6) for step, used in ((1, 0.0), (2, 0.3),
 def test_nothing_waits_after_the_warm_up(name: str, graphs: bool, order: RowOrder) -> None:
     recipe = load_recipe(name).with_values(RECIPES[name] | {"execution.cuda_graphs": graphs})
     learner = Learner(recipe, Adapter(tiny()), 7, POSITIONS)
-    levels = sorted(
-        {Levels(learner.rows.ratio(at), learner.router.ratio(at), learner.updates.begin(at)) for at in STEPS}
-    )
-    assert len(levels) == (1 if name in ONE_LEVEL else 2)
+    if name in RESTING:
+        levels = learner.levels()
+    else:
+        levels = sorted(
+            {Levels(learner.rows.ratio(at), learner.router.ratio(at), learner.updates.begin(at)) for at in STEPS}
+        )
+        assert len(levels) == (1 if name in ONE_LEVEL else 2)
     batches = batches_of(order, len(STEPS), ROWS // 2)
     weights = [p.detach().clone() for _, p in learner.named_parameters()]
     warmed(learner, levels, order, ROWS // 2)
