@@ -37,8 +37,8 @@ def build(model: PreTrainedModel, config: Optimizer, device: torch.device) -> St
 
 
 def trained(config: Optimizer, device: torch.device, active: Active) -> StackedOptimizer:
-    """The optimizer of a bf16 model after some steps of random gradients of the layers that learn. On a `device` that is
-    the CPU it is eager, with its rates there, although the model is on the GPU."""
+    """The optimizer of a bf16 model after some steps of random gradients of the layers that learn. With the CPU as
+    `device` it is eager, with its rates there, although the model is on the GPU."""
     model = tiny()
     optimizer = build(model, config, device)
     Adapter(model).set_active_layers(active)
