@@ -1,4 +1,4 @@
-"""cggr-ray: race, tune, sweep, report, recipe, bench, doctor. Each command imports what it needs, when it runs."""
+"""cggr-ray: race, tune, sweep, report, recipe, bench, study, doctor. Each imports what it needs, when it runs."""
 
 from __future__ import annotations
 
@@ -202,6 +202,63 @@ def bench(
     from cggr_ray.benchmarks import run_bench
 
     run_bench(name, shapes.split(",") if shapes else None, out, repeats, device or "auto")
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="low-rank, structured-mlp or attention-backends.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a trained model: runs/TRIAL/model of a race with --save-model.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The race's data folder.")] = None,
+    out: Out = None,
+    fractions: Annotated[
+        str | None, typer.Option(help="Comma-separated, in (0, 1]: of the full rank, or of the channels kept.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated methods of the study.")] = None,
+    kinds: Annotated[str | None, typer.Option(help="low-rank: of q,k,v,o,gate,up,down,all.")] = None,
+    block: Annotated[int | None, typer.Option(help="structured-mlp: channels that are dropped together.")] = None,
+    steps: Annotated[int | None, typer.Option(help="low-rank: steps of loss_aware.")] = None,
+    calibration_rows: Annotated[int | None, typer.Option(help="Rows of training data to calibrate on.")] = None,
+    heldout_rows: Annotated[int | None, typer.Option(help="Rows of held-out data for loss and errors.")] = None,
+    micro_rows: Annotated[int | None, typer.Option(help="Rows a forward.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Rows of the timed products.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="attention-backends: ROWSxPOSITIONSxHEADSxKV_HEADSxHEAD_DIM, comma-separated.")
+    ] = None,
+    masks: Annotated[str | None, typer.Option(help="attention-backends: of causal,documents,window.")] = None,
+    backends: Annotated[str | None, typer.Option(help="attention-backends: comma-separated.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Timed rounds, interleaved.")] = None,
+    device: Device = None,
+) -> None:
+    """Measure what could make a step cheaper, and write NAME.json, NAME.png and NAME.md. Not every option fits a study.
+
+    Example: cggr-ray study low-rank --model outputs/gsm8k/runs/baseline-s0/model --data outputs/gsm8k/data
+    """
+    from cggr_ray import commands
+    from cggr_ray.loop import pick_device
+    from cggr_ray.studies import run_study
+
+    values = commands.given(
+        model=model,
+        data=data,
+        fractions=commands.numbers(fractions),
+        methods=methods.split(",") if methods else None,
+        kinds=kinds.split(",") if kinds else None,
+        block=block,
+        steps=steps,
+        calibration_rows=calibration_rows,
+        heldout_rows=heldout_rows,
+        micro_rows=micro_rows,
+        tokens=tokens,
+        shapes=shapes.split(",") if shapes else None,
+        masks=masks.split(",") if masks else None,
+        backends=backends.split(",") if backends else None,
+        rounds=rounds,
+    )
+    path = run_study(name, values, out or commands.new_folder(name), pick_device(device or "auto"))
+    typer.echo(path.read_text())
+    typer.echo(f"study: {path.parent}")
 
 
 @app.command()

@@ -46,6 +46,16 @@ def integers(text: str | None) -> list[int] | None:
         raise ValueError(f"{text!r}; accepted: whole numbers with commas between") from None
 
 
+def numbers(text: str | None) -> list[float] | None:
+    """`0.25,0.5` as numbers."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r}; accepted: numbers with commas between") from None
+
+
 def assignments(sets: Sequence[str]) -> dict[str, Any]:
     """`key=value` strings; the value as in TOML, or a bare word."""
     values: dict[str, Any] = {}

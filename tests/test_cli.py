@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cggr_ray import cli, commands
 
-COMMANDS = {"race", "tune", "sweep", "report", "recipe", "bench", "doctor"}
+COMMANDS = {"race", "tune", "sweep", "report", "recipe", "bench", "study", "doctor"}
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -71,6 +71,14 @@ def race_file(folder: Path, data: str) -> Path:
         (["sweep", "cggr", "--trials", 0], "--trials 0; accepted: at least 1"),
         (["recipe", "show", "basline"], "did you mean 'baseline'?"),
         (["bench", "optimiser"], "benchmark 'optimiser'; did you mean 'optimizer'?"),
+        (["study", "lowrank"], "study 'lowrank'; did you mean 'low-rank'?"),
+        (["study", "low-rank", "--data", "data"], "missing key 'model'"),
+        (["study", "low-rank", "--model", "nowhere", "--data", "data"], "model folder 'nowhere' has no config.json"),
+        (["study", "low-rank", "--model", "m", "--data", "d", "--fractions", "0.5,1.5"], "fractions: 1.5; accepted"),
+        (["study", "low-rank", "--model", "m", "--data", "d", "--methods", "svg"], "did you mean 'svd'?"),
+        (["study", "structured-mlp", "--model", "m", "--data", "d", "--block", 0], "block = 0; accepted: at least 1"),
+        (["study", "attention-backends", "--model", "m"], "unknown key 'model'; accepted: "),
+        (["study", "attention-backends", "--shapes", "4x4096"], "shape '4x4096'; accepted: ROWSx"),
         (["bench", "step", "--shapes", "tiny-2x64"], "shape 'tiny-2x64'; accepted: model/ROWSxPOSITIONS"),
     ],
 )

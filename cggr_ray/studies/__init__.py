@@ -1,0 +1,49 @@
+"""Studies by name: what could make a step cheaper, measured on trained weights and on this device.
+
+A study is a module with a dataclass of settings, checked before anything heavy, and a function from settings to a
+result. `run_study` writes the result into a folder: NAME.json, NAME.png, NAME.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cggr_ray.codec import from_plain, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from cggr_ray.studies.result import Result
+
+NAMES = ("low-rank", "structured-mlp", "attention-backends")
+
+
+def run_study(name: str, values: Mapping[str, Any], folder: Path, device: torch.device) -> Path:
+    """Runs a study with settings in the place of its defaults; the path of its Markdown table.
+
+    Raises:
+        ValueError: unknown study, a setting it does not have or does not accept, or a folder that is not empty.
+    """
+    if name not in NAMES:
+        raise ValueError(f"study {name!r}; {nearest(name, NAMES)}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--out {str(folder)!r} is not an empty folder; accepted: a new or empty folder")
+    settings_type, study = _study(name)
+    settings = from_plain(settings_type, values)
+    start = time.perf_counter()
+    result = study(settings, device)
+    return result.write(folder, settings, device, time.perf_counter() - start)
+
+
+def _study(name: str) -> tuple[type, Callable[[Any, torch.device], Result]]:
+    from cggr_ray.studies import attention_backends, low_rank, structured_mlp
+
+    table: dict[str, tuple[type, Callable[[Any, torch.device], Result]]] = {
+        "low-rank": (low_rank.Settings, low_rank.study),
+        "structured-mlp": (structured_mlp.Settings, structured_mlp.study),
+        "attention-backends": (attention_backends.Settings, attention_backends.study),
+    }
+    return table[name]

@@ -1,0 +1,130 @@
+"""What a study leaves behind: rows of one dataclass, and what to plot of them; as JSON, PNG and a Markdown table.
+
+In the JSON a number that is not finite is the text `nan`, `inf` or `-inf`; null is what was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cggr_ray.environment import fingerprint
+
+DPI = 130
+# Okabe and Ito's palette, which survives colour blindness.
+PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+Point = tuple[float | str, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes. A series is a name and its points; x may be words. `log_y` draws positive values only."""
+
+    title: str
+    x: str
+    y: str
+    series: Mapping[str, Sequence[Point]]
+    log_y: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """`rows` are instances of one dataclass, `facts` what holds for all of them, `notes` how to read the columns."""
+
+    name: str
+    rows: Sequence[Any]
+    panels: Sequence[Panel]
+    notes: Sequence[str]
+    facts: Mapping[str, Any]
+
+    def write(self, folder: Path, settings: Any, device: torch.device, seconds: float) -> Path:
+        """Writes NAME.json, NAME.png and NAME.md; the path of the last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(row) for row in self.rows]
+        record = {
+            "study": self.name,
+            "settings": asdict(settings),
+            "versions": fingerprint(),
+            "device": device_fingerprint(device),
+            "seconds": seconds,
+            "facts": dict(self.facts),
+            "notes": list(self.notes),
+            "rows": rows,
+        }
+        (folder / f"{self.name}.json").write_text(json.dumps(_plain(record), indent=1, allow_nan=False))
+        draw(self.panels, folder / f"{self.name}.png")
+        path = folder / f"{self.name}.md"
+        path.write_text(self._page(rows, device))
+        return path
+
+    def _page(self, rows: Sequence[Mapping[str, Any]], device: torch.device) -> str:
+        where, versions = device_fingerprint(device), fingerprint()
+        ran = f"{where['name']}, torch {versions['torch']}, commit {versions['commit'] or 'unknown'}."
+        facts = "".join(f"* {key}: {_cell(value)}\n" for key, value in self.facts.items())
+        notes = "".join(f"* {note}\n" for note in self.notes)
+        return f"# {self.name}\n\n{ran}\n\n{facts}{notes}\n{table(rows)}\n\n![{self.name}]({self.name}.png)\n"
+
+
+def device_fingerprint(device: torch.device) -> dict[str, Any]:
+    """What the study ran on: type, name, and the CPU cores or the bytes of GPU memory."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return {"type": "cuda", "name": torch.cuda.get_device_name(device), "memory_bytes": memory}
+    return {"type": device.type, "name": f"CPU ({platform.machine()})", "cores": os.cpu_count()}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of rows with the same keys; columns that are empty in every row are left out."""
+    columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([_cell(row[key]) for key in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(panels: Sequence[Panel], path: Path) -> None:
+    """The panels side by side, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(panels), 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        # Words have no order that a line could follow.
+        line = "none" if _has_words(panel) else "-"
+        for i, (name, points) in enumerate(panel.series.items()):
+            shown = [point for point in points if math.isfinite(point[1]) and (point[1] > 0 or not panel.log_y)]
+            x, y = [point[0] for point in shown], [point[1] for point in shown]
+            axes.plot(x, y, marker="o", linestyle=line, markersize=5, label=name, color=PALETTE[i % len(PALETTE)])
+        axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, yscale="log" if panel.log_y else "linear")
+        axes.tick_params(axis="x", labelrotation=30 if _has_words(panel) else 0)
+        axes.grid(alpha=0.3)
+        if panel.series:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=DPI)
+
+
+def _has_words(panel: Panel) -> bool:
+    return any(isinstance(x, str) for points in panel.series.values() for x, _ in points)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _plain(value: Any) -> Any:
+    """The same with numbers that JSON does not have as text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
