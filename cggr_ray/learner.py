@@ -101,10 +101,14 @@ class Learner:
         self.router, self.objective = self.run_pass.router, self.run_pass.objective
         named, hidden = self.named_parameters(), [*adapter.hidden_names(), *self.objective.hidden_names()]
         self.optimizer = recipe.optimizer.build(named, hidden, adapter.device)
-        layers = [adapter.layer_parameters(i) for i in range(len(adapter.layers))]
-        self.updates = recipe.updates.build(len(layers), seed)
-        self.gauge = self.updates.relevance and Probe(self.updates.relevance, self.optimizer.parameters, layers)
-        self._sizes, self._rested = [sum(p.numel() for p in layer) for layer in layers], [0] * len(layers)
+        layers = len(adapter.layers)
+        self.updates = recipe.updates.build(layers, seed)
+        self.gauge: Probe | None = None
+        if self.updates.relevance is not None:
+            inside = [list(layer.parameters()) for layer in adapter.layers]
+            self.gauge = Probe(self.updates.relevance, self.optimizer.parameters, inside)
+        self._sizes = [sum(p.numel() for p in adapter.layer_parameters(i)) for i in range(layers)]
+        self._rested = [0] * layers
         self.parameters = sum(p.numel() for _, p in named)
         self.graphs: Graphs | None = None
         if recipe.execution.cuda_graphs and adapter.device.type == "cuda":

@@ -95,13 +95,16 @@ class Run:
 
     def complete(self) -> Row:
         """The whole run; returns its summary."""
-        self.prepare()
-        with self.loader:
-            status = self._train()
-            with self.clock.ledger("evaluation"):
-                final = self._evaluate(1.0)
-            with self.clock.ledger("reporting"):
-                return self._finish(status, final)
+        try:
+            self.prepare()
+            with self.loader:
+                status = self._train()
+                with self.clock.ledger("evaluation"):
+                    final = self._evaluate(1.0)
+                with self.clock.ledger("reporting"):
+                    return self._finish(status, final)
+        finally:
+            (self.folder / ACTIVATIONS_FILE).unlink(missing_ok=True)
 
     def prepare(self) -> None:
         """Everything before the first step: set-up, resuming, warm-up."""
@@ -128,6 +131,8 @@ class Run:
         adapter = Adapter(model, recipe.execution.gradient_checkpointing)
         log.info("%s: %s", self.trial.trial_id, adapter.execution_note)
         if (kept := recipe.execution.activation_cache) is not None:
+            if any(p is adapter.head_VD for p in adapter.family.input_parameters()):
+                raise ValueError("activation_cache with a tied head; accepted: an embedding that rests")
             file, width = self.folder / ACTIVATIONS_FILE, adapter.head_VD.shape[1]
             adapter.cache = PrefixCache(kept, self.data.num_positions, width, dtype, self.device, file)
         self.learner = Learner(recipe, adapter, self.trial.seed, self.data.num_positions, reference)
@@ -270,7 +275,7 @@ class Run:
             self.learner.adapter.model.save_pretrained(self.folder / "model", safe_serialization=True)
             self.data.tokenizer.save_pretrained(self.folder / "model")
         at = self._position()
-        cuda = self.device.type == "cuda"
+        cuda, kept = self.device.type == "cuda", self.learner.adapter.cache
         summary: Row = {
             "trial_id": self.trial.trial_id,
             "recipe": self.trial.recipe.name,
@@ -289,6 +294,7 @@ class Run:
             "peak_memory_mib": torch.cuda.max_memory_allocated(self.device) / MIB if cuda else None,
             "parameters": self.learner.parameters,
             "order": self.loader.marks,
+            **({"activation_cache": {"hits": kept.hits, "misses": kept.misses}} if kept is not None else {}),
             "message": "" if status == "finished" else f"{NOT_FINITE_LIMIT} steps without a finite gradient",
         }
         self.recorder.finish(summary)
@@ -297,8 +303,6 @@ class Run:
         aside.write_text(json.dumps(plain(summary), indent=1))
         aside.replace(self.folder / SUMMARY_FILE)
         checkpoint.remove_all(self.folder)
-        if self.learner.adapter.cache is not None:
-            self.learner.adapter.cache.close()
         return summary
 
     def _epochs(self) -> dict[str, float]:

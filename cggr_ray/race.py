@@ -133,7 +133,7 @@ class RaceSpec(Plain):
             try:
                 recipe = self.recipe(name)
                 check_layers(recipe, self.model)
-                if recipe.execution.activation_cache and self.model.config().get_text_config().tie_word_embeddings:
+                if recipe.execution.activation_cache and self.model.config().tie_word_embeddings:
                     raise ValueError("activation_cache with a head tied to the embedding, which goes on learning; "
                                      "accepted: model.tie_embeddings = false")  # fmt: skip
                 step = recipe.rows.rows_per_step(self.global_rows)

@@ -148,6 +148,7 @@ BUDGET_LEDGERS: Final = ("train", "data_wait")
 #   peak_memory_mib                         float or null without a GPU
 #   parameters                              int
 #   order                                   {rows: hash}, the marks of data/order_hash
+#   activation_cache                        {hits, misses}: micro-batches, where there is a cache
 #   message                                 str, why it did not finish
 
 BENCH_COLUMNS: Final = (

@@ -15,9 +15,9 @@ STEPS_PER_GRAPH = 2
 
 
 def warm_up(learner: Learner, heldout: HeldOut, order: RowOrder, rows: int, micro_rows: int) -> None:
-    """Steps at every kept ratio that the router can ask for, and one validation; weights and state are restored.
+    """Steps at everything that the parts can ask a step to run at, and one validation; weights and state are restored.
 
-    Without a compiler one ratio is enough: there is nothing to compile, only allocations to touch.
+    Without a compiler one is enough: there is nothing to compile, only allocations to touch.
     """
     device = learner.adapter.device
     weights = {name: p.detach().to("cpu", copy=True) for name, p in learner.named_parameters()}

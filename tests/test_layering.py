@@ -31,7 +31,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.sparse": ("torch", "cggr_ray.sparse", "cggr_ray.models", *BELOW_METHODS, *METHODS),
     "cggr_ray.objectives": ("torch", "cggr_ray.objectives", *BELOW_METHODS, *METHODS),
     "cggr_ray.optim": ("torch", "cggr_ray.optim", *BELOW_METHODS),
-    "cggr_ray.updates": ("torch", "numpy", "cggr_ray.updates", "cggr_ray.routing.draws", *BELOW_METHODS),
+    "cggr_ray.updates": (
+        "torch",
+        "numpy",
+        "cggr_ray.updates",
+        "cggr_ray.routing.draws",
+        "cggr_ray.optim.gauge",
+        *BELOW_METHODS,
+    ),
     "cggr_ray.data": (
         *("torch", "numpy", "pyarrow", "datasets", "tokenizers", "transformers"),
         *("cggr_ray.data", "cggr_ray.codec", "cggr_ray.progress", "cggr_ray.schema"),

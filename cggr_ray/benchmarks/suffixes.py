@@ -54,7 +54,8 @@ class Suffixes:
     def values(self, name: str, times: dict[str, Timing], full: float, costs: Costs) -> dict[str, float]:
         """Units and values of a provider of `steps`. `full`: milliseconds of full training."""
         share = float(name.removeprefix("suffix_").removesuffix("_graph"))
-        own, cost = times[name].p50, costs.suffix(share)
+        layers = len(self.adapter.layers)
+        own, cost = times[name].p50, costs.suffix(part_of(layers, share) / layers)
         found = {"arithmetic_limit": 1 / cost, "limit_share": full / own * cost}
         if self._optimizer is not None:
             whole, part = times["update_1.0"].p50, times[f"update_{share}"].p50

@@ -82,6 +82,8 @@ class Adapter:
         self.shapes = [self.family.shape(i) for i in range(len(self.layers))]
         self._active = [True] * len(self.layers)
         self.cache: PrefixCache | None = None
+        self._parameters = [list(layer.parameters()) for layer in self.layers]
+        self._parameters[0] += [p for p in self.family.input_parameters() if p is not self.head_VD]
         model.train()
 
     @property
@@ -151,9 +153,8 @@ class Adapter:
             self.cache.clear()
 
     def layer_parameters(self, layer: int) -> list[nn.Parameter]:
-        """Those of a decoder layer, and of the first one what makes its input, as far as nothing else uses it."""
-        beside = self.family.input_parameters() if layer == 0 else []
-        return [*self.layers[layer].parameters(), *(p for p in beside if p is not self.head_VD)]
+        """Those of a decoder layer, and of the first one what makes its input, but for a head that is tied to it."""
+        return self._parameters[layer]
 
     @property
     def first_active(self) -> int:
@@ -215,7 +216,8 @@ class Adapter:
         keywords = self.keywords(hidden_BTD, positions_BT, documents)
         for i in range(len(self.layers))[span]:
             layer, shape = self.layers[i], self.shapes[i]
-            hidden_BTD = self._run_layer(layer, hidden_BTD, keywords[shape.window, shape.rotary])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= self.first_active):
+                hidden_BTD = self._run_layer(layer, hidden_BTD, keywords[shape.window, shape.rotary])
             if visit is not None:
                 visit(hidden_BTD, i)
         return hidden_BTD

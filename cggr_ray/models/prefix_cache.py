@@ -2,7 +2,7 @@
 
 Hidden states behind layers that rest depend on a position's own document, or the piece of it that fits in a row, and on
 nothing else in the batch: they are kept by the position's stable id, and read back once all of a micro-batch are there.
-The first ids are kept on the device, the next ones in a file, the rest is computed every time. What is read equals what
+The first ids are kept on the device, the rest in a file. What is read equals what
 would be computed but for rounding, as a product may round by the place of a row in it. An embedding that goes on
 learning as a head would change all of it: a tied one is refused where a race is checked.
 Shapes: B rows of T positions, N = B T, D width, P positions of the data set.
@@ -42,7 +42,9 @@ class PrefixCache:
     """The running cache of one model.
 
     Args:
-        positions: P. file: where what the device does not hold is kept; removed by `close`.
+        positions: P. file: where what the device does not hold is kept; its owner removes it.
+    Raises:
+        ValueError: it does not hold all positions, without which hardly a micro-batch would be there whole.
     """
 
     def __init__(
@@ -50,11 +52,14 @@ class PrefixCache:
     ) -> None:
         row = width * dtype.itemsize
         here = min(positions, int(config.memory_gib * GIB) // row)
-        there = min(positions - here, int(config.disk_gib * GIB) // row)
+        there = positions - here
+        if there > int(config.disk_gib * GIB) // row:
+            raise ValueError(f"{config} for {positions} positions of {row} bytes; accepted: together at least "
+                             f"{positions * row / GIB:.2f} GiB")  # fmt: skip
         self._memory = torch.zeros(here, width, dtype=dtype, device=device)
         # Bytes, as files know nothing of bf16.
         self._file = np.memmap(file, np.uint8, "w+", shape=(there, row)) if there else None
-        self._path, self._here, self._all = file, here, here + there
+        self._here = here
         self._filled = np.zeros(positions, bool)
         self._writing: list[tuple[np.ndarray, Tensor, torch.cuda.Event | None]] = []
         self.hits = self.misses = 0
@@ -78,11 +83,6 @@ class PrefixCache:
         self._write(ids, hidden.flatten(0, 1))
         return hidden
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file = None
-            self._path.unlink()
-
     def _read(self, ids_N: np.ndarray) -> Tensor:
         device = self._memory.device
         here = (ids_N >= 0) & (ids_N < self._here)
@@ -95,12 +95,13 @@ class PrefixCache:
 
     def _write(self, ids_N: np.ndarray, hidden_ND: Tensor) -> None:
         device = self._memory.device
-        here = (ids_N >= 0) & (ids_N < self._here)
+        new = (ids_N >= 0) & ~self._filled[ids_N]
+        here = new & (ids_N < self._here)
         self._memory.index_copy_(
             0, moved(ids_N[here], device), hidden_ND.index_select(0, moved(here.nonzero()[0], device))
         )
         self._filled[ids_N[here]] = True
-        if self._file is not None and (there := (ids_N >= self._here) & (ids_N < self._all)).any():
+        if self._file is not None and (there := new & (ids_N >= self._here)).any():
             rows = hidden_ND.index_select(0, moved(there.nonzero()[0], device)).to("cpu", non_blocking=True)
             event = None
             if device.type == "cuda":
@@ -109,14 +110,16 @@ class PrefixCache:
             self._writing.append((ids_N[there], rows, event))
 
     def _flush(self) -> None:
-        """Writes what an earlier step has copied to the host."""
+        """Writes what has arrived on the host, and waits for nothing."""
+        waiting: list[tuple[np.ndarray, Tensor, torch.cuda.Event | None]] = []
         for ids, rows, event in self._writing:
-            if event is not None:
-                event.synchronize()
+            if event is not None and not event.query():
+                waiting.append((ids, rows, event))
+                continue
             assert self._file is not None
             self._file[ids - self._here] = rows.view(torch.uint8).numpy()
             self._filled[ids] = True
-        self._writing = []
+        self._writing = waiting
 
 
 def moved(index: np.ndarray, device: torch.device) -> Tensor:

@@ -147,7 +147,9 @@ class NextHead(ExtraHeads):
         # The last position of a document gets a token of another one. It has no target, and nobody attends to it.
         following_BT = micro.tokens_BT.roll(-1, dims=1)
         hidden_BTD = trunk.unflatten(0, following_BT.shape)
-        hidden_BTD = self._join(self.own, self.adapter.family.embedding(following_BT), hidden_BTD)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.adapter.first_active == 0):
+            embedded_BTD = self.adapter.family.embedding(following_BT)
+        hidden_BTD = self._join(self.own, embedded_BTD, hidden_BTD)
         layer = self.own.get_submodule(f"{LAYERS}.{head}")
         return rows.of(self.adapter.final_norm(self.adapter.run_beside(layer, hidden_BTD, micro)))
 

@@ -58,6 +58,10 @@ class AdamW(Rule):
         denominator = (second / (1 - self.beta2**steps)).sqrt_().add_(self.eps)
         return (first / (1 - self.beta1**steps)).div_(denominator)
 
+    def without_momentum(self, grad: Tensor, state: State) -> Tensor:
+        second, steps = self.state.read(state, "second", "squares"), state["count"].clamp_min(1)
+        return grad / ((second / (1 - self.beta2**steps)).sqrt() + self.eps)
+
     def wake(self, state: State, steps: int) -> None:
         """The first moment decays as if the gradients had been zero; the second, a scale, stays."""
         first = self.state.read(state, "first", "geometric") * self.beta1**steps

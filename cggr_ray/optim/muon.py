@@ -103,6 +103,9 @@ class Muon(Rule):
         before, after = (x.square().sum((-2, -1), keepdim=True) for x in (found_NMK, even))
         return even * torch.where(after > 0, (before / after).sqrt(), 0.0)
 
+    def without_momentum(self, grad: Tensor, state: State) -> Tensor:
+        return orthogonalise(grad, self.orthogonalise)
+
     def wake(self, state: State, steps: int) -> None:
         """An old momentum is forgotten: orthogonalised, it would be as long as a fresh one."""
         if steps > LONGEST_REST:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from cggr_ray.compiling import compiled_on
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.galore import GaLore
+from cggr_ray.optim.gauge import Gauge, Measure
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.partition import Named, by_shape, partition
 from cggr_ray.optim.schedules import WSD, Linear
@@ -58,21 +60,6 @@ class Optimizer:
         return StackedOptimizer(self, list(named), list(hidden), device)
 
 
-Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of stacks of n gradients before clipping, weights before the update, and what it takes off them at the full rate,
-decay left out."""
-
-
-class Gauge(Protocol):
-    """Looks at an update."""
-
-    measure: Measure
-
-    def add(self, found: Tensor) -> None:
-        """Takes what was measured of the next stack."""
-        ...
-
-
 def apply_rule(
     stack: Stack | Part, gradient: Tensor, lr: Tensor, clip: Tensor, finite: Tensor, measure: Measure | None = None
 ) -> Tensor | None:
@@ -86,8 +73,10 @@ def apply_rule(
     direction = stack.rule.direction(gradient, stack.state, finite)
     stack.awake.add_(finite)
     rate = lr * finite
-    # As if it had not rested: else a layer that has would look as if it had little to learn.
-    measured = None if measure is None else measure(raw.float(), stack.master, direction * (rate * stack.scale))
+    measured = None
+    if measure is not None:
+        own = partial(own_update, stack, gradient, rate)
+        measured = measure(raw.float(), stack.master, own)
     rate = rate * (stack.awake / REWARM_STEPS).clamp(max=1.0)
     if stack.rule.weight_decay:
         decay = rate * stack.rule.weight_decay
@@ -96,6 +85,10 @@ def apply_rule(
     if stack.master is not stack.weights:
         stack.weights.copy_(stack.master)
     return measured
+
+
+def own_update(stack: Stack | Part, gradient: Tensor, rate: Tensor) -> Tensor:
+    return stack.rule.without_momentum(gradient, stack.state) * (rate * stack.scale)
 
 
 class StackedOptimizer:
@@ -107,10 +100,11 @@ class StackedOptimizer:
         self.stacks: dict[str, Stack] = {}
         for group, rule, members in (("matrix", config.matrix, matrix), ("rest", config.rest, rest)):
             for shape, same in by_shape(members).items():
-                for part, some in enumerate(parts(same)):
+                split = parts(same)
+                for part, some in enumerate(split):
                     name = f"{group}.{'x'.join(map(str, shape))}"
                     name = f"{name}.{part}" if part else name
-                    self.stacks[name] = Stack(name, rule, some)
+                    self.stacks[name] = Stack(name, rule, some, one_of_several=len(split) > 1)
         for stack in self.stacks.values() if config.project_early else ():
             stack.project_early()
         self._begun: int | None = None
@@ -163,11 +157,12 @@ class StackedOptimizer:
         clip = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         finite = norm.isfinite().float()
         for name, stack in learning.items():
-            part, rate = stack.part(), self._rates[id(stack.rule)]
-            found = self._apply(part, gradients.pop(name), rate, clip, finite, gauge and gauge.measure)
-            part.back()
-            if gauge is not None and found is not None:
-                gauge.add(found)
+            gradient, rate = gradients.pop(name), self._rates[id(stack.rule)]
+            for part, rows in stack.pieces():
+                found = self._apply(part, gradient[rows], rate, clip, finite, gauge and gauge.measure)
+                part.back()
+                if gauge is not None and found is not None:
+                    gauge.add(found)
         return norm
 
     def _norm(self, learning: dict[str, Stack], gradients: dict[str, Tensor]) -> Tensor:

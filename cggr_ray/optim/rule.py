@@ -33,6 +33,10 @@ class Rule:
     def wake(self, state: State, steps: int) -> None:
         """Before parameters learn again that have not for so many steps: ages their averages."""
 
+    def without_momentum(self, grad: Tensor, state: State) -> Tensor:
+        """What `direction` would be of these gradients alone. Asked for after it, in the same step."""
+        raise NotImplementedError
+
     def shape_scale(self, rows: int, columns: int) -> float:
         """What multiplies the learning rate of a matrix."""
         return 1.0

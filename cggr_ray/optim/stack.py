@@ -25,7 +25,8 @@ class Stack:
     A parameter that requires no gradient rests: nothing of it moves, and nothing of its state.
     """
 
-    def __init__(self, name: str, rule: Rule, named: list[Named]) -> None:
+    def __init__(self, name: str, rule: Rule, named: list[Named], one_of_several: bool = False) -> None:
+        self._one_of_several = one_of_several
         self.name, self.rule, self.parameters = name, rule, [p for _, p in named]
         shape = self.parameters[0].shape
         self.weights = torch.stack([p.detach() for p in self.parameters])
@@ -35,7 +36,7 @@ class Stack:
         self.state = rule.init_state(self.master)
         self.awake = torch.full((len(named), *[1] * len(shape)), float(REWARM_STEPS), device=self.weights.device)
         self.learning, self._woken = list(range(len(named))), set[int]()
-        # Parameters whose projection is adapted in this step, and whether what it was says nothing.
+        # Whose basis is refreshed in this step; true where the old one is worth nothing, as at the first step.
         self._due: dict[int, bool] = {}
         self._arrived = [0] * len(named)
         self.scale = rule.shape_scale(shape[0], shape[1]) if len(shape) == 2 else 1.0
@@ -58,9 +59,15 @@ class Stack:
         part.back()
         self._woken |= {*which}
 
-    def part(self) -> Stack | Part:
-        """What learns in this step."""
-        return self if len(self.learning) == len(self.parameters) else Part(self, self.learning)
+    def pieces(self) -> list[tuple[Stack | Part, slice]]:
+        """What learns in this step, and which of its gradients: in one piece, but for scattered parameters of a shape
+        that fills several stacks. How many of them fall into a stack is up to chance, and every number would be
+        compiled: they learn one by one."""
+        if len(self.learning) == len(self.parameters):
+            return [(self, slice(None))]
+        if self._one_of_several and not isinstance(rows_of(self.learning, self.weights.device), slice):
+            return [(Part(self, [i]), slice(at, at + 1)) for at, i in enumerate(self.learning)]
+        return [(Part(self, self.learning), slice(None))]
 
     def back(self) -> None:
         """What `Part` has to do after an update: of a whole stack, nothing."""
@@ -91,12 +98,15 @@ class Stack:
         for parameter in self.parameters:
             parameter.grad = None
         stacked = torch.stack(gradients) if len(gradients) > 1 else gradients[0].unsqueeze(0)
-        for at, i in enumerate(self.learning if self.rule.projects(self.state) else ()):
+        if not self.rule.projects(self.state):
+            return stacked
+        for at, i in enumerate(self.learning):
             if i in self._due:
                 # One by one, so that no more than one is there in float32.
                 self.rule.refresh(stacked[at : at + 1], self.state, slice(i, i + 1), self._due[i])
         self._due = {}
-        return self.rule.project(stacked, self.part().state)
+        whole = len(self.learning) == len(self.parameters)
+        return self.rule.project(stacked, self.state if whole else Part(self, self.learning).state)
 
     @torch.no_grad()
     def _project_one(self, i: int, parameter: nn.Parameter) -> None:

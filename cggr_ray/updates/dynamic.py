@@ -39,6 +39,11 @@ UNCHANGED = 3
 ROUNDING = 1e-9
 
 
+def is_finite(value: float | None) -> bool:
+    """Of a measurement that may have been through JSON, which has no other word for what is not finite than null."""
+    return value is not None and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class Stability:
     """The schedule starts only once the loss is steady: the means of two windows of steps in a row differ by less than
@@ -185,10 +190,11 @@ class SuffixSchedule:
 
     def observe(self, values: Mapping[str, Any], progress: Progress) -> None:
         loss = next(values[name] for name in (TRAIN_LOSS, KEPT_LOSS, SKIP_LOSS) if name in values)
-        if self.config.stability is not None and math.isfinite(loss):
+        if self.config.stability is not None and is_finite(loss):
             self.memory.losses = [*self.memory.losses, loss][-2 * self.config.stability.window :]
-        if RELEVANCE in values and math.isfinite(loss) and all(map(math.isfinite, values[RELEVANCE])):
+        if RELEVANCE in values and is_finite(loss) and all(map(is_finite, values[RELEVANCE])):
             self._measured(values[RELEVANCE], loss)
+            self.memory.next_probe = progress.step + self.memory.every
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.memory)

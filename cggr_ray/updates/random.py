@@ -30,7 +30,8 @@ from cggr_ray.updates.schedule import (
 class RandomBlocks:
     """Control: `keep` of the layers learn, wherever they are, drawn anew every `every` steps (LISA, arXiv:2403.17919).
 
-    Differs from LISA: a part of the budget may be full, and what the optimizer knows of resting layers is kept.
+    Differs from LISA: a part of the budget may be full, what the optimizer knows of resting layers is kept, and the
+    embedding rests with the first layer.
     """
 
     IS_PART: ClassVar[bool] = True

@@ -1,13 +1,15 @@
 """How much a layer has to learn, measured from one step's gradients, all parameters of a layer together.
 
-With g the gradient before clipping, W the weights before the update, u what the update takes off them at the full rate,
-decay left out:
+With g the gradient before clipping, W the weights before the update, u what the gradient alone would take off them, at
+the full rate, without momentum and decay:
 
     gradient_norm   |g| / (|W| + eps)
     saliency        sum |g W|
     fisher          sum g^2
     decrease        <g, u>, what the loss falls by to first order: the only one that knows that an orthogonalised update
-                    is as long whatever the gradient
+                    is as long whatever the gradient. Momentum is left out because a layer that has rested has none
+
+Embeddings belong to no layer here.
 
 Shapes: P parameters in stacks of n, L layers.
 """
@@ -18,19 +20,19 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cggr_ray.optim.gauge import Measure
 
 RelevanceName = Literal["gradient_norm", "saliency", "fisher", "decrease"]
 # Measures that multiply the gradient by something of the weights' size, which a projected gradient has not.
 WHOLE_GRADIENT = ("saliency", "decrease")
 EPS = 1e-12
 
-Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(gradients, weights, updates), each a stack of n, to two numbers a parameter that add up over a layer: (n, 2)."""
-
 
 class Relevance(NamedTuple):
-    """What is measured of a parameter, and what a layer's sums of it come to."""
+    """What is measured of n parameters, two numbers each (n, 2), and what a layer's sums of them come to."""
 
     measure: Measure
     combine: Callable[[Tensor, Tensor], Tensor]
@@ -40,16 +42,16 @@ def _pair(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack((first.flatten(1).sum(1), second.flatten(1).sum(1)), 1)
 
 
-def _squares(gradient: Tensor, weights: Tensor, update: Tensor) -> Tensor:
+def _squares(gradient: Tensor, weights: Tensor, update: Callable[[], Tensor]) -> Tensor:
     return _pair(gradient.square(), weights.square())
 
 
-def _saliency(gradient: Tensor, weights: Tensor, update: Tensor) -> Tensor:
+def _saliency(gradient: Tensor, weights: Tensor, update: Callable[[], Tensor]) -> Tensor:
     return _pair((gradient * weights).abs(), weights.square())
 
 
-def _decrease(gradient: Tensor, weights: Tensor, update: Tensor) -> Tensor:
-    return _pair(gradient * update, weights.square())
+def _decrease(gradient: Tensor, weights: Tensor, update: Callable[[], Tensor]) -> Tensor:
+    return _pair(gradient * update(), weights.square())
 
 
 def _ratio_of_norms(first_L: Tensor, second_L: Tensor) -> Tensor:
@@ -80,10 +82,9 @@ class Probe:
     ) -> None:
         self.measure, self._combine = RELEVANCES[name]
         of_layer = {id(p): i for i, parameters in enumerate(layers) for p in parameters}
-        # What belongs to no layer is added up behind them, and dropped.
-        self._layers = len(layers)
-        index = [of_layer.get(id(p), self._layers) for p in order]
-        self._index_P = torch.tensor(index, device=order[0].device)
+        index = torch.tensor([of_layer.get(id(p), len(layers)) for p in order], device=order[0].device)
+        # What belongs to no layer is in the last row, which is dropped. A product adds up in the same order every time.
+        self._membership_LP = F.one_hot(index, len(layers) + 1).float().T[:-1].contiguous()
         self._found: list[Tensor] = []
 
     def add(self, found: Tensor) -> None:
@@ -93,5 +94,4 @@ class Probe:
     def of_layers(self) -> Tensor:
         """(L,) of what was added."""
         pairs, self._found = torch.cat(self._found), []
-        sums = pairs.new_zeros(self._layers + 1, 2).index_add_(0, self._index_P, pairs)[:-1]
-        return self._combine(sums[:, 0], sums[:, 1])
+        return self._combine(*(self._membership_LP @ pairs).T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import small_model
 from transformers import AutoModelForCausalLM
 
 from cggr_ray.benchmarks import suffixes as module
@@ -134,6 +135,11 @@ def test_the_share_of_its_limit_that_a_suffix_reaches(monkeypatch: pytest.Monkey
     assert found["limit_share"] == pytest.approx(100 / 80 / 1.5)
     assert found["speedup_with_optimizer"] == pytest.approx(120 / 92)
     assert found["limit_share_with_optimizer"] == pytest.approx(120 / 92 * (100 / 1.5 + 12) / 120)
+    # Two of three layers are what half of them comes to.
+    three = Suffixes(Adapter(small_model("llama"))).values(
+        "suffix_0.5_graph", times, 100.0, Costs(3, 1.0, 0.0, 0.0, 0.1)
+    )
+    assert three["arithmetic_limit"] == pytest.approx(3 / (1 + 2 * 2 / 3))
     monkeypatch.setattr(module, "OPTIMIZER_BELOW", 1)
     alone = Suffixes(adapter)
     assert not alone.updates() and alone.values(

@@ -52,6 +52,9 @@ class Plain(Rule):
     def direction(self, grad, state, finite):
         return grad
 
+    def without_momentum(self, grad, state):
+        return grad
+
 
 def llama(tied=True, dtype=torch.float32, **values):
     # A vocabulary as large as the width: the embedding has the shape of a hidden matrix.

@@ -8,6 +8,7 @@ import torch
 from small_optimizers import CPU, OPTIMIZERS, STEADY, Plain, at, build, llama, random_gradients
 
 from cggr_ray.models.adapter import Adapter
+from cggr_ray.optim import stack as stack_module
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.muon import Muon
@@ -144,6 +145,48 @@ def test_a_layer_that_has_rested_counts_by_its_full_rate():
     expected = torch.stack([sum(0.5 * p.grad.square().sum() for p in layer) for layer in layers])
     optimizer.step(at(), probe)
     torch.testing.assert_close(probe.of_layers(), expected)
+
+
+@pytest.mark.parametrize("rule", [Muon(lr=0.5), AdamW(lr=0.5)], ids=["muon", "adamw"])
+def test_what_a_layer_remembers_does_not_tell(rule):
+    """Both layers get one gradient; one of them has rested for long, and has little or no momentum."""
+    model = llama(tied=False)
+    adapter = Adapter(model)
+    optimizer = build(model, Optimizer(rule, Plain(lr=0.0), schedule=STEADY, clip_norm=float("inf")))
+    probe = Probe("decrease", optimizer.parameters, [list(layer.parameters()) for layer in adapter.layers])
+    for step in range(4):
+        random_gradients(model, step)
+        for p, q in zip(*(layer.parameters() for layer in adapter.layers), strict=True):
+            q.grad = p.grad.clone()
+        if step == 3:
+            optimizer.wake(adapter.layer_parameters(0), 30)
+            matrices = [p.grad.double() for p in adapter.layers[0].parameters() if p.ndim == 2]
+            norms = [0.2 * max(g.shape) ** 0.5 * torch.linalg.svdvals(g).sum() for g in matrices]
+        optimizer.step(at(step), probe if step == 3 else None)
+    rested, other = probe.of_layers().tolist()
+    assert rested == pytest.approx(other, rel=1e-5)
+    if isinstance(rule, Muon):
+        # What is orthogonalised takes the sum of the singular values off the loss.
+        assert rested == pytest.approx(0.5 * sum(norms).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["muon", "muon8", "galore"])
+def test_scattered_parameters_of_a_shape_that_fills_several_stacks(name, monkeypatch):
+    learned = []
+    for most in (2**28, 3 * 96 * 96):
+        monkeypatch.setattr(stack_module, "LARGEST_STACK", most)
+        model = four_layers()
+        optimizer = build(model, CONFIGS[name])
+        rest(model, SCATTERED)
+        for step in range(1 if name == "galore" else 3):
+            give(model, step)
+            optimizer.step(at(step))
+        pieces = [len(part.weights) for s in optimizer.stacks.values() if s.learning for part, _ in s.pieces()]
+        learned.append(({n: p.detach().clone() for n, p in model.named_parameters()}, pieces))
+    (whole, several), (split, single) = learned
+    assert max(several) > 2 and sum(several) == sum(single) and single.count(1) > several.count(1)
+    for n, p in whole.items():
+        torch.testing.assert_close(split[n], p, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_that_is_not_finite_does_not_count_as_awake():

@@ -14,6 +14,7 @@ import pytest
 
 from cggr_ray.progress import Progress
 from cggr_ray.schema import KEPT_LOSS, RELEVANCE, SKIP_LOSS, TRAIN_LOSS
+from cggr_ray.telemetry.jsonl import plain
 from cggr_ray.updates.dynamic import Cadence, DynamicSuffix, Limits, Stability
 from cggr_ray.updates.schedule import Learning, Schedule
 
@@ -106,6 +107,7 @@ def replay(config: DynamicSuffix, layers: int, relevances: list[list[float]], lo
                 kept_in_a_row = 0
                 if agreed:
                     depth, every = asked[-1], max(every // 2, config.cadence.shortest)
+            due = seen + every
         if config.full_from < 1 and step >= config.full_from * STEPS:
             answers.append(Learning((True,) * layers))
             continue
@@ -137,7 +139,8 @@ def run(config: DynamicSuffix, layers: int, seed: int, reload: bool = False, nam
         if step >= DELAY:
             seen = step - DELAY
             schedule = again(schedule)
-            schedule.observe(values_of(answers[seen], relevances[seen], losses[seen], name), at(seen))
+            values = values_of(answers[seen], relevances[seen], losses[seen], name)
+            schedule.observe(json.loads(json.dumps(plain(values))) if reload else values, at(seen))
         schedule = again(schedule)
         answers.append(schedule.begin(at(step)))
     assert set(answers) <= set(schedule.reachable())

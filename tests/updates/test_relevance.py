@@ -41,8 +41,8 @@ def measured(name: RelevanceName, gradients: list[Tensor], weights: list[Tensor]
 
 
 def step_of(probe: Probe, gradients: list[Tensor], weights: list[Tensor], updates: list[Tensor]) -> Tensor:
-    for stack in zip(gradients, weights, updates, strict=True):
-        probe.add(probe.measure(*stack))
+    for gradient, weight, update in zip(gradients, weights, updates, strict=True):
+        probe.add(probe.measure(gradient, weight, lambda update=update: update))
     return probe.of_layers()
 
 

@@ -111,3 +111,19 @@ def test_a_cache_of_activations_changes_no_loss(recipe: str, spec: RaceSpec, tmp
     assert [row["step"] for row in found] == [row["step"] for row in plain]
     assert [row[TRAIN_LOSS] for row in found] == pytest.approx([row[TRAIN_LOSS] for row in plain], rel=1e-4)
     assert not (tmp_path / "kept" / "activations.bin").exists()
+
+
+def test_an_embedding_that_two_objectives_read_rests_all_the_same(
+    spec: RaceSpec, data_folder: Path, tmp_path: Path
+) -> None:
+    untied = replace(
+        spec,
+        recipes=("mtp_sequential",),
+        budget_seconds=4 * STEP_SECONDS,
+        model=ModelSpec(preset="tiny", tie_embeddings=False),
+    )
+    run(untied, tmp_path, data_folder, **{"updates": {"kind": "static_suffix", "keep": 0.5}})
+    after = load_file(tmp_path / "model" / "model.safetensors")
+    start = untied.model.build(len(after["model.embed_tokens.weight"]), 0, torch.device("cpu"), torch.float32)
+    moved = {name for name, p in start.named_parameters() if not torch.equal(p, after[name])}
+    assert "model.embed_tokens.weight" not in moved and {"lm_head.weight", "model.norm.weight"} <= moved
