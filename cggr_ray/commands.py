@@ -7,9 +7,9 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +26,7 @@ from cggr_ray.recipe import Recipe, references_beside
 from cggr_ray.schema import RACE_FILE, SUMMARY_FILE
 from cggr_ray.telemetry.console import RaceConsole
 
+T = TypeVar("T")
 EXECUTORS = ("train", "inprocess")
 # Oldest versions without known holes in what is read from disk.
 FLOORS = {"torch": (2, 10), "transformers": (5, 3)}
@@ -38,22 +39,21 @@ def given(**options: Any) -> dict[str, Any]:
 
 def integers(text: str | None) -> list[int] | None:
     """`0,1,2` as integers."""
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{text!r}; accepted: whole numbers with commas between") from None
+    return _listed(text, int, "whole numbers")
 
 
 def numbers(text: str | None) -> list[float] | None:
     """`0.25,0.5` as numbers."""
+    return _listed(text, float, "numbers")
+
+
+def _listed(text: str | None, kind: Callable[[str], T], words: str) -> list[T] | None:
     if text is None:
         return None
     try:
-        return [float(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{text!r}; accepted: numbers with commas between") from None
+        raise ValueError(f"{text!r}; accepted: {words} with commas between") from None
 
 
 def assignments(sets: Sequence[str]) -> dict[str, Any]:

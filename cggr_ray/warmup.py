@@ -42,9 +42,6 @@ def warm_up(learner: Learner, heldout: HeldOut, order: RowOrder, rows: int, micr
 
 def first_batch(order: RowOrder, rows: int, micro_rows: int, device: torch.device) -> Batch:
     """The first batch of an order, without a loader."""
-    state, packed = order.start(), []
-    for _ in range(rows):
-        row, state = order.next_row(state)
-        packed.append(row)
+    packed = order.first_rows(rows)
     micros = micro_batches(packed, micro_rows, order.shape, device)
     return Batch(tuple(micros), sum(row.real for row in packed))

@@ -15,7 +15,10 @@ PACKAGES = ("cggr_ray", "trainables", "search_spaces", "analysis")
 STANDARD = sys.stdlib_module_names
 # The command line knows everybody; nothing in the core may know it.
 COMMANDS = ("cggr_ray.cli", "cggr_ray.commands", "cggr_ray.tune_command")
-BELOW_METHODS = ("cggr_ray.compiling", "cggr_ray.codec", "cggr_ray.progress", "cggr_ray.schema", "cggr_ray.kernels")
+BELOW_METHODS = (
+    *("cggr_ray.compiling", "cggr_ray.transfer", "cggr_ray.codec", "cggr_ray.progress", "cggr_ray.schema"),
+    "cggr_ray.kernels",
+)
 METHODS = ("cggr_ray.data.batch", "cggr_ray.models.adapter", "cggr_ray.routing", "cggr_ray.sparse")
 
 # What a module may import beside the standard library; the longest prefix of its name decides. A name allows all below.
@@ -25,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.clock": ("cggr_ray.schema", "cggr_ray.progress"),
     "cggr_ray.codec": ("cggr_ray.schema",),
     "cggr_ray.compiling": ("torch",),
+    "cggr_ray.transfer": ("torch",),
     "cggr_ray.kernels": ("torch", "triton", "cggr_ray.kernels", "cggr_ray.compiling"),
     "cggr_ray.models": ("torch", "numpy", "transformers", "cggr_ray.models", "cggr_ray.data.batch", *BELOW_METHODS),
     "cggr_ray.routing": ("torch", "numpy", *BELOW_METHODS, *METHODS),
@@ -41,7 +45,7 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "cggr_ray.data": (
         *("torch", "numpy", "pyarrow", "datasets", "tokenizers", "transformers"),
-        *("cggr_ray.data", "cggr_ray.codec", "cggr_ray.progress", "cggr_ray.schema"),
+        *("cggr_ray.data", "cggr_ray.codec", "cggr_ray.progress", "cggr_ray.schema", "cggr_ray.transfer"),
     ),
     "cggr_ray.evaluation": (
         *("torch", "numpy", "transformers", "cggr_ray.evaluation", "cggr_ray.data", "cggr_ray.models.adapter"),

@@ -17,8 +17,9 @@ from torch import Tensor
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.benchmarks.peers import Peer, missing, present, tensors_in
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, not_installed
-from cggr_ray.benchmarks.step import NOW, random_micro, random_model
+from cggr_ray.benchmarks.step import random_micro, random_model
 from cggr_ray.benchmarks.timing import MIB, Timing
+from cggr_ray.benchmarks.workload import NOW
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer

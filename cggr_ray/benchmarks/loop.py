@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.timing import Timing, interleaved
-from cggr_ray.benchmarks.workload import prepared_run
+from cggr_ray.benchmarks.workload import NOW, prepared_run
 from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.loop import Run
 from cggr_ray.models.adapter import Adapter
-from cggr_ray.progress import Progress
 
 SHAPES = ("smollm-135m/32x1024", "llama-113m/32x1024")
-NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
 # Steps a timed call: our loop overlaps a step with the next, so a few alone would show its start and end.
 STEPS_A_CALL = 20
 

@@ -16,8 +16,9 @@ import torch
 
 from cggr_ray.benchmarks.accounting import accounting, release
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
-from cggr_ray.benchmarks.step import NOW, random_micro, random_model
+from cggr_ray.benchmarks.step import random_micro, random_model
 from cggr_ray.benchmarks.timing import MIB, Timing
+from cggr_ray.benchmarks.workload import NOW
 from cggr_ray.learner import Pass
 from cggr_ray.loop import pick_device
 from cggr_ray.models.adapter import Adapter

@@ -22,14 +22,13 @@ from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.benchmarks.peers import LR, Build, Weights, missing, present
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, not_installed
 from cggr_ray.benchmarks.timing import interleaved
-from cggr_ray.benchmarks.workload import prepared_run
+from cggr_ray.benchmarks.workload import NOW, prepared_run
 from cggr_ray.data.batch import Batch
 from cggr_ray.learner import Learner
 from cggr_ray.loop import Run
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
 from cggr_ray.optim.partition import partition
-from cggr_ray.progress import Progress
 
 Gradients = dict[int, Tensor | None]
 
@@ -38,7 +37,6 @@ SHAPES = ("smollm-135m/32x1024", "llama-113m/32x1024", "llama-1.5b/4x2048")
 # and of a large model not those of an eager Muon either.
 TIMED = {name: replace(OPTIMIZERS[name], project_early=False) for name in ("muon_int8", "galore", "e3_full")}
 EAGER_BELOW = 10**9
-NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
 
 
 def bench_optimizer(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:

@@ -26,6 +26,7 @@ from cggr_ray.benchmarks.costs import Costs, costs_of
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, installed, not_installed
 from cggr_ray.benchmarks.suffixes import Suffixes
 from cggr_ray.benchmarks.timing import Timing, interleaved
+from cggr_ray.benchmarks.workload import NOW
 from cggr_ray.compiling import compiled_on, never_eager
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.graphs import Graphs
@@ -34,7 +35,6 @@ from cggr_ray.loop import pick_device
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.objectives.next_token import NextToken
-from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.scorers import Probe
 from cggr_ray.routing.tokens import RandomTokens, SelectedTokens
@@ -45,7 +45,6 @@ RATIOS = (0.25, 0.5)
 # Parameters of a model whose layers keep the GPU busy by themselves; graphs would only hold more memory.
 GRAPHS_BELOW = 10**9
 DETACH: tuple[Detach, ...] = ("const", "live")
-NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
 Call = Callable[[], None]
 
 

@@ -19,16 +19,15 @@ from torch import Tensor
 
 from cggr_ray.benchmarks.costs import Costs
 from cggr_ray.benchmarks.timing import Timing
+from cggr_ray.benchmarks.workload import NOW
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.optim.optimizer import Optimizer
-from cggr_ray.progress import Progress
 from cggr_ray.updates.schedule import part_of, suffix
 
 SHARES = (0.75, 0.5, 0.25)
 # Parameters of a model whose optimizer fits beside everything else that is measured there.
 OPTIMIZER_BELOW = 2 * 10**9
-NOW = Progress(step=1, train_seconds=1.0, budget_seconds=1e6, tokens_seen=10**9)
 Step = Callable[[MicroBatch, Tensor], None]
 
 

@@ -9,10 +9,13 @@ from cggr_ray.data.dataset import DataSpec, prepare
 from cggr_ray.data.sources import Problems
 from cggr_ray.loop import Run
 from cggr_ray.models.presets import PRESETS, ModelSpec
+from cggr_ray.progress import Progress
 from cggr_ray.race import RaceSpec, plan_trials
 
 # Long enough that no schedule ends and no milestone comes while a benchmark runs.
 BUDGET_SECONDS = 1e6
+# Behind every warm-up.
+NOW = Progress(step=1, train_seconds=1.0, budget_seconds=BUDGET_SECONDS, tokens_seen=10**9)
 
 
 def prepared_run(shape: Shape, device: str, folder: Path, recipe: str = "baseline") -> Run:

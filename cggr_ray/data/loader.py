@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cggr_ray.data.batch import Batch, MicroBatch
 from cggr_ray.data.packing import OrderState, PackedRow, RowOrder, RowShape
+from cggr_ray.transfer import to_device
 
 # How often a step that waits for data looks whether the thread is still there.
 ALIVE_SECONDS = 1.0
@@ -29,7 +29,6 @@ def micro_batches(
     rows: Sequence[PackedRow], micro_rows: int, shape: RowShape, device: torch.device
 ) -> list[MicroBatch]:
     """Rows as micro-batches on `device`. Pinned memory does not block; shapes do not depend on data."""
-    pin = device.type == "cuda"
     micros = []
     for index, at in enumerate(range(0, len(rows), micro_rows)):
         group = rows[at : at + micro_rows]
@@ -37,14 +36,14 @@ def micro_batches(
         flat = [row * shape.positions + start for row, r in enumerate(group) for start in r.starts]
         starts = np.full(len(group) * shape.segments + 1, len(group) * shape.positions, np.int32)
         starts[: len(flat)] = flat
-        moved = to_device(torch.from_numpy(fields), device, pin)
+        moved = to_device(torch.from_numpy(fields), device)
         micros.append(
             MicroBatch(
                 tokens_BT=moved[0],
                 labels_BT=moved[1],
                 positions_BT=moved[2],
                 position_ids_BT=moved[3],
-                document_starts=to_device(torch.from_numpy(starts), device, pin),
+                document_starts=to_device(torch.from_numpy(starts), device),
                 longest_document=shape.longest,
                 labelled_B=np.array([r.labelled for r in group]),
                 index=index,
@@ -52,10 +51,6 @@ def micro_batches(
             )
         )
     return micros
-
-
-def to_device(tensor: Tensor, device: torch.device, pin: bool) -> Tensor:
-    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
 
 
 class Loader:

@@ -181,6 +181,13 @@ class RowOrder:
             digest=digest.hexdigest(),
         )
 
+    def first_rows(self, count: int) -> list[PackedRow]:
+        state, rows = self.start(), []
+        for _ in range(count):
+            row, state = self.next_row(state)
+            rows.append(row)
+        return rows
+
     def epochs(self, state: OrderState) -> list[float]:
         """How often each source was read up to `state`; documents of the block in progress count by its rows."""
         rows, after = self._rows(state)

@@ -54,7 +54,7 @@ class HeldOut:
     @torch.no_grad()
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         """val/loss over all sources together, val/loss/<source> for each, and nats per byte. Synchronises."""
-        sums = {s.name: sum(self._nll(adapter, micro) for micro in s.micros) for s in self._sets}
+        sums = {s.name: sum(summed_nll(adapter, micro) for micro in s.micros) for s in self._sets}
         nats = {name: float(total) for name, total in sums.items()}
         labelled = sum(s.labelled for s in self._sets)
         total = sum(nats.values())
@@ -66,6 +66,8 @@ class HeldOut:
             **apart,
         }
 
-    def _nll(self, adapter: Adapter, micro: MicroBatch) -> torch.Tensor:
-        stream = adapter.forward(micro)
-        return position_nll(stream.hidden_RD, stream.head_VD, micro.labels_BT.flatten()).double().sum()
+
+def summed_nll(adapter: Adapter, micro: MicroBatch) -> torch.Tensor:
+    """Nats of all labelled positions of a micro-batch by the full forward, 0-d float64."""
+    stream = adapter.forward(micro)
+    return position_nll(stream.hidden_RD, stream.head_VD, micro.labels_BT.flatten()).double().sum()

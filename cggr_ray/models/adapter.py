@@ -177,9 +177,8 @@ class Adapter:
         if below == 0:
             return self.embed(micro), 0
         keep = self.cache if torch.is_grad_enabled() and below == self.first_active else None
-        with torch.no_grad():
-            run = partial(self._run_below, micro, documents, below)
-            return run() if keep is None else keep.fetch(micro, run), below
+        run = partial(self._run_below, micro, documents, below)
+        return run() if keep is None else keep.fetch(micro, run), below
 
     def _run_below(self, micro: MicroBatch, documents: Documents, layers: int) -> Tensor:
         return self.run_layers(self.embed(micro), micro.positions_BT, documents, slice(0, layers))
@@ -212,7 +211,8 @@ class Adapter:
         span: slice = slice(None),
         visit: Callable[[Tensor, int], None] | None = None,
     ) -> Tensor:
-        """Hidden states after the layers of `span`. `visit` is shown what each layer returns, and its number."""
+        """Hidden states after the layers of `span`, without gradient below the first that learns. `visit` is shown what
+        each layer returns, and its number."""
         keywords = self.keywords(hidden_BTD, positions_BT, documents)
         for i in range(len(self.layers))[span]:
             layer, shape = self.layers[i], self.shapes[i]

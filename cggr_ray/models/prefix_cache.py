@@ -2,9 +2,9 @@
 
 Hidden states behind layers that rest depend on a position's own document, or the piece of it that fits in a row, and on
 nothing else in the batch: they are kept by the position's stable id, and read back once all of a micro-batch are there.
-The first ids are kept on the device, the rest in a file. What is read equals what
-would be computed but for rounding, as a product may round by the place of a row in it. An embedding that goes on
-learning as a head would change all of it: a tied one is refused where a race is checked.
+The first ids are kept on the device, the rest in a file. What is read equals what would be computed but for rounding,
+as a product may round by the place of a row in it. An embedding that goes on learning as a head would change all of it:
+a tied one is refused.
 Shapes: B rows of T positions, N = B T, D width, P positions of the data set.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cggr_ray.data.batch import MicroBatch
+from cggr_ray.transfer import to_device
 
 GIB = 1 << 30
 
@@ -124,8 +125,3 @@ class PrefixCache:
 
 def moved(index: np.ndarray, device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(index.astype(np.int64)), device)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    pin = device.type == "cuda"
-    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)

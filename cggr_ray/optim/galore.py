@@ -39,6 +39,7 @@ from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.state_formats import Float32, Int8Blockwise, State, average_of
+from cggr_ray.transfer import to_device
 
 # Subspace iterations of a refresh, and of the first, which begins with a random basis.
 ITERATIONS, FIRST_ITERATIONS = 1, 2
@@ -133,7 +134,7 @@ class GaLore(Rule):
             state[key].zero_()
         random = Random(f"{DRAW_SEED} {name} {step // self.refresh_every}")
         drawn = torch.tensor(random.sample(range(number), len(state["drawn"])))
-        state["drawn"].copy_(drawn, non_blocking=True)
+        state["drawn"].copy_(to_device(drawn, state["drawn"].device))
 
     def wake(self, state: State, steps: int) -> None:
         self.rule.wake(state, steps)

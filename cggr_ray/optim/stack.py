@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cggr_ray.optim.partition import Named
 from cggr_ray.optim.rule import Rule
+from cggr_ray.transfer import to_device
 
 # Steps over which the learning rate of a parameter that learns again rises to that of the others.
 REWARM_STEPS = 10
@@ -63,11 +64,12 @@ class Stack:
         """What learns in this step, and which of its gradients: in one piece, but for scattered parameters of a shape
         that fills several stacks. How many of them fall into a stack is up to chance, and every number would be
         compiled: they learn one by one."""
-        if len(self.learning) == len(self.parameters):
-            return [(self, slice(None))]
-        if self._one_of_several and not isinstance(rows_of(self.learning, self.weights.device), slice):
+        if self._one_of_several and not neighbours(self.learning):
             return [(Part(self, [i]), slice(at, at + 1)) for at, i in enumerate(self.learning)]
-        return [(Part(self, self.learning), slice(None))]
+        return [(self._learners(), slice(None))]
+
+    def _learners(self) -> Stack | Part:
+        return self if len(self.learning) == len(self.parameters) else Part(self, self.learning)
 
     def back(self) -> None:
         """What `Part` has to do after an update: of a whole stack, nothing."""
@@ -105,8 +107,7 @@ class Stack:
                 # One by one, so that no more than one is there in float32.
                 self.rule.refresh(stacked[at : at + 1], self.state, slice(i, i + 1), self._due[i])
         self._due = {}
-        whole = len(self.learning) == len(self.parameters)
-        return self.rule.project(stacked, self.state if whole else Part(self, self.learning).state)
+        return self.rule.project(stacked, self._learners().state)
 
     @torch.no_grad()
     def _project_one(self, i: int, parameter: nn.Parameter) -> None:
@@ -149,11 +150,13 @@ class Part:
                 self._of[key].index_copy_(0, self._rows, value)
 
 
+def neighbours(which: list[int]) -> bool:
+    return which == list(range(which[0], which[-1] + 1))
+
+
 def rows_of(which: list[int], device: torch.device) -> slice | Tensor:
-    """A slice where they are neighbours, else an index; without waiting for the device."""
-    if which == list(range(which[0], which[-1] + 1)):
-        return slice(which[0], which[-1] + 1)
-    return torch.tensor(which, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    """A slice where they are neighbours, else an index."""
+    return slice(which[0], which[-1] + 1) if neighbours(which) else to_device(torch.tensor(which), device)
 
 
 def parts(same: list[Named]) -> list[list[Named]]:

@@ -193,9 +193,8 @@ class Rows:
         if span.start == 0:
             hidden, _ = self.adapter.enter(micro, self.documents, span.stop)
         else:
-            with torch.no_grad():
-                hidden = self.hidden_ND.unflatten(0, micro.tokens_BT.shape)
-                hidden = self.adapter.run_layers(hidden, micro.positions_BT, self.documents, span)
+            hidden = self.hidden_ND.unflatten(0, micro.tokens_BT.shape)
+            hidden = self.adapter.run_layers(hidden, micro.positions_BT, self.documents, span)
         self.hidden_ND, self._through = hidden.flatten(0, 1), span.stop
         if span.stop == self.first:
             self._entering_ND = self.hidden_ND

@@ -22,8 +22,8 @@ from cggr_ray.data.batch import MicroBatch
 from cggr_ray.data.dataset import READY, DataSpec, PreparedData, open_data
 from cggr_ray.data.loader import micro_batches
 from cggr_ray.data.packing import best_fit, cut, fill_row
+from cggr_ray.evaluation.heldout import summed_nll
 from cggr_ray.evaluation.reference import check_reference
-from cggr_ray.kernels.selected_ce.op import position_nll
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.families import SUPPORTED
 from cggr_ray.models.presets import ModelSpec, check_folder
@@ -151,12 +151,8 @@ class Trained:
     @torch.no_grad()
     def heldout_loss(self) -> float:
         """Nats a labelled position of the held-out rows, with the weights as they are now."""
-        nats = sum(float(self._nll(micro)) for micro in self.heldout)
+        nats = sum(float(summed_nll(self.adapter, micro)) for micro in self.heldout)
         return nats / sum(micro.labelled for micro in self.heldout)
-
-    def _nll(self, micro: MicroBatch) -> Tensor:
-        stream = self.adapter.forward(micro)
-        return position_nll(stream.hidden_RD, stream.head_VD, micro.labels_BT.flatten()).double().sum()
 
     @torch.no_grad()
     def moments(self, micros: Sequence[MicroBatch]) -> MomentsOf:
@@ -222,11 +218,7 @@ def open_prepared(folder: Path) -> PreparedData:
 def calibration_rows(data: PreparedData, rows: int, micro_rows: int, device: torch.device) -> list[MicroBatch]:
     """The first rows of the training order, whole micro-batches of them."""
     order = data.order()
-    state, packed = order.start(), []
-    for _ in range(-(-rows // micro_rows) * micro_rows):
-        row, state = order.next_row(state)
-        packed.append(row)
-    return micro_batches(packed, micro_rows, order.shape, device)
+    return micro_batches(order.first_rows(-(-rows // micro_rows) * micro_rows), micro_rows, order.shape, device)
 
 
 def heldout_rows(data: PreparedData, rows: int, micro_rows: int, device: torch.device) -> list[MicroBatch]:

@@ -10,7 +10,6 @@ the full rate, without momentum and decay:
                     is as long whatever the gradient. Momentum is left out because a layer that has rested has none
 
 Embeddings belong to no layer here.
-
 Shapes: P parameters in stacks of n, L layers.
 """
 
@@ -32,41 +31,45 @@ EPS = 1e-12
 
 
 class Relevance(NamedTuple):
-    """What is measured of n parameters, two numbers each (n, 2), and what a layer's sums of them come to."""
+    """What is measured of n parameters, c numbers each (n, c), and what a layer's sums of them (L, c) come to."""
 
     measure: Measure
-    combine: Callable[[Tensor, Tensor], Tensor]
+    combine: Callable[[Tensor], Tensor]
 
 
-def _pair(first: Tensor, second: Tensor) -> Tensor:
-    return torch.stack((first.flatten(1).sum(1), second.flatten(1).sum(1)), 1)
+def _columns(*values: Tensor) -> Tensor:
+    return torch.stack([value.flatten(1).sum(1) for value in values], 1)
 
 
-def _squares(gradient: Tensor, weights: Tensor, update: Callable[[], Tensor]) -> Tensor:
-    return _pair(gradient.square(), weights.square())
+def _norms(gradient: Tensor, weights: Tensor, update: Callable[[], Tensor]) -> Tensor:
+    return _columns(gradient.square(), weights.square())
 
 
 def _saliency(gradient: Tensor, weights: Tensor, update: Callable[[], Tensor]) -> Tensor:
-    return _pair((gradient * weights).abs(), weights.square())
+    return _columns((gradient * weights).abs())
+
+
+def _fisher(gradient: Tensor, weights: Tensor, update: Callable[[], Tensor]) -> Tensor:
+    return _columns(gradient.square())
 
 
 def _decrease(gradient: Tensor, weights: Tensor, update: Callable[[], Tensor]) -> Tensor:
-    return _pair(gradient * update(), weights.square())
+    return _columns(gradient * update())
 
 
-def _ratio_of_norms(first_L: Tensor, second_L: Tensor) -> Tensor:
-    return first_L.sqrt() / (second_L.sqrt() + EPS)
+def _ratio_of_norms(sums_L2: Tensor) -> Tensor:
+    return sums_L2[:, 0].sqrt() / (sums_L2[:, 1].sqrt() + EPS)
 
 
-def _first(first_L: Tensor, second_L: Tensor) -> Tensor:
-    return first_L
+def _itself(sums_L1: Tensor) -> Tensor:
+    return sums_L1[:, 0]
 
 
 RELEVANCES: dict[RelevanceName, Relevance] = {
-    "gradient_norm": Relevance(_squares, _ratio_of_norms),
-    "saliency": Relevance(_saliency, _first),
-    "fisher": Relevance(_squares, _first),
-    "decrease": Relevance(_decrease, _first),
+    "gradient_norm": Relevance(_norms, _ratio_of_norms),
+    "saliency": Relevance(_saliency, _itself),
+    "fisher": Relevance(_fisher, _itself),
+    "decrease": Relevance(_decrease, _itself),
 }
 
 
@@ -88,10 +91,10 @@ class Probe:
         self._found: list[Tensor] = []
 
     def add(self, found: Tensor) -> None:
-        """Takes (n, 2) of the next stack; all parameters learn in the step of a probe."""
+        """Takes (n, c) of the next stack; all parameters learn in the step of a probe."""
         self._found.append(found)
 
     def of_layers(self) -> Tensor:
         """(L,) of what was added."""
-        pairs, self._found = torch.cat(self._found), []
-        return self._combine(*(self._membership_LP @ pairs).T)
+        found_Pc, self._found = torch.cat(self._found), []
+        return self._combine(self._membership_LP @ found_Pc)

@@ -14,7 +14,7 @@ from cggr_ray.benchmarks.accounting import FIRST, Training, accounting, live_byt
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.benchmarks.peers import Peer, Weights
 from cggr_ray.benchmarks.rows import Shape
-from cggr_ray.benchmarks.step import NOW
+from cggr_ray.benchmarks.workload import NOW
 
 CPU = torch.device("cpu")
 TINY = Shape("tiny", 1, 16)
