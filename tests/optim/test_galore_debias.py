@@ -80,6 +80,7 @@ def test_several_periods_are_those_of_a_loop_written_by_hand(shape, nesterov):
             momenta[i] = beta * momenta[i] + (1 - beta) * entering
             update = beta * momenta[i] + (1 - beta) * entering if nesterov else momenta[i]
             found = orthogonalise(update[None], "polar_express")[0].double()
+            found = found - p.T @ (p @ found) if full else found
             scale = 0.2 * max(shape) ** 0.5 * (1 if full else alpha * (min(shape) / rank) ** 0.5)
             weights[i] = (1 - lr * decay) * weights[i] - lr * scale * (found if full else p.T @ found)
         torch.testing.assert_close(short(stack.weights.double()), torch.stack(weights), atol=2e-4, rtol=0)
@@ -104,6 +105,19 @@ def test_mean_over_all_draws_of_what_enters_is_the_gradient(shape, number, full_
         entered[drawn] = full if side == "left" else full.mT
         total += entered
     torch.testing.assert_close(total / len(draws), short.double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_what_learns_at_full_rank_stays_outside_of_its_basis(shape):
+    rule = GaLore(Muon(), rank=24, largest_fraction=1.0, full_rank=0.5)
+    state, side = rule.init_state(torch.zeros(2, *shape)), "left" if shape[0] <= shape[1] else "right"
+    for seed in range(3):
+        # The basis moves, and the momentum has a part of it from before.
+        rule.refresh(noise(2, *shape, seed=seed), state, slice(0, 2), True)
+        found = rule.direction(rule.project(noise(2, *shape, seed=9 + seed), state), state, ONE)
+        drawn = state["drawn"].item()
+        short = found[drawn] if side == "left" else found[drawn].mT
+        assert (state[side][drawn] @ short).norm() < 1e-5 * short.norm() and short.norm() > 1
 
 
 def drawn_in(rule, number, name, period):
