@@ -35,7 +35,12 @@ def commit() -> str:
 
 def fingerprint() -> dict[str, str]:
     """Versions of what decides a result."""
-    return {"python": platform.python_version(), "commit": commit(), **{name: version(name) for name in PACKAGES}}
+    return {"commit": commit(), **versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a result, by name."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from cggr_ray.codec import nearest
+from cggr_ray.environment import versions
 
 # The tests of what each benchmark measures.
 TESTS = {
@@ -47,6 +51,8 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     measure, default_shapes = benches[name]
     parsed = [Shape.parse(text) for text in shapes or default_shapes]
     check_tests(name)
+    # Compiling takes minutes, which should not pass in silence.
+    logging.getLogger(__name__).setLevel(logging.INFO)
     for shape in parsed:
         with tempfile.TemporaryDirectory() as folder:
             rows = measure(shape, device, rounds, Path(folder))
@@ -60,11 +66,15 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
 
 
 def check_tests(name: str) -> None:
-    """Runs the tests of what a benchmark measures; a figure for something broken is worth nothing."""
+    """Runs the tests of what a benchmark measures, unless the same files have passed them here with these versions. A
+    figure for something broken is worth nothing."""
     root = Path(__file__).resolve().parents[2]
     paths = [str(root / path) for path in TESTS[name]]
     if not all(Path(path).exists() for path in paths):
         raise ValueError(f"benchmark {name!r} runs its tests first; accepted: a checkout of the project with tests/")
+    passed = root / ".cache" / "tested" / f"{name}-{tested_state(root)}"
+    if passed.exists():
+        return
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-n", "auto", "-p", "no:cacheprovider", *paths],
         cwd=root,
@@ -74,3 +84,13 @@ def check_tests(name: str) -> None:
     )
     if done.returncode != 0:
         raise ValueError(f"benchmark {name!r} refused, its tests fail:\n{done.stdout[-2000:]}")
+    passed.parent.mkdir(parents=True, exist_ok=True)
+    passed.touch()
+
+
+def tested_state(root: Path) -> str:
+    """A hash of the code, the tests and the versions that they run with."""
+    state = hashlib.sha256(json.dumps(versions()).encode())
+    for path in sorted(p for folder in ("cggr_ray", "tests") for p in (root / folder).rglob("*.py")):
+        state.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return state.hexdigest()[:16]

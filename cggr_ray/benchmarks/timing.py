@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 MIB = 1 << 20
+log = logging.getLogger(__name__)
 WARM_UP_ROUNDS = 3
 
 
@@ -30,6 +32,8 @@ def interleaved(providers: Mapping[str, Callable[[], None]], rounds: int, device
     for number in range(WARM_UP_ROUNDS + rounds):
         for name, call in providers.items():
             used, peak = _once(call, device)
+            if number == 0:
+                log.info("%s: first call %.1f s", name, used)
             if number >= WARM_UP_ROUNDS:
                 seconds[name].append(used)
                 peaks[name] = max(peaks[name], peak)
