@@ -2,8 +2,9 @@
 
 Baselines (`full_*`): compiled blocks or the whole forward compiled, FlashAttention, plain cross-entropy on whole logits
 or ours in chunks, and Liger's fused one where it is installed. Ours (`kept_RATIO_ROUTER_DETACH`): `own` scores by the
-model's own loss after the forward, `router` by a probe on the first layers, `random` by chance. Providers run launch by
-launch, and again as a CUDA graph where they can; `upstream_cggr` is the PyPI package as it is, in eager mode.
+model's own loss after the forward, `router` by a probe on the first layers, `random` by chance; `collider_RATIO`, the
+recipe's part. Providers run launch by launch, and again as a CUDA graph where they can; `upstream_cggr` is the PyPI
+package as it is, in eager mode.
 
 The value is the fastest baseline's time over this provider's; rows in `arithmetic_limit` say what the plan could reach
 (`costs`). No optimizer, no loader, but for the units of suffixes that say so (`suffixes`).
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,16 +37,28 @@ from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.recipe import Recipe
+from cggr_ray.routing.collider import Collider
 from cggr_ray.routing.scorers import Probe
 from cggr_ray.routing.tokens import RandomTokens, SelectedTokens
 from cggr_ray.sparse.layers import Detach
 
 SHAPES = ("smollm-135m/32x1024", "llama-1.5b/4x2048", "gemma-3-4b/2x2048")
 RATIOS = (0.25, 0.5)
+# Its own recipe's ratio, and the one that peers report.
+COLLIDER = (0.65, 0.5)
 # Parameters of a model whose layers keep the GPU busy by themselves; graphs would only hold more memory.
 GRAPHS_BELOW = 10**9
 DETACH: tuple[Detach, ...] = ("const", "live")
 Call = Callable[[], None]
+
+
+class Kept(NamedTuple):
+    """A pass with a backward of kept positions alone: by the model's `own` scores, beside `live` constants."""
+
+    run_pass: Pass
+    ratio: float
+    own: bool
+    live: bool
 
 
 def bench_step(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
@@ -75,7 +88,7 @@ class Work:
         self._whole = compiled_on(device, self._forward_whole)
         self.missing: list[str] = []
         self._passes = self._build_passes()
-        generators = [g for run_pass, _ in self._passes.values() for g in run_pass.router.generators()]
+        generators = [g for kept in self._passes.values() for g in kept.run_pass.router.generators()]
         graphed = device.type == "cuda" and sum(p.numel() for p in self.parameters) < GRAPHS_BELOW
         self.graphs = Graphs(self.parameters, generators) if graphed else None
 
@@ -97,12 +110,12 @@ class Work:
     def kept(self) -> dict[str, Call]:
         """Every router, ratio and kind of constant."""
         calls: dict[str, Call] = {}
-        for name, (run_pass, ratio) in self._passes.items():
-            run_pass.router.begin(self.micro, NOW)
-            calls |= self._both({name: partial(run_pass, ratio=ratio)})
+        for name, kept in self._passes.items():
+            kept.run_pass.router.begin(self.micro, NOW)
+            calls |= self._both({name: partial(kept.run_pass, ratio=kept.ratio)})
         return calls
 
-    def _build_passes(self) -> dict[str, tuple[Pass, float]]:
+    def _build_passes(self) -> dict[str, Kept]:
         passes = {}
         probe = Probe(layers=min(4, len(self.adapter.layers) - 1))
         for ratio, detach in product(RATIOS, DETACH):
@@ -112,9 +125,14 @@ class Work:
                 "random": RandomTokens(ratio, "before", detach),
             }
             for name, part in parts.items():
-                run_pass = Pass(Recipe(name, tokens=part), self.adapter, 0, self.micro.tokens_BT.numel())
-                passes[f"kept_{ratio}_{name}_{detach}"] = run_pass, ratio
+                run_pass = self._build_pass(part)
+                passes[f"kept_{ratio}_{name}_{detach}"] = Kept(run_pass, ratio, name == "own", detach == "live")
+        for ratio in COLLIDER:
+            passes[f"collider_{ratio}"] = Kept(self._build_pass(Collider(ratio)), ratio, own=True, live=False)
         return passes
+
+    def _build_pass(self, part: SelectedTokens | RandomTokens | Collider) -> Pass:
+        return Pass(Recipe("bench", tokens=part), self.adapter, 0, self.micro.tokens_BT.numel())
 
     def layers(self) -> dict[str, Call]:
         """Suffixes of the layers, by the model's blocks as in `full_blocks`."""
@@ -147,8 +165,8 @@ class Work:
     def limits(self) -> list[BenchRow]:
         """What each plan could reach if everything ran at the speed of full training."""
         costs, rows = self._costs(), []
-        for name, (_, ratio) in self._passes.items():
-            limit = costs.limit(ratio, own="_own_" in name, live=name.endswith("_live"))
+        for name, kept in self._passes.items():
+            limit = costs.limit(kept.ratio, kept.own, kept.live)
             nothing = Timing(0.0, 0.0, 0.0, 0.0)
             row = bench_row("step", self.shape, name, self.dtype, self.device, nothing, limit, "arithmetic_limit")
             rows.append(row)
