@@ -12,14 +12,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cggr_ray.learner import Learner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 FOLDER = "checkpoints"
 KEPT = 2
@@ -28,23 +34,47 @@ KEPT = 2
 def save(run_folder: Path, step: int, learner: Learner, state: dict[str, Any]) -> Path:
     """Writes a checkpoint that is whole or absent, and removes all but the last two."""
     final = run_folder / FOLDER / f"step_{step:08d}"
+    with whole(final) as aside:
+        save_file(_copied(learner.adapter.named_parameters()), aside / "model.safetensors")
+        save_file(_copied(learner.objective.named_parameters()), aside / "objective.safetensors")
+        optimizer = {k: v.contiguous() for k, v in learner.optimizer.state_dict().items()}
+        save_file(optimizer, aside / "optimizer.safetensors")
+        save_file({k: v.contiguous() for k, v in learner.router.tensors().items()}, aside / "router.safetensors")
+        (aside / "state.json").write_text(json.dumps({"step": step, "learner": learner.state_dict(), **state}))
+    for old in _all(run_folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def save_model(
+    final: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, notes: dict[str, dict[str, Any]]
+) -> None:
+    """Writes a Hugging Face folder that is whole or absent, in place of one that is there; `notes` are JSON beside."""
+    from transformers import GenerationConfig
+
+    with whole(final) as aside:
+        if getattr(model.generation_config, "_from_model_config", False):
+            # Nobody has written one: the end of a text by a family's default is some other token of this tokenizer.
+            model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, use_cache=True)
+        model.save_pretrained(aside, safe_serialization=True)
+        tokenizer.save_pretrained(aside)
+        for name, note in notes.items():
+            (aside / name).write_text(json.dumps(note))
+
+
+@contextmanager
+def whole(final: Path) -> Iterator[Path]:
+    """A folder to write into. When the body has ended well it is flushed to disk and takes the place of `final`."""
     aside = final.with_name(f".{final.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file(_copied(learner.adapter.named_parameters()), aside / "model.safetensors")
-    save_file(_copied(learner.objective.named_parameters()), aside / "objective.safetensors")
-    save_file({k: v.contiguous() for k, v in learner.optimizer.state_dict().items()}, aside / "optimizer.safetensors")
-    save_file({k: v.contiguous() for k, v in learner.router.tensors().items()}, aside / "router.safetensors")
-    (aside / "state.json").write_text(json.dumps({"step": step, "learner": learner.state_dict(), **state}))
+    yield aside
     for file in aside.iterdir():
         _flush(file)
     if final.exists():
         shutil.rmtree(final)
     aside.rename(final)
     _flush(final.parent)
-    for old in _all(run_folder)[:-KEPT]:
-        shutil.rmtree(old)
-    return final
 
 
 def latest(run_folder: Path) -> Path | None:
@@ -72,8 +102,9 @@ def remove_all(run_folder: Path) -> None:
 
 
 def _copied(named: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    # Parameters are views of stacks; safetensors refuses tensors that share storage, so each is copied.
-    return {name: p.detach().clone() for name, p in named}
+    # Parameters are views of stacks; safetensors refuses tensors that share storage, so each is copied, to where there
+    # is room.
+    return {name: p.detach().to("cpu", copy=True) for name, p in named}
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""cggr-ray: race, tune, sweep, report, recipe, bench, study, doctor. Each imports what it needs, when it runs."""
+"""cggr-ray: race, evaluate, tune, calibrate, sweep, report, reproduce, recipe, bench, study, doctor.
+
+Each command imports what it needs, when it runs.
+"""
 
 from __future__ import annotations
 
@@ -102,6 +105,39 @@ def tune(
 
 
 @app.command()
+def calibrate(
+    spec: Annotated[
+        str | None, typer.Argument(help="A race file (.toml) or a shipped race; by device if left out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; outputs/RACE-calibration by default.")] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Comma-separated recipes, the baseline first; all by default.")
+    ] = None,
+    device: Device = None,
+    memory_mib: Annotated[
+        float | None, typer.Option(help="MiB that there are; on a CPU, of data of a process.")
+    ] = None,
+    head_room: Annotated[float, typer.Option(help="Part of the memory that stays free.")] = 0.05,
+    verify_steps: Annotated[int, typer.Option(help="Steps with what was found.")] = 10,
+    starts: Annotated[int, typer.Option(help="Fresh starts of these steps.")] = 1,
+    scale_batch: Annotated[
+        bool, typer.Option("--scale-batch", help="Let an arm's step grow to its micro-batch; see batch_lr_rule.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Try what is known, too.")] = False,
+) -> None:
+    """Find every arm's largest micro-batch by running into the limit, and write the race with it: calibrated.toml.
+
+    Example: cggr-ray calibrate mine.toml, then cggr-ray race outputs/mine-calibration/calibrated.toml
+    """
+    from cggr_ray import calibrate_command, commands
+    from cggr_ray.calibration import Settings
+
+    changes = commands.given(recipes=recipes.split(",") if recipes else None, device=device)
+    settings = Settings(head_room, memory_mib, verify_steps, starts, scale_batch)
+    calibrate_command.calibrate(spec, out, changes, settings, again)
+
+
+@app.command()
 def sweep(
     space: Annotated[str, typer.Argument(help="A search space: baseline, cggr, e3.")],
     spec: Annotated[str | None, typer.Option("--race", help="Race file that gives model, data and budget.")] = None,
@@ -134,7 +170,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A race's folder.")],
     out: Annotated[Path | None, typer.Option(help="Where to write; <folder>/report by default.")] = None,
 ) -> None:
-    """Write benchmark_results.md with plots from a race's folder. Needs no GPU, torch or Ray.
+    """Write benchmark_results.md, report.html, logs and tables from the folder of a race. Needs no GPU, torch or Ray.
 
     Example: cggr-ray report outputs/gsm8k
     """
@@ -143,6 +179,25 @@ def report(
     path = write_report(folder, out)
     typer.echo(summary_table(read_race(folder)))
     typer.echo(f"\nreport: {path}")
+
+
+@app.command()
+def reproduce(
+    run: Annotated[Path, typer.Argument(help="A run's folder: <race>/runs/<trial>.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the replay; a new one below outputs/ by default.")] = None,
+) -> None:
+    """Run a trial again from its folder alone, and say whether both agree; exit code 1 where they do not.
+
+    Example: cggr-ray reproduce outputs/gsm8k/runs/baseline-s0
+    """
+    from cggr_ray import commands
+    from cggr_ray.reproduce import reproduce
+
+    verdict = reproduce(run, out or commands.new_folder(f"reproduce-{run.resolve().name}"), typer.echo)
+    for line in verdict.lines:
+        typer.echo(line)
+    if not verdict.agrees:
+        sys.exit(1)
 
 
 @recipe_app.command("list")
@@ -185,6 +240,24 @@ def recipe_check(name: Annotated[str, typer.Argument(help="A recipe's name, or t
     from cggr_ray.recipe import load_recipe
 
     typer.echo(f"{load_recipe(name).name}: valid")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, <race>/runs/<trial>, or a race's.")],
+    tasks: Annotated[
+        Path | None, typer.Option(help="A .toml file with an [evaluation]; the race's own by default.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Samples that are generated at once.")] = None,
+    device: Device = None,
+) -> None:
+    """Answer tasks with the models that a race kept at its milestones. The report then has the new values.
+
+    Example: cggr-ray evaluate outputs/gsm8k --tasks more.toml
+    """
+    from cggr_ray.evaluate_command import evaluate
+
+    evaluate(folder, tasks, rows, device or "auto")
 
 
 @app.command()

@@ -8,7 +8,7 @@ where a switch crosses that edge, so training steps and waits for data never sto
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from cggr_ray.schema import BUDGET_LEDGERS, LEDGERS
@@ -24,17 +24,13 @@ class RaceClock:
     Args:
         synchronise: waits until the device has done its queued work.
         now: a monotonic clock in seconds; tests inject one.
-        carried: ledgers of earlier parts of the same run (from a checkpoint).
     """
 
     def __init__(
-        self,
-        synchronise: Callable[[], None] = no_device,
-        now: Callable[[], float] = time.perf_counter,
-        carried: Mapping[str, float] | None = None,
+        self, synchronise: Callable[[], None] = no_device, now: Callable[[], float] = time.perf_counter
     ) -> None:
         self._synchronise, self._now = synchronise, now
-        self._seconds = {name: float((carried or {}).get(name, 0.0)) for name in LEDGERS}
+        self._seconds = dict.fromkeys(LEDGERS, 0.0)
         self._current = "idle"
         self._since = now()
 
@@ -72,12 +68,10 @@ class RaceClock:
         self._charge()
         return dict(self._seconds)
 
-    def restore(self, ledgers: Mapping[str, float], keep: tuple[str, ...] = ()) -> None:
-        """Sets the ledgers back to `ledgers` except those in `keep`: what a warm-up did to the budget is undone."""
+    def restore(self, ledgers: Mapping[str, float]) -> None:
+        """Sets the ledgers to those of a checkpoint."""
         self._charge()
-        for name in LEDGERS:
-            if name not in keep:
-                self._seconds[name] = float(ledgers[name])
+        self._seconds = {name: float(ledgers[name]) for name in LEDGERS}
 
     def _charge(self) -> None:
         now = self._now()
@@ -88,9 +82,32 @@ class RaceClock:
 class SteppedClock(RaceClock):
     """A clock that stands still but for `step_seconds` of training a step: same input, same fractions, same result."""
 
-    def __init__(self, step_seconds: float, carried: Mapping[str, float] | None = None) -> None:
-        super().__init__(now=lambda: 0.0, carried=carried)
+    def __init__(self, step_seconds: float) -> None:
+        super().__init__(now=lambda: 0.0)
         self._step_seconds = step_seconds
 
     def tick(self) -> None:
         self._seconds["train"] += self._step_seconds
+
+
+class ReplayOverError(RuntimeError):
+    """A replay wants to go on where the recorded run had ended."""
+
+
+class ReplayClock(RaceClock):
+    """A clock that says again what it said to a run that is recorded, whatever the steps take now.
+
+    Args:
+        began: train seconds at which the steps began. end: those at the end of the run.
+    """
+
+    def __init__(self, began: Sequence[float], end: float) -> None:
+        super().__init__(now=lambda: 0.0)
+        self._times, self._next = (*began, end), 0
+        self.tick()
+
+    def tick(self) -> None:
+        if self._next == len(self._times):
+            raise ReplayOverError(f"the recorded run ended after {len(self._times) - 1} steps")
+        self._seconds["train"] = self._times[self._next]
+        self._next += 1

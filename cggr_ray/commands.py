@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -19,11 +20,12 @@ from cggr_ray.data.dataset import AnySource, open_data, prepare
 from cggr_ray.data.sources import DATA_PRESETS
 from cggr_ray.environment import PACKAGES, fingerprint, version
 from cggr_ray.evaluation.reference import check_reference
+from cggr_ray.files import write_whole
 from cggr_ray.loop import pick_device
-from cggr_ray.models.presets import parameter_count
+from cggr_ray.planning import check_present, show_plan
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
 from cggr_ray.recipe import Recipe, references_beside
-from cggr_ray.schema import RACE_FILE, SUMMARY_FILE
+from cggr_ray.schema import OVERLAP_FILE, RACE_FILE, SUMMARY_FILE
 from cggr_ray.telemetry.console import RaceConsole
 
 T = TypeVar("T")
@@ -89,10 +91,12 @@ def race(
         spec = specify(name, changes, values)
         folder = out or new_folder(spec.name)
     trials = plan_trials(spec, folder)
-    check(spec, executor, address)
     if dry_run:
+        check_executor(executor)
+        check_present(spec)
         show_plan(spec, trials)
         return
+    check(spec, executor, address)
     begin(folder, spec, trials)
     console = Console()
     failed = run_left(trials, folder, executor, address, most, console)
@@ -117,6 +121,9 @@ def run_left(
     left = [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()][:most]
     prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
     check_tokens(spec, [trial.recipe for trial in trials], folder / "data")
+    if spec.evaluation is not None and not (folder / OVERLAP_FILE).is_file():
+        console.print("looking for the tasks' questions in the training documents", style="dim")
+        write_whole(folder / OVERLAP_FILE, json.dumps(spec.evaluation.overlaps(spec.data.sources), indent=1))
     if address is None and default_race(spec.device) == "cpu":
         console.print("on the CPU: float32, eager, nothing is compiled", style="dim")
     if not left:
@@ -130,23 +137,32 @@ def run_left(
 def check(spec: RaceSpec, executor: str, address: str | None) -> None:
     """Before anything starts: the executor, the data's files, whether the recipes fit the model and the micro-batches
     and, on a local machine, the device that is asked for."""
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor {executor!r}; {nearest(executor, EXECUTORS)}")
+    check_executor(executor)
     spec.data.check()
     spec.check()
+    if spec.evaluation is not None:
+        spec.evaluation.check()
     if address is None:
         pick_device(spec.device)
 
 
+def check_executor(executor: str) -> None:
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor {executor!r}; {nearest(executor, EXECUTORS)}")
+
+
 def check_tokens(spec: RaceSpec, recipes: Iterable[Recipe], data_folder: Path) -> None:
-    """Whether the model, and the reference models that recipes name, read the tokens of the prepared data."""
+    """Whether the model, and the reference models that recipes name, read the tokens of the prepared data, and have the
+    positions that an evaluation asks for."""
     references = {recipe.reference for recipe in recipes if recipe.reference is not None}
-    if not references and spec.model.folder is None and spec.model.vocab_size is None:
+    if not references and spec.evaluation is None and spec.model.pretrained is None and spec.model.vocab_size is None:
         return
     data = open_data(spec.data, data_folder)
     spec.model.vocabulary(len(data.tokenizer))
     for reference in sorted(references):
         check_reference(reference, data)
+    if spec.evaluation is not None:
+        spec.evaluation.asked(data.tokenizer, spec.model.config())
 
 
 def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
@@ -184,7 +200,7 @@ def sweep(
     if trials < 1:
         raise ValueError(f"--trials {trials}; accepted: at least 1")
     space = SPACES[space_name]
-    changes = dict(changes) | {"recipes": [space.recipe], "name": f"sweep-{space_name}"}
+    changes = dict(changes) | {"recipes": [space.recipe], "name": f"sweep-{space_name}", "evaluation": None}
     spec = specify(race_name, changes, values)
     check(spec, executor, address)
     folder = out or new_folder(spec.name)
@@ -215,6 +231,7 @@ def specify(name: str | None, changes: Mapping[str, Any], values: Mapping[str, A
     if "data" in changes:
         plain["data"]["sources"] = to_plain(data_preset(str(changes["data"])))
     plain["arms"] = {arm: dict(v) for arm, v in spec.arms.items() if arm in plain["recipes"]}
+    plain["batches"] = {arm: v for arm, v in plain["batches"].items() if arm in plain["recipes"]}
     plain["values"] = dict(spec.values)
     for key, value in values.items():
         arm, colon, dotted = key.rpartition(":")
@@ -242,14 +259,16 @@ def default_race(device: str) -> str:
 
 def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
     """Makes the folder the race's own, or checks that it is."""
+    names = [spec.recipe(name).name for name in spec.recipes]
     record = {
         "name": spec.name,
-        "recipes": list(spec.recipes),
-        "baseline": spec.recipes[0],
+        "recipes": names,
+        "baseline": names[0],
         "budget_seconds": spec.budget_seconds,
         "seeds": list(spec.seeds),
         "spec": spec.to_plain(),
         "versions": fingerprint(),
+        "command": shlex.join(["cggr-ray", *sys.argv[1:]]),
         "trials": [trial.trial_id for trial in trials],
     }
     claim(folder, RACE_FILE, record)
@@ -269,7 +288,7 @@ def claim(folder: Path, file: str, record: Mapping[str, Any]) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty and holds no {what}; accepted: a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_text(text)
+    write_whole(folder / file, text)
 
 
 def read_spec(folder: Path, file: str = RACE_FILE) -> RaceSpec:
@@ -277,40 +296,6 @@ def read_spec(folder: Path, file: str = RACE_FILE) -> RaceSpec:
     if not (folder / file).is_file():
         raise ValueError(f"{str(folder)!r} holds no {Path(file).stem}; accepted: a folder with {file}")
     return RaceSpec.from_plain(json.loads((folder / file).read_text())["spec"])
-
-
-def show_plan(spec: RaceSpec, trials: Sequence[Trial]) -> None:
-    """Trials, seconds, tokens a step and an estimate of memory, from shapes alone."""
-    console = Console()
-    parameters = parameter_count(spec.model.config())
-    tokens = spec.global_rows * spec.data.row_tokens
-    table = Table("trial", "recipe", "seed", "train s", "tokens a step")
-    for trial in trials:
-        rows = trial.recipe.rows.rows_per_step(spec.global_rows)
-        table.add_row(
-            trial.trial_id,
-            trial.recipe.name,
-            str(trial.seed),
-            f"{spec.budget_seconds:g}",
-            f"{rows * spec.data.row_tokens:,}",
-        )
-    console.print(table)
-    console.print(
-        f"{len(trials)} trials, {len(trials) * spec.budget_seconds:g} train seconds in all, set-up not counted"
-    )
-    console.print(f"model {spec.model.name}: {parameters:,} parameters with the preset's vocabulary")
-    low, high = memory_estimate(spec, parameters)
-    console.print(f"memory a trial, estimated from shapes: {low:.1f} to {high:.1f} GiB at {tokens:,} tokens a step")
-
-
-def memory_estimate(spec: RaceSpec, parameters: int) -> tuple[float, float]:
-    """GiB without and with all activations: bf16 weights and gradients, float32 masters and one or two moments, and
-    what one micro-batch keeps for its backward, 2 (6 D + 3 F) bytes a token and layer."""
-    config = spec.model.config()
-    state = parameters * (2 + 2 + 4 + 8)
-    per_token = 2 * (6 * config.hidden_size + 3 * config.intermediate_size) * config.num_hidden_layers
-    activations = spec.micro_rows * spec.data.row_tokens * per_token
-    return state / 2**30, (state + activations) / 2**30
 
 
 def doctor() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cggr_ray.learner import StepRow
 from cggr_ray.progress import Progress
 from cggr_ray.routing.scores import histogram_edges
-from cggr_ray.schema import ROUTER_SCORES
+from cggr_ray.schema import HISTOGRAMS
 from cggr_ray.telemetry.tracker import Row
 
 
@@ -56,7 +56,7 @@ class Flight:
 
 
 def _value(name: str, copy: Tensor) -> float | list[float] | dict[str, list[float]]:
-    if name == ROUTER_SCORES:
+    if name in HISTOGRAMS:
         return {"edges": histogram_edges(), "counts": copy.tolist()}
     found: float | list[float] = copy.tolist()
     return found

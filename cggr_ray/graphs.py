@@ -59,6 +59,12 @@ class Graphs:
             parameter.grad = self._gradients[parameter]
         return captured.result
 
+    def clear(self) -> None:
+        """Drops all graphs with the memory that they hold, once they have run. The next calls are first ones again."""
+        torch.cuda.synchronize()
+        self._captured = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
     def _capture(self, step: MicroStep, micro: MicroBatch, scale: Tensor) -> Captured:
         micro = replace(micro, **{name: getattr(micro, name).clone() for name in tensor_fields(micro)})
         scale = scale.clone()
@@ -70,7 +76,8 @@ class Graphs:
         for generator in self._generators:
             graph.register_generator_state(generator)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Another thread may load data meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = step(micro, scale)
             learning = [p for p in self._parameters if p.grad is not None]
             torch._foreach_copy_([self._gradients[p] for p in learning], [p.grad for p in learning])  # type: ignore[misc]

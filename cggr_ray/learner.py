@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -10,21 +11,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import Batch, MicroBatch
 from cggr_ray.graphs import Graphs
 from cggr_ray.models.adapter import Adapter
+from cggr_ray.optim.layer_norms import LayerNorms
+from cggr_ray.out_of_memory import FAILURES, first_line, is_out_of_memory, no_way_back, release_memory
 from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.scorers import Setting
+from cggr_ray.routing.scores import score_histogram
 from cggr_ray.schema import (
     ACTIVE_LAYERS,
     AUXILIARY_LOSS,
     GRAD_NORM,
+    GRAD_NORM_LAYERS,
+    HISTOGRAMS,
     LEARNING_RATE,
     PROBE,
     RELEVANCE,
     ROUTER_ACTIVE_PARAMS,
     ROUTER_KEPT_FRACTION,
+    ROUTER_USAGE,
+    TOKEN_LOSS,
     TRAIN_LOSS,
 )
 from cggr_ray.sparse.plan import Dense
@@ -39,6 +48,10 @@ class StepRow:
     progress: Progress
     device_values: dict[str, Tensor]
     host_values: dict[str, float]
+
+
+Smaller = Callable[[str], Batch]
+"""Asked, with the reason, for the rows of a step in smaller micro-batches; raises where there are none."""
 
 
 class Levels(NamedTuple):
@@ -60,6 +73,7 @@ class Pass:
         self.adapter, self.objective = adapter, recipe.objective.build(adapter, seed)
         self.router = recipe.tokens.build(seed, setting)
         self.plan, self.full = recipe.tokens.plan_for(adapter), Dense(adapter)
+        self._histogram = compiled_on(adapter.device, loss_histogram)
 
     def __call__(
         self, micro: MicroBatch, scale: Tensor, ratio: float, compare: bool = False
@@ -74,7 +88,7 @@ class Pass:
         loss = self.objective.loss(planned.stream, micro, planned.route, scale)
         # What is not asked for must not be held through the backward pass.
         whole = planned.whole if compare else None
-        seen = planned.statistics
+        seen = planned.statistics | {TOKEN_LOSS: self._histogram(micro.labels_BT, loss.index_K, loss.nll_K)}
         del planned
         loss.total.backward()
         self.router.learn(micro, loss.index_K, loss.nll_K)
@@ -109,6 +123,7 @@ class Learner:
             self.gauge = Probe(self.updates.relevance, self.optimizer.parameters, inside)
         self._sizes = [sum(p.numel() for p in adapter.layer_parameters(i)) for i in range(layers)]
         self._rested = [0] * layers
+        self.layer_norms = LayerNorms([list(layer.parameters()) for layer in adapter.layers], adapter.device)
         self.parameters = sum(p.numel() for _, p in named)
         self.graphs: Graphs | None = None
         if recipe.execution.cuda_graphs and adapter.device.type == "cuda":
@@ -122,22 +137,53 @@ class Learner:
         """All combinations of what a step may run at; each is a graph of its own."""
         return [Levels(*level) for level in product(self.rows.levels(), self.router.levels(), self.updates.reachable())]
 
-    def step(self, batch: Batch, progress: Progress, levels: Levels | None = None) -> StepRow:
+    def step(
+        self, batch: Batch, progress: Progress, levels: Levels | None = None, smaller: Smaller | None = None
+    ) -> StepRow:
         """One optimizer update. Queues work on the device and returns; nothing is read back.
+
+        Where memory runs out before the update, nothing of the step is left behind. With `smaller` it is then repeated.
 
         Args:
             levels: what to run at instead of what the parts say; only warm-up asks for it.
+        Raises:
+            LostStepError: memory ran out where a step cannot be repeated.
         """
-        rows, ratio, learning = levels or Levels(
-            self.rows.ratio(progress), self.router.ratio(progress), self.updates.begin(progress)
-        )
-        self._wake(learning.active)
+        levels = levels or Levels(self.rows.ratio(progress), self.router.ratio(progress), self.updates.begin(progress))
+        learning = levels.layers
+        with no_way_back("the beginning of a step"):
+            self._wake(learning.active)
+            self.optimizer.begin(progress)
+            self.objective.begin(progress)
+        while True:
+            try:
+                loss, seen, kept = self._gradients(batch, levels, progress)
+                break
+            except FAILURES as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.rewind()
+                if smaller is None:
+                    raise
+                reason = first_line(error)
+            self.release()
+            batch = smaller(reason)
+        gauge = self.gauge if learning.probe else None
+        with no_way_back("the optimizer's update"):
+            norm = self.optimizer.step(progress, gauge)
+            measured = {} if gauge is None else {RELEVANCE: gauge.of_layers()}
+            by_layer = self.layer_norms(self.optimizer.norms, self.optimizer.normed)
+        loss_name = TRAIN_LOSS if levels.rows == levels.tokens == 1 else self.run_pass.plan.LOSS
+        device_values = {loss_name: loss, GRAD_NORM: norm, GRAD_NORM_LAYERS: by_layer, **measured, **seen}
+        return StepRow(progress, device_values, self._host_values(progress, kept * levels.tokens, learning))
+
+    def _gradients(self, batch: Batch, levels: Levels, progress: Progress) -> tuple[Tensor, dict[str, Tensor], float]:
+        """Forward and backward of every micro-batch: the loss, what was seen on the way, the share of rows kept."""
+        rows, ratio, learning = levels
         micros = [self.rows.pick(micro, rows, progress) for micro in batch.micros]
         kept = sum(self.rows.kept(rows, len(m.tokens_BT)) * len(m.tokens_BT) for m in batch.micros) / batch.rows
         scale, compare = _one_over_labelled(micros), self.router.compares(ratio, progress)
         micro_step = partial(self.run_pass, ratio=ratio, compare=compare)
-        self.optimizer.begin(progress)
-        self.objective.begin(progress)
         losses, statistics = [], []
         for micro in micros:
             self.router.begin(micro, progress)
@@ -150,12 +196,18 @@ class Learner:
                 loss, seen = loss.clone(), {name: value.clone() for name, value in seen.items()}
             losses.append(loss)
             statistics.append(seen)
-        gauge = self.gauge if learning.probe else None
-        norm = self.optimizer.step(progress, gauge)
-        measured = {} if gauge is None else {RELEVANCE: gauge.of_layers()}
-        loss_name = TRAIN_LOSS if rows == ratio == 1 else self.run_pass.plan.LOSS
-        device_values = {loss_name: torch.stack(losses).sum(), GRAD_NORM: norm, **measured, **_merge(statistics)}
-        return StepRow(progress, device_values, self._host_values(progress, kept * ratio, learning))
+        return torch.stack(losses).sum(), _merge(statistics), kept
+
+    def rewind(self) -> None:
+        """Puts back what the forward and backward passes of a step have changed so far, after memory ran out."""
+        self.optimizer.rewind()
+        self.router.rewind()
+
+    def release(self) -> None:
+        """Lets go of memory before smaller micro-batches: of graphs of the old shapes, and of what is cached."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        release_memory()
 
     def observe(self, values: dict[str, float], progress: Progress) -> None:
         """Gives the parts what an earlier step measured, two steps late."""
@@ -190,13 +242,26 @@ class Learner:
         }
 
 
+@torch.no_grad()
+def loss_histogram(labels_BT: Tensor, index_K: Tensor, nll_K: Tensor) -> Tensor:
+    """Counts of the losses of single positions by bin: of those that were computed and have a label."""
+    labelled_K = labels_BT.flatten().index_select(0, index_K) >= 0
+    return score_histogram(torch.where(labelled_K & ~nll_K.isnan(), nll_K, -torch.inf))
+
+
 def _one_over_labelled(micros: list[MicroBatch]) -> Tensor:
     """1 / labelled positions of all micro-batches, 0-d float32, rounded once."""
     labelled = torch.stack([(micro.labels_BT >= 0).sum() for micro in micros]).sum()
     return (1 / labelled.clamp_min(1).double()).float()
 
 
+# Of what is seen in a micro-batch; the rest is averaged.
+SUMMED = (*HISTOGRAMS, ROUTER_USAGE, AUXILIARY_LOSS)
+
+
 def _merge(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Means over micro-batches; a histogram's counts are averaged too. Parts of the loss add up."""
+    """Means over micro-batches; counts and parts of the loss add up."""
+    if len(statistics) == 1:
+        return statistics[0]
     stacked = {name: torch.stack([s[name] for s in statistics]) for name in statistics[0]}
-    return {name: s.sum(dim=0) if name == AUXILIARY_LOSS else s.mean(dim=0) for name, s in stacked.items()}
+    return {name: s.sum(dim=0) if name in SUMMED else s.mean(dim=0) for name, s in stacked.items()}

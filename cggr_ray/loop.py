@@ -8,32 +8,42 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import platform
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from cggr_ray import checkpoint
-from cggr_ray.clock import RaceClock, SteppedClock, no_device
+from cggr_ray.batches import smaller_sizes
+from cggr_ray.clock import RaceClock, ReplayClock, SteppedClock, no_device
 from cggr_ray.compiling import never_eager
+from cggr_ray.data.batch import Batch
 from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
-from cggr_ray.environment import fingerprint
-from cggr_ray.evaluation.heldout import HeldOut
+from cggr_ray.description import description
 from cggr_ray.evaluation.reference import reference_nll
+from cggr_ray.files import write_whole
 from cggr_ray.flight import Flight
 from cggr_ray.learner import Learner
+from cggr_ray.milestones import Milestones
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.prefix_cache import PrefixCache
-from cggr_ray.progress import Budget, Progress
+from cggr_ray.out_of_memory import FAILURES, LostStepError, first_line, is_out_of_memory
+from cggr_ray.progress import Budget, Progress, ProgressFile
 from cggr_ray.race import Trial
 from cggr_ray.recorder import Position, Recorder, Report
-from cggr_ray.schema import GRAD_NORM, METRICS_FILE, RUN_FILE, SUMMARY_FILE, VAL_LOSS, Status
-from cggr_ray.telemetry.gpu import MIB, device_info
+from cggr_ray.schema import (
+    GRAD_NORM,
+    METRICS_FILE,
+    PROGRESS_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+    Status,
+)
+from cggr_ray.telemetry.gpu import MIB
 from cggr_ray.telemetry.jsonl import plain
 from cggr_ray.telemetry.tracker import Row, open_trackers
 from cggr_ray.warmup import warm_up
@@ -50,17 +60,18 @@ ACTIVATIONS_FILE = "activations.bin"
 log = logging.getLogger(__name__)
 
 
-def run_race(trial: Trial, report: Report = lambda row: None) -> Row:
+def run_race(trial: Trial, report: Report = lambda row: None, replay: ReplayClock | None = None) -> Row:
     """Runs a trial to the end of its budget, or from its last checkpoint to there; returns the summary.
 
     Args:
         report: called a few dozen times with the newest row, and at milestones; off the budget.
+        replay: the clock of a recorded run, in place of a real one; every step has a row then.
     """
     done = Path(trial.folder) / SUMMARY_FILE
     if done.is_file():
         summary: Row = json.loads(done.read_text())
         return summary
-    return Run(trial, report).complete()
+    return Run(trial, report, replay).complete()
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -77,8 +88,8 @@ def pick_device(wanted: str) -> torch.device:
 class Run:
     """One running trial."""
 
-    def __init__(self, trial: Trial, report: Report) -> None:
-        self.trial, self.spec, self.report = trial, trial.race, report
+    def __init__(self, trial: Trial, report: Report, replay: ReplayClock | None = None) -> None:
+        self.trial, self.spec, self.report, self.replay = trial, trial.race, report, replay
         self.folder = Path(trial.folder)
         self.budget = Budget(self.spec.budget_seconds)
         self.device = pick_device(self.spec.device)
@@ -86,10 +97,8 @@ class Run:
         self._started, self._wall_before = time.time(), 0.0
         fixed = self.spec.step_seconds
         synchronise = torch.cuda.synchronize if self.device.type == "cuda" else no_device
-        self.clock = RaceClock(synchronise) if fixed is None else SteppedClock(fixed)
-        self.step, self.rows_trained, self.labelled, self.not_finite = 0, 0, 0, 0
-        self.milestones = sorted({*self.spec.milestones, 1.0})
-        self.best = math.inf
+        self.clock = replay or (RaceClock(synchronise) if fixed is None else SteppedClock(fixed))
+        self.step, self.rows_trained, self.labelled, self.not_finite, self.out_of_memory = 0, 0, 0, 0, 0
         self.last_step_seconds = math.inf
         self.delayed: deque[tuple[Row, Row]] = deque()
 
@@ -110,10 +119,24 @@ class Run:
         """Everything before the first step: set-up, resuming, warm-up."""
         with self.clock.ledger("set_up"):
             self._set_up()
-        with self.clock.ledger("warm_up"):
-            warm_up(self.learner, self.heldout, self.data.order(), self.rows_per_step, self.spec.micro_rows)
+        with self.clock.ledger("warm_up"), ExitStack() as undone:
+            undone.push(self.loader)
+            while (reason := self._warm_up()) is not None:
+                self.learner.release()
+                self._smaller(reason)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
+            undone.pop_all()
+
+    def _warm_up(self) -> str | None:
+        """Why it could not be ended, where memory ran out; then nothing has changed."""
+        try:
+            warm_up(self.learner, self.milestones.heldout, self.data.order(), self.rows_per_step, self.micro_rows)
+        except FAILURES as error:
+            if isinstance(error, LostStepError) or not is_out_of_memory(error):
+                raise
+            return first_line(error)
+        return None
 
     def _set_up(self) -> None:
         spec, recipe = self.spec, self.trial.recipe
@@ -137,20 +160,26 @@ class Run:
             adapter.cache = PrefixCache(kept, self.data.num_positions, width, dtype, self.device, file)
         self.learner = Learner(recipe, adapter, self.trial.seed, self.data.num_positions, reference)
         order = self.data.order()
-        self.heldout = HeldOut(self.data, order, spec.micro_rows, self.device)
+        self.milestones = Milestones(spec, self.data, order, adapter, self.folder)
         self.rows_per_step = recipe.rows.rows_per_step(spec.global_rows)
+        self.micro_rows = min(spec.micro_rows, self.rows_per_step)
         found = checkpoint.latest(self.folder)
         state = self._restore(found) if found else None
-        micro_rows = min(spec.micro_rows, self.rows_per_step)
+        if self.out_of_memory:
+            self.milestones.resize(self.micro_rows)
         at = state["loader"] if state else None
-        self.loader = Loader(order, self.rows_per_step, micro_rows, self.device, at, recipe.execution.prefetch)
+        self.loader = Loader(order, self.rows_per_step, self.micro_rows, self.device, at, recipe.execution.prefetch)
         self.flight = Flight(self.device)
-        run = self._run_file()
-        (self.folder / RUN_FILE).write_text(json.dumps(run, indent=1))
+        run = description(self.trial, adapter, self.rows_per_step)
+        write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1))
         had_rows = (self.folder / METRICS_FILE).is_file()
         trackers = open_trackers(self.folder, run, spec.wandb, spec.wandb_project, spec.tensorboard)
         start = self._position()
-        self.recorder = Recorder(self.trial.trial_id, trackers, self.report, self.budget, self.device, start)
+        began = ProgressFile(self.folder / PROGRESS_FILE, self.step)
+        self.recorder = Recorder(
+            *(self.trial.trial_id, trackers, self.report, self.budget, self.device),
+            *(start, began, self.replay is not None),
+        )
         self._saved_at = start.train_seconds
         # Without a checkpoint, rows that a killed process left belong to no run: it begins again at step 0.
         if state or had_rows:
@@ -164,35 +193,14 @@ class Run:
         state = checkpoint.load(folder, self.learner)
         log.info("%s: goes on from step %d", self.trial.trial_id, state["step"])
         self.step, self.rows_trained, self.labelled = state["step"], state["rows_trained"], state["labelled"]
-        self.milestones, self.not_finite = state["milestones"], state["not_finite"]
-        self.best = math.inf if state["best"] is None else state["best"]
+        self.micro_rows, self.out_of_memory = state["micro_rows"], state["out_of_memory"]
+        self.not_finite = state["not_finite"]
+        self.milestones.load_state_dict(state["milestones"])
         self.delayed = deque((values, progress) for values, progress in state["delayed"])
         self._wall_before = state["wall_seconds"]
         now = self.clock.ledgers
         self.clock.restore({name: seconds + now[name] for name, seconds in state["ledgers"].items()})
         return state
-
-    def _run_file(self) -> Row:
-        trial, spec, adapter = self.trial, self.spec, self.learner.adapter
-        dtype = str(adapter.head_VD.dtype).removeprefix("torch.")
-        parameters = sum(p.numel() for _, p in adapter.named_parameters())
-        return {
-            "trial_id": trial.trial_id,
-            "recipe": trial.recipe.name,
-            "seed": trial.seed,
-            "data_seed": spec.data.seed,
-            "race": spec.name,
-            "values": trial.values,
-            "parts": trial.recipe.to_plain(),
-            "model": {"name": spec.model.name, "layers": len(adapter.layers), "parameters": parameters, "dtype": dtype},
-            "device": device_info(self.device),
-            "process": {"host": platform.node(), "pid": os.getpid()},
-            "execution": adapter.execution_note,
-            "versions": fingerprint(),
-            "row_tokens": spec.data.row_tokens,
-            "global_rows": self.rows_per_step,
-            "micro_rows": min(spec.micro_rows, self.rows_per_step),
-        }
 
     def _train(self) -> Status:
         used = self.clock.train_seconds
@@ -209,7 +217,7 @@ class Run:
         batch = self.loader.next()
         self.clock.switch("train")
         progress = Progress(self.step, used, self.budget.seconds, self.loader.tokens_seen)
-        self.flight.push(self.learner.step(batch, progress))
+        self.flight.push(self.learner.step(batch, progress, smaller=self._smaller))
         self.step += 1
         self.rows_trained += batch.rows
         self.labelled += batch.labelled
@@ -219,6 +227,23 @@ class Run:
         now = self.clock.train_seconds
         self.last_step_seconds = now - used
         return now if self.budget.spent(now) else self._off_the_budget(now)
+
+    def _smaller(self, reason: str) -> Batch:
+        """After memory ran out: the rows of the step in micro-batches of half as many, as for the rest of the run.
+
+        Raises:
+            torch.OutOfMemoryError: the recipe cannot be run with smaller ones.
+        """
+        before, part = self.micro_rows, self.trial.recipe.rows
+        after = next(smaller_sizes(part, before, self.rows_per_step), None)
+        if after is None:
+            raise torch.OutOfMemoryError(f"out of memory with micro-batches of {before} rows, and {part} cannot be run "
+                                         f"with smaller ones: {reason}")  # fmt: skip
+        self.micro_rows, self.out_of_memory = after, self.out_of_memory + 1
+        self._say(f"out of memory, micro-batches of {after} rows from here on: {reason}")
+        self.recorder.out_of_memory(self._position(), after, reason)
+        self.milestones.resize(after)
+        return self.loader.smaller(after)
 
     def _land(self, all_steps: bool) -> None:
         """Takes in finished steps: rows for the recorder, the count of bad gradients, measurements for the parts."""
@@ -232,9 +257,12 @@ class Run:
 
     def _off_the_budget(self, used: float) -> float:
         """Milestones, reports and checkpoints that are due; returns the train seconds after them."""
-        if used / self.budget.seconds >= self.milestones[0]:
+        if self.milestones.due(used / self.budget.seconds):
             with self.clock.ledger("evaluation"):
                 self._evaluate(used / self.budget.seconds)
+            if self.spec.evaluation is not None:
+                with self.clock.ledger("checkpoint"):
+                    self._save()
         if self.recorder.report_due(used):
             with self.clock.ledger("reporting"):
                 self._land(all_steps=True)
@@ -246,11 +274,11 @@ class Run:
 
     def _evaluate(self, fraction: float) -> Row:
         self._land(all_steps=True)
-        values: Row = dict(self.heldout.evaluate(self.learner.adapter))
-        self.best = min(self.best, values[VAL_LOSS])
-        self.milestones = [m for m in self.milestones if m > fraction]
+        name, values = self.milestones.ask(fraction)
         with self.clock.ledger("reporting"):
-            self.recorder.milestone(self._position(), fraction, values)
+            where = self.recorder.milestone(self._position(), fraction, values)
+        with self.clock.ledger("checkpoint"):
+            self.milestones.keep(name, where)
         return values
 
     def _save(self) -> None:
@@ -260,9 +288,10 @@ class Run:
         state = {
             "rows_trained": self.rows_trained,
             "labelled": self.labelled,
-            "best": None if math.isinf(self.best) else self.best,
             "not_finite": self.not_finite,
-            "milestones": self.milestones,
+            "micro_rows": self.micro_rows,
+            "out_of_memory": self.out_of_memory,
+            "milestones": self.milestones.state_dict(),
             "delayed": [[plain(values), progress] for values, progress in self.delayed],
             "wall_seconds": self._wall(),
             "ledgers": self.clock.ledgers,
@@ -272,8 +301,7 @@ class Run:
 
     def _finish(self, status: Status, final: Row) -> Row:
         if self.spec.save_model:
-            self.learner.adapter.model.save_pretrained(self.folder / "model", safe_serialization=True)
-            self.data.tokenizer.save_pretrained(self.folder / "model")
+            self.milestones.save_model(self.folder / "model", {})
         at = self._position()
         cuda, kept = self.device.type == "cuda", self.learner.adapter.cache
         summary: Row = {
@@ -290,18 +318,18 @@ class Run:
             "overrun_seconds": at.train_seconds - self.budget.seconds,
             "last_step_seconds": self.last_step_seconds,
             **final,
-            "best_val_loss": self.best,
-            "peak_memory_mib": torch.cuda.max_memory_allocated(self.device) / MIB if cuda else None,
+            "best_val_loss": self.milestones.best,
+            "peak_memory_mib": self.milestones.peak_bytes() / MIB if cuda else None,
             "parameters": self.learner.parameters,
+            "micro_rows": self.micro_rows,
+            "out_of_memory": self.out_of_memory,
             "order": self.loader.marks,
             **({"activation_cache": {"hits": kept.hits, "misses": kept.misses}} if kept is not None else {}),
             "message": "" if status == "finished" else f"{NOT_FINITE_LIMIT} steps without a finite gradient",
         }
         self.recorder.finish(summary)
         summary |= {"wall_seconds": self._wall(), "ledgers": self.clock.ledgers}
-        aside = self.folder / f".{SUMMARY_FILE}.partial"
-        aside.write_text(json.dumps(plain(summary), indent=1))
-        aside.replace(self.folder / SUMMARY_FILE)
+        write_whole(self.folder / SUMMARY_FILE, json.dumps(plain(summary), indent=1))
         checkpoint.remove_all(self.folder)
         return summary
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from cggr_ray.batches import ArmBatch, BatchLrRule, check_micro_batches, with_scaled_rate
 from cggr_ray.codec import Plain, nearest
 from cggr_ray.data.dataset import DataSpec
+from cggr_ray.evaluation.suite import Evaluation
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.progress import Budget
 from cggr_ray.recipe import Recipe, beside, load_recipe, references_beside
@@ -63,6 +65,9 @@ class RaceSpec(Plain):
     `values` are dotted recipe keys for every arm, `arms` for one recipe by name. `milestones` are fractions of the
     budget at which the clock stops for validation; the end is always one. `step_seconds` replaces the real clock by one
     that advances so much a step: for exact reproduction, never for comparison. `tuning` is how `arms` are found.
+    `batches` holds an arm's own rows a step and a micro-batch, by recipe name, and `batch_lr_rule` what an arm whose
+    rows a step are not the race's does to its learning rate. `evaluation` is what else is asked at every milestone,
+    where a checkpoint is written then.
     """
 
     name: str = "race"
@@ -76,6 +81,8 @@ class RaceSpec(Plain):
     data: DataSpec = field(default_factory=DataSpec)
     values: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    batches: dict[str, ArmBatch] = field(default_factory=dict)
+    batch_lr_rule: BatchLrRule = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every_seconds: float = 60.0
     save_model: bool = False
@@ -84,6 +91,7 @@ class RaceSpec(Plain):
     wandb_project: str = "cggr-ray"
     tensorboard: bool = False
     tuning: Tuning | None = None
+    evaluation: Evaluation | None = None
 
     def __post_init__(self) -> None:
         Budget(self.budget_seconds)
@@ -93,28 +101,56 @@ class RaceSpec(Plain):
             raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice, none negative")
         if not 1 <= self.micro_rows <= self.global_rows:
             raise ValueError(f"micro_rows = {self.micro_rows}; accepted: 1 to global_rows = {self.global_rows}")
-        if self.model.folder is None and self.data.row_tokens > self.model.max_positions:
-            raise ValueError(
-                f"row_tokens = {self.data.row_tokens}; accepted: at most {self.model.max_positions} positions"
-            )
+        if self.model.pretrained is None:
+            check_positions(self.data, self.model.max_positions)
         if any(not 0 < m <= 1 for m in self.milestones):
             raise ValueError(f"milestones {list(self.milestones)}; accepted: fractions of the budget in (0, 1]")
+        if self.evaluation:
+            self.evaluation.check_race(self.milestones, self.data.sources)
         if self.step_seconds is not None and not self.step_seconds > 0:
             raise ValueError(f"step_seconds = {self.step_seconds}; accepted: a positive number of seconds")
         for name in self.arms:
             if name not in self.recipes:
                 raise ValueError(f"arms.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
+        for name in self.batches:
+            if name not in self.recipes:
+                raise ValueError(f"batches.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
+            try:
+                self.rows_of(name)
+            except ValueError as error:
+                raise ValueError(f"batches.{name}: {error}") from None
         if self.tuning and self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed = {self.tuning.seed}; accepted: none of the race's seeds {list(self.seeds)}")
+        if self.data.tokenizer == "model":
+            if self.model.pretrained is None:
+                raise ValueError(f"tokenizer 'model' with preset {self.model.preset!r}, which has none; "
+                                 "accepted: shipped, train, or a model with hub or folder")  # fmt: skip
+            object.__setattr__(self, "data", replace(self.data, tokenizer=self.model.pretrained))
 
     def recipe(self, name: str) -> Recipe:
-        """A recipe of the race with the race's values, then the arm's own."""
-        return load_recipe(name).with_values(self.changes(name))
+        """A recipe of the race with the race's values, then the arm's own, at the rate of the arm's batch."""
+        return self.at_own_rate(name, load_recipe(name).with_values(self.changes(name)))
+
+    def at_own_rate(self, name: str, recipe: Recipe) -> Recipe:
+        """The recipe of an arm with its learning rate scaled to the arm's rows a step."""
+        return with_scaled_rate(recipe, self.batch_lr_rule, self.rows_of(name)[0], self.global_rows)
+
+    def rows_of(self, name: str) -> tuple[int, int]:
+        """(global_rows, micro_rows) of an arm."""
+        return self.batches.get(name, ArmBatch()).within(self.global_rows, self.micro_rows)
+
+    def of_arm(self, name: str) -> RaceSpec:
+        """The race as a trial of an arm sees it: with the arm's rows for everybody's."""
+        global_rows, micro_rows = self.rows_of(name)
+        return replace(self, global_rows=global_rows, micro_rows=micro_rows, batches={}, batch_lr_rule="none")
 
     def changes(self, name: str) -> dict[str, Any]:
-        """The dotted values of an arm: the race's, then its own; a part that is replaced whole before its keys."""
+        """The dotted values of an arm: the race's, then its own; a part that is replaced whole before its keys. Where
+        neither these nor a recipe of the user's own have a learning rate, trained weights get one of theirs."""
         arm = self.arms.get(name, {})
-        shared = {key: value for key, value in self.values.items() if key not in arm}
+        chosen = any(map(sets_rate, (*self.values, *arm))) or has_own_rates(name)
+        values = self.values if chosen else self.model.values | self.values
+        shared = {key: value for key, value in values.items() if key not in arm}
         return {key: table[key] for table in (shared, arm) for key in sorted(table, key=lambda key: key.count("."))}
 
     def with_arms(self, arms: Mapping[str, Mapping[str, Any]]) -> RaceSpec:
@@ -129,18 +165,53 @@ class RaceSpec(Plain):
             ValueError: a value that does not fit, a model of too few layers, or a micro-batch of which a recipe cannot
                 keep what it says.
         """
+        if self.model.pretrained is not None:
+            check_positions(self.data, self.model.config().max_position_embeddings)
         for name in self.recipes:
             try:
                 recipe = self.recipe(name)
                 check_layers(recipe, self.model)
+                if self.model.pretrained is not None:
+                    check_rates(recipe)
                 if recipe.execution.activation_cache and self.model.config().tie_word_embeddings:
                     raise ValueError("activation_cache with a head tied to the embedding, which goes on learning; "
                                      "accepted: model.tie_embeddings = false")  # fmt: skip
-                step = recipe.rows.rows_per_step(self.global_rows)
-                for rows in {min(self.micro_rows, step), step % self.micro_rows} - {0}:
-                    recipe.rows.check_rows(rows)
+                global_rows, micro_rows = self.rows_of(name)
+                check_micro_batches(recipe.rows, micro_rows, recipe.rows.rows_per_step(global_rows))
             except ValueError as error:
                 raise ValueError(f"recipe {name!r}: {error}") from None
+
+
+def sets_rate(key: str) -> bool:
+    """Whether a dotted recipe key sets a learning rate, or a part that has one."""
+    parts = key.split(".")
+    return parts[0] == "optimizer" and parts[-1] in ("optimizer", "matrix", "rest", "lr", "lr_scale")
+
+
+def has_own_rates(name: str) -> bool:
+    """Whether a recipe is a file with other learning rates than those for random weights."""
+    return name.endswith(".toml") and rates_of(load_recipe(name)) != rates_of(Recipe("usual"))
+
+
+def rates_of(recipe: Recipe) -> dict[str, float]:
+    """Learning rates by their dotted keys."""
+    optimizer = recipe.optimizer
+    rates = {"optimizer.matrix.lr": optimizer.matrix.lr, "optimizer.rest.lr": optimizer.rest.lr}
+    return {key: rate * optimizer.lr_scale for key, rate in rates.items()}
+
+
+def check_rates(recipe: Recipe) -> None:
+    """Raises ValueError where trained weights would learn at a rate for random ones: where one of two was set."""
+    usual = rates_of(Recipe("usual"))
+    for key, rate in rates_of(recipe).items():
+        if rate == usual[key]:
+            raise ValueError(f"{key} = {rate:g}, a rate for random weights, and the model's are trained; "
+                             "accepted: optimizer.lr_scale, or rates of both matrix and rest")  # fmt: skip
+
+
+def check_positions(data: DataSpec, most: int) -> None:
+    if data.row_tokens > most:
+        raise ValueError(f"row_tokens = {data.row_tokens}; accepted: at most {most} positions")
 
 
 def check_layers(recipe: Recipe, model: ModelSpec) -> None:
@@ -187,6 +258,7 @@ def load_race(name: str) -> RaceSpec:
         for source in sources if isinstance(sources, list) else []:
             beside(path.parent, source, "path")
         beside(path.parent, table.get("model"), "folder")
+        tasks_beside(path.parent, table.get("evaluation"))
         arms, tuning = table.get("arms"), table.get("tuning")
         tried = tuning.get("values") if isinstance(tuning, dict) else None
         own = (*(arms.values() if isinstance(arms, dict) else ()), *(tried if isinstance(tried, list) else ()))
@@ -195,6 +267,13 @@ def load_race(name: str) -> RaceSpec:
         return RaceSpec.from_plain({"name": path.stem} | table)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
+
+
+def tasks_beside(folder: Path, evaluation: Any) -> None:
+    """Makes the paths of an evaluation's tasks relative to `folder`; what is no table is left for the codec."""
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    for task in tasks if isinstance(tasks, list) else []:
+        beside(folder, task, "path")
 
 
 def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:
@@ -215,10 +294,12 @@ def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:
 
 def plan_trial(spec: RaceSpec, name: str, seed: int, number: str, folder: Path) -> Trial:
     """The trial of a recipe of the race; its id is the recipe's name and `number`."""
-    recipe = spec.recipe(name)
+    recipe, values = spec.recipe(name), spec.changes(name)
+    if spec.rows_of(name)[0] != spec.global_rows and spec.batch_lr_rule != "none":
+        values["optimizer.lr_scale"] = recipe.optimizer.lr_scale
     trial_id = f"{recipe.name.replace('/', '-')}-{number}"
     where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / "data").resolve()
-    return Trial(trial_id, recipe, seed, spec, str(where), str(data), spec.changes(name))
+    return Trial(trial_id, recipe, seed, spec.of_arm(name), str(where), str(data), values)
 
 
 def refuse_doubles(trials: Sequence[Trial]) -> None:

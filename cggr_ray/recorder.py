@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 
 from cggr_ray.flight import Finished
-from cggr_ray.progress import Budget
+from cggr_ray.progress import Budget, ProgressFile
 from cggr_ray.schema import (
     DATA_WAIT_SECONDS,
     FRACTION,
     KIND,
+    MICRO_ROWS,
     ORDER_HASH,
     ORDER_ROWS,
     RELEVANCE,
@@ -54,6 +55,7 @@ class Recorder:
     Args:
         report: told of the newest row a few dozen times a run, and of every milestone.
         start: where the run stands when it begins or goes on.
+        progress: keeps when every step began, with a row or without. every_step: all of them have a row.
     """
 
     def __init__(
@@ -64,9 +66,12 @@ class Recorder:
         budget: Budget,
         device: torch.device,
         start: Position,
+        progress: ProgressFile,
+        every_step: bool = False,
     ) -> None:
         self._trial_id, self._trackers, self._report = trial_id, trackers, report
-        self._budget, self._device = budget, device
+        self._budget, self._device, self._progress = budget, device, progress
+        self._between = 0.0 if every_step else budget.seconds / ROWS
         self._rows: list[Row] = []
         self._newest: Row = {}
         self._last_row = self._last_report = start
@@ -76,9 +81,10 @@ class Recorder:
 
         A row of a step that measured the layers is always due: what was decided follows from it.
         """
+        self._progress.add(finished.progress.train_seconds)
         last = self._last_row
         elapsed, first = at.train_seconds - last.train_seconds, finished.progress.step == 0
-        if elapsed < self._budget.seconds / ROWS and not first and RELEVANCE not in finished.values:
+        if elapsed < self._between and not first and RELEVANCE not in finished.values:
             return
         mark = max(marks, key=int, default=None)
         self._last_row = at
@@ -96,6 +102,20 @@ class Recorder:
         }
         self._rows.append(self._newest)
 
+    def out_of_memory(self, at: Position, micro_rows: int, reason: str) -> None:
+        """Keeps the event: the step after `at` found no memory, and is repeated with micro-batches of so many rows."""
+        row = {
+            KIND: "out_of_memory",
+            STEP: at.step + 1,
+            FRACTION: min(1.0, at.train_seconds / self._budget.seconds),
+            TRAIN_SECONDS: at.train_seconds,
+            WALL_SECONDS: at.wall_seconds,
+            TOKENS_SEEN: at.tokens_seen,
+            MICRO_ROWS: micro_rows,
+            "message": reason,
+        }
+        self._rows.append(row)
+
     def report_due(self, train_seconds: float) -> bool:
         every = min(max(self._budget.seconds / REPORTS, SHORTEST), LONGEST)
         return train_seconds - self._last_report.train_seconds >= every
@@ -107,26 +127,27 @@ class Recorder:
         self.flush()
         self._report({"trial": self._trial_id, **plain(self._newest)})
 
-    def milestone(self, at: Position, fraction: float, values: Row) -> None:
-        """Writes a milestone row and reports it."""
+    def milestone(self, at: Position, fraction: float, values: Row) -> Row:
+        """Writes a milestone row and reports it; returns the part of it that says where it was taken."""
         self.flush()
-        row = {
-            KIND: "milestone",
+        where = {
             STEP: at.step,
             FRACTION: fraction,
             TRAIN_SECONDS: at.train_seconds,
             WALL_SECONDS: at.wall_seconds,
             TOKENS_SEEN: at.tokens_seen,
-            **values,
         }
+        row = {KIND: "milestone", **where, **values}
         self._track(row)
         self._report({"trial": self._trial_id, **plain(self._newest | row)})
+        return where
 
     def resumed(self, at: Position) -> None:
         """Marks that rows after this step, if there are any, were lost with the process that wrote them."""
         self._track({KIND: "resumed", STEP: at.step})
 
     def flush(self) -> None:
+        self._progress.flush()
         for row in self._rows:
             self._track(row)
         self._rows = []

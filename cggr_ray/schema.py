@@ -2,13 +2,18 @@
 
 A run folder holds
 
-    run.json        what ran: recipe, seeds, model, data, device, versions (written before the first step)
-    metrics.jsonl   one JSON object a line, append-only: `step`, `milestone` and `resumed` rows
+    run.json        what ran: recipe, race, seeds, model, data, device, versions (written before the first step)
+    metrics.jsonl   one JSON object a line, append-only: `step`, `milestone`, `resumed` and `out_of_memory` rows
+    progress.f64    train seconds at which every step began: little-endian float64, 8 bytes a step
     summary.json    how it ended: status, ledgers, tokens, final validation (written last)
     checkpoints/    the last two, safetensors and JSON
+    evaluation/     of a race with evaluation tasks: <milestone>/<task>.jsonl, every question with its samples, and
+                    late.jsonl, milestone rows of what was asked after the run, merged into the others by their step
+    milestones/     of such a race: <milestone>/, the weights then as a Hugging Face folder, and milestone.json
 
-and a race folder holds race.json and runs/<trial id>/; that of a tuning holds tuning.json, runs/<trial id>/,
-tuning.jsonl with a row a trial, and the race it leads to. Readers need nothing but this module.
+and a race folder holds race.json, runs/<trial id>/ and, with evaluation tasks, overlap.json: which of their questions
+training documents have. That of a tuning holds tuning.json, runs/<trial id>/, tuning.jsonl with a row a trial, and the
+race it leads to. Readers need nothing but this module.
 """
 
 from __future__ import annotations
@@ -18,15 +23,23 @@ from typing import Final, Literal
 
 RUN_FILE: Final = "run.json"
 METRICS_FILE: Final = "metrics.jsonl"
+PROGRESS_FILE: Final = "progress.f64"
 SUMMARY_FILE: Final = "summary.json"
 RACE_FILE: Final = "race.json"
+OVERLAP_FILE: Final = "overlap.json"
 RUNS_FOLDER: Final = "runs"
 SWEEP_FILE: Final = "sweep.jsonl"
 TUNING_FILE: Final = "tuning.json"
 TUNING_ROWS_FILE: Final = "tuning.jsonl"
 TUNED_FILE: Final = "tuned.toml"
+CALIBRATION_FILE: Final = "calibration.json"
+CALIBRATED_FILE: Final = "calibrated.toml"
+EVALUATION_FOLDER: Final = "evaluation"
+LATE_FILE: Final = "late.jsonl"
+MILESTONES_FOLDER: Final = "milestones"
+MILESTONE_FILE: Final = "milestone.json"
 
-RowKind = Literal["step", "milestone", "resumed"]
+RowKind = Literal["step", "milestone", "resumed", "out_of_memory"]
 Status = Literal["finished", "diverged", "stopped", "failed"]
 
 
@@ -56,10 +69,16 @@ TOKENS_PER_SEC: Final = "train/tokens_per_sec"
 SAMPLES_PER_SEC: Final = "train/samples_per_sec"
 LEARNING_RATE: Final = "train/learning_rate"
 GRAD_NORM: Final = "train/grad_norm"
+GRAD_NORM_LAYERS: Final = "train/grad_norm_by_layer"
+TOKEN_LOSS: Final = "train/token_loss_dist"
 STEP_SECONDS: Final = "train/step_seconds"
+MICRO_ROWS: Final = "train/micro_rows"
 VAL_LOSS: Final = "val/loss"
 VAL_NATS_PER_BYTE: Final = "val/nats_per_byte"
 VAL_TOKENS: Final = "val/labelled_tokens"
+# Of a milestone: eval/<task>/<measure>, with eval/<task>/n questions and, of a share, <measure>_low and <measure>_high,
+# the ends of its 95 % interval.
+EVAL: Final = "eval"
 GPU_MEMORY: Final = "system/gpu_memory_allocated"
 GPU_MEMORY_PEAK: Final = "system/gpu_memory_peak"
 GPU_UTILIZATION: Final = "system/gpu_utilization"
@@ -67,6 +86,7 @@ ROUTER_ENTROPY: Final = "router/entropy"
 ROUTER_CONFIDENCE: Final = "router/confidence"
 ROUTER_KEPT_FRACTION: Final = "router/kept_fraction"
 ROUTER_SCORES: Final = "router/difficulty_score_dist"
+ROUTER_USAGE: Final = "router/expert_usage"
 ROUTER_SPEARMAN: Final = "router/spearman"
 ROUTER_RECALL: Final = "router/recall_at_k"
 ROUTER_ACTIVE_PARAMS: Final = "router/active_params"
@@ -93,12 +113,15 @@ METRICS: Final = tuple(
         (SAMPLES_PER_SEC, "rows/s", "packed rows per train second since the last row"),
         (LEARNING_RATE, "1", "learning rate of the hidden matrices"),
         (GRAD_NORM, "1", "norm of the whole gradient before clipping"),
+        (GRAD_NORM_LAYERS, "1", "norm of every layer's gradient before clipping, the lowest first; 0 at rest"),
+        (TOKEN_LOSS, "nats/token", "histogram of the losses of single positions, where computed: [edges, counts]"),
         (STEP_SECONDS, "s", "mean train seconds a step since the last row"),
+        (MICRO_ROWS, "rows", "rows of a micro-batch from here on, where memory ran out with more of them"),
         (VAL_LOSS, "nats/token", "mean next-token loss on held-out documents, labelled positions"),
         (VAL_NATS_PER_BYTE, "nats/byte", "the same, per byte of labelled text: comparable between tokenizers"),
         (VAL_TOKENS, "tokens", "labelled positions of the validation"),
         (GPU_MEMORY, "MiB", "allocated on the device when the row was written"),
-        (GPU_MEMORY_PEAK, "MiB", "largest allocation since training began"),
+        (GPU_MEMORY_PEAK, "MiB", "largest allocation since training began, or since generation at the last milestone"),
         (GPU_UTILIZATION, "%", "share of the last sample period with a kernel running, as NVML says"),
         (ROUTER_ENTROPY, "nats", "mean entropy of the scored positions"),
         (ROUTER_CONFIDENCE, "1", "mean largest probability of the scored positions"),
@@ -108,6 +131,7 @@ METRICS: Final = tuple(
             "kept / labelled positions; with buckets of depth, of (position, layer) pairs",
         ),
         (ROUTER_SCORES, "score", "histogram of the difficulty scores: [edges, counts]"),
+        (ROUTER_USAGE, "positions", "kept, by bin of the difficulty scores; with buckets of depth, by bucket"),
         (ROUTER_SPEARMAN, "1", "rank correlation of a router's scores with the model's own, on steps that compare"),
         (
             ROUTER_RECALL,
@@ -123,6 +147,9 @@ METRICS: Final = tuple(
         (DATA_WAIT_SECONDS, "s", "seconds the step path has waited for data so far"),
     )
 )
+
+# Metrics whose value is {edges, counts}, both over the same bins.
+HISTOGRAMS: Final = (ROUTER_SCORES, TOKEN_LOSS)
 
 LEDGERS: Final = (
     "train",
@@ -144,9 +171,10 @@ BUDGET_LEDGERS: Final = ("train", "data_wait")
 #   overrun_seconds, last_step_seconds      float; overrun is what training used past the budget
 #   wall_seconds                            float, from a clock of its own
 #   ledgers                                 {ledger: seconds}, the eight of LEDGERS
-#   val/loss, val/nats_per_byte             float, of the final milestone; best_val_loss the smallest of all
-#   peak_memory_mib                         float or null without a GPU
+#   val/loss, val/nats_per_byte, eval/...   float, of the final milestone; best_val_loss the smallest of all
+#   peak_memory_mib                         float, of training and validation, or null without a GPU
 #   parameters                              int
+#   micro_rows, out_of_memory               int; rows of a micro-batch at the end, how often memory ran out before
 #   order                                   {rows: hash}, the marks of data/order_hash
 #   activation_cache                        {hits, misses}: micro-batches, where there is a cache
 #   message                                 str, why it did not finish

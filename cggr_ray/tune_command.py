@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cggr_ray.commands import check, claim, new_folder, read_spec, refuse_changes, run_left, show_plan, specify
+from cggr_ray.commands import check, claim, new_folder, read_spec, refuse_changes, run_left, specify
 from cggr_ray.environment import fingerprint
+from cggr_ray.planning import show_plan
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.schema import TUNED_FILE, TUNING_FILE, TUNING_ROWS_FILE, VAL_LOSS
 from cggr_ray.tuning import best_rows, notes, plan_tuning, rooted, tuning_of, tuning_rows, write_tuned

@@ -50,6 +50,7 @@ def plan_tuning(spec: RaceSpec, folder: Path) -> list[Trial]:
             milestones=(),
             save_model=False,
             tuning=None,
+            evaluation=None,
         )
         trials += [plan_trial(short, name, tuning.seed, str(number + 1), folder) for name in spec.recipes]
     refuse_doubles(trials)
@@ -124,7 +125,8 @@ def rooted(spec: RaceSpec) -> RaceSpec:
         tokenizer = _if_local(tokenizer)
     data = replace(spec.data, tokenizer=tokenizer, sources=tuple(map(_rooted_source, spec.data.sources)))
     arms = {names[name]: values for name, values in spec.arms.items()}
-    return replace(spec, recipes=tuple(names.values()), arms=arms, data=data)
+    batches = {names[name]: batch for name, batch in spec.batches.items()}
+    return replace(spec, recipes=tuple(names.values()), arms=arms, batches=batches, data=data)
 
 
 def _rooted_source(source: AnySource) -> AnySource:

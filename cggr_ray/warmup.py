@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from cggr_ray.data.batch import Batch
 from cggr_ray.data.loader import micro_batches
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.evaluation.heldout import HeldOut
-from cggr_ray.learner import Learner
+from cggr_ray.learner import Learner, Levels
 from cggr_ray.progress import Progress
 
 STEPS_PER_GRAPH = 2
 
 
-def warm_up(learner: Learner, heldout: HeldOut, order: RowOrder, rows: int, micro_rows: int) -> None:
-    """Steps at everything that the parts can ask a step to run at, and one validation; weights and state are restored.
+def warm_up(
+    learner: Learner,
+    heldout: HeldOut,
+    order: RowOrder,
+    rows: int,
+    micro_rows: int,
+    levels: Sequence[Levels] | None = None,
+) -> None:
+    """Steps at everything that the parts can ask a step to run at, or at `levels`, and one validation. Weights and
+    state are restored, also where memory runs out.
 
-    Without a compiler one is enough: there is nothing to compile, only allocations to touch.
+    Without a compiler one level is enough: there is nothing to compile, only allocations to touch.
     """
     device = learner.adapter.device
     weights = {name: p.detach().to("cpu", copy=True) for name, p in learner.named_parameters()}
     tensors = {name: t.to("cpu", copy=True) for name, t in learner.optimizer.state_dict().items()}
     routing = {name: t.to("cpu", copy=True) for name, t in learner.router.tensors().items()}
     host = learner.state_dict()
-    batch = first_batch(order, rows, min(rows, micro_rows), device)
-    levels = learner.levels() if device.type == "cuda" else learner.levels()[:1]
-    for level in levels:
-        for step in range(STEPS_PER_GRAPH):
-            learner.step(batch, Progress(step, 0.0, 1.0, 1), level)
-    heldout.evaluate(learner.adapter)
-    with torch.no_grad():
-        for name, parameter in learner.named_parameters():
-            parameter.copy_(weights[name])
-        for name, tensor in learner.router.tensors().items():
-            tensor.copy_(routing[name])
-    learner.adapter.forget()
-    learner.optimizer.load_state_dict(tensors)
-    learner.load_state_dict(host)
+    levels = levels or (learner.levels() if device.type == "cuda" else learner.levels()[:1])
+    try:
+        batch = first_batch(order, rows, min(rows, micro_rows), device)
+        for level in levels:
+            for step in range(STEPS_PER_GRAPH):
+                learner.step(batch, Progress(step, 0.0, 1.0, 1), level)
+        heldout.evaluate(learner.adapter)
+    finally:
+        # Gradients of a step that did not end, first of all: they may be what fills the memory.
+        learner.rewind()
+        with torch.no_grad():
+            for name, parameter in learner.named_parameters():
+                parameter.copy_(weights[name])
+            for name, tensor in learner.router.tensors().items():
+                tensor.copy_(routing[name])
+        learner.adapter.forget()
+        learner.optimizer.load_state_dict(tensors)
+        learner.load_state_dict(host)
 
 
 def first_batch(order: RowOrder, rows: int, micro_rows: int, device: torch.device) -> Batch:

@@ -29,7 +29,7 @@ def kernel_device() -> str:
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_store() -> Callable[..., TokenStore]:
     """A store of documents of given lengths (tokens, end markers included): random tokens between end markers."""
     from cggr_ray.data.store import TokenStore

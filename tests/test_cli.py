@@ -10,7 +10,19 @@ from typer.testing import CliRunner
 
 from cggr_ray import cli, commands
 
-COMMANDS = {"race", "tune", "sweep", "report", "recipe", "bench", "study", "doctor"}
+COMMANDS = {
+    "race",
+    "evaluate",
+    "tune",
+    "sweep",
+    "report",
+    "reproduce",
+    "recipe",
+    "bench",
+    "calibrate",
+    "study",
+    "doctor",
+}
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -97,14 +97,15 @@ def test_an_unknown_ledger_is_refused_and_changes_nothing() -> None:
 
 def test_earlier_parts_of_a_run_are_carried() -> None:
     hand = Hand()
-    clock = RaceClock(now=hand, carried={"train": 5.0, "data_wait": 0.5})
+    clock = RaceClock(now=hand)
+    clock.restore({**dict.fromkeys(LEDGERS, 0.0), "train": 5.0, "data_wait": 0.5})
     clock.switch("data_wait")
     hand.turn(32)
     assert clock.train_seconds == 6.0
     assert clock.ledgers["evaluation"] == 0
 
 
-def test_restore_sets_ledgers_back_except_those_to_keep() -> None:
+def test_what_ran_before_restoring_is_forgotten_and_the_ledger_runs_on() -> None:
     hand = Hand()
     clock = RaceClock(now=hand)
     clock.switch("warm_up")
@@ -112,14 +113,15 @@ def test_restore_sets_ledgers_back_except_those_to_keep() -> None:
     hand.turn(64)
     with clock.ledger("train"):
         hand.turn(128)
-    clock.restore(before, keep=("warm_up",))
-    assert clock.ledgers == {**dict.fromkeys(LEDGERS, 0.0), "warm_up": 1.0}
+    clock.restore(before)
+    assert clock.ledgers == dict.fromkeys(LEDGERS, 0.0)
     hand.turn(64)
-    assert clock.ledgers["warm_up"] == 2.0
+    assert clock.ledgers["warm_up"] == 1.0
 
 
 def test_a_stepped_clock_moves_by_ticks_alone() -> None:
-    clock = SteppedClock(0.25, carried={"train": 1.0})
+    clock = SteppedClock(0.25)
+    clock.restore({**dict.fromkeys(LEDGERS, 0.0), "train": 1.0})
     clock.switch("train")
     assert clock.train_seconds == 1.0
     for _ in range(3):

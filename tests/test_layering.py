@@ -14,7 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("cggr_ray", "trainables", "search_spaces", "analysis")
 STANDARD = sys.stdlib_module_names
 # The command line knows everybody; nothing in the core may know it.
-COMMANDS = ("cggr_ray.cli", "cggr_ray.commands", "cggr_ray.tune_command")
+COMMANDS = (
+    "cggr_ray.calibrate_command",
+    "cggr_ray.cli",
+    "cggr_ray.commands",
+    "cggr_ray.evaluate_command",
+    "cggr_ray.reproduce",
+    "cggr_ray.tune_command",
+)
 BELOW_METHODS = (
     *("cggr_ray.compiling", "cggr_ray.transfer", "cggr_ray.codec", "cggr_ray.progress", "cggr_ray.schema"),
     "cggr_ray.kernels",
@@ -29,8 +36,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.codec": ("cggr_ray.schema",),
     "cggr_ray.compiling": ("torch",),
     "cggr_ray.transfer": ("torch",),
+    "cggr_ray.files": (),
+    "cggr_ray.hub": ("huggingface_hub",),
     "cggr_ray.kernels": ("torch", "triton", "cggr_ray.kernels", "cggr_ray.compiling"),
-    "cggr_ray.models": ("torch", "numpy", "transformers", "cggr_ray.models", "cggr_ray.data.batch", *BELOW_METHODS),
+    "cggr_ray.models": (
+        *("torch", "numpy", "transformers", "cggr_ray.models", "cggr_ray.data.batch", "cggr_ray.hub"),
+        *BELOW_METHODS,
+    ),
     "cggr_ray.routing": ("torch", "numpy", *BELOW_METHODS, *METHODS),
     "cggr_ray.sparse": ("torch", "cggr_ray.sparse", "cggr_ray.models", *BELOW_METHODS, *METHODS),
     "cggr_ray.objectives": ("torch", "cggr_ray.objectives", *BELOW_METHODS, *METHODS),
@@ -45,11 +57,12 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "cggr_ray.data": (
         *("torch", "numpy", "pyarrow", "datasets", "tokenizers", "transformers"),
-        *("cggr_ray.data", "cggr_ray.codec", "cggr_ray.progress", "cggr_ray.schema", "cggr_ray.transfer"),
+        *("cggr_ray.data", "cggr_ray.codec", "cggr_ray.hub", "cggr_ray.progress", "cggr_ray.schema"),
+        "cggr_ray.transfer",
     ),
     "cggr_ray.evaluation": (
         *("torch", "numpy", "transformers", "cggr_ray.evaluation", "cggr_ray.data", "cggr_ray.models.adapter"),
-        "cggr_ray.models.presets",
+        *("cggr_ray.models.presets", "cggr_ray.files", "scipy", "math_verify"),
         *BELOW_METHODS,
     ),
     "cggr_ray.api": (

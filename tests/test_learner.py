@@ -146,7 +146,9 @@ def test_training_goes_on_exactly_where_it_was_saved(
     state = checkpoint.load(folder, resumed)
     for key, tensor in everything(resumed).items():
         assert torch.equal(tensor, saved[key]), key
-    found = train(resumed, batches, SteppedClock(1.0, state["ledgers"]), range(SAVED, STEPS))
+    clock = SteppedClock(1.0)
+    clock.restore(state["ledgers"])
+    found = train(resumed, batches, clock, range(SAVED, STEPS))
     assert [values(row) for row in found] == [values(row) for row in expected]
     last = everything(whole)
     for key, tensor in everything(resumed).items():

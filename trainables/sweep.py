@@ -66,9 +66,9 @@ def sweep_trial(spec: RaceSpec, recipe_name: str, values: Mapping[str, Any], tri
     """The trial of one draw. A part that is replaced whole comes before the keys inside it."""
     ordered = dict(sorted(values.items(), key=lambda item: item[0].count(".")))
     changed = {**spec.values, **spec.arms.get(recipe_name, {}), **ordered}
-    recipe = load_recipe(recipe_name).with_values(changed)
+    recipe = spec.at_own_rate(recipe_name, load_recipe(recipe_name).with_values(changed))
     where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / "data").resolve()
-    return Trial(trial_id, recipe, spec.seeds[0], spec, str(where), str(data), changed)
+    return Trial(trial_id, recipe, spec.seeds[0], spec.of_arm(recipe_name), str(where), str(data), changed)
 
 
 def run_sweep(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cggr_ray.codec import to_plain
 from cggr_ray.data.packing import RowOrder
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Documents a source gives to the training of a tokenizer.
 TOKENIZER_DOCUMENTS = 50_000
-READY = "ready.json"
+READY, TOKENIZER = "ready.json", "tokenizer.json"
 
 AnySource = Problems | Jsonl | Parquet | HuggingFace
 
@@ -32,8 +32,9 @@ AnySource = Problems | Jsonl | Parquet | HuggingFace
 class DataSpec:
     """What a race reads.
 
-    `tokenizer`: `shipped`, `train` (a BPE of `vocab_size` from the train split), or a folder or name of a Hugging Face
-    one. `val_per_mille` of the documents of every source are held out by a hash of their text.
+    `tokenizer`: `shipped`, `train` (a BPE of `vocab_size` from the train split), `model` (that of the race's model,
+    where this has trained weights), or a folder or name of a Hugging Face one. `val_per_mille` of the documents of
+    every source are held out by a hash of their text.
     """
 
     sources: tuple[AnySource, ...] = field(default_factory=lambda: (Problems(),))
@@ -67,6 +68,16 @@ class DataSpec:
                 existing(source.path)
                 next(source.documents(), None)
 
+    def absent(self) -> list[str]:
+        """What is not on this machine, or may not be: files to put in their place, datasets that the hub gives."""
+        found = []
+        for source in self.sources:
+            if isinstance(source, Jsonl | Parquet) and not Path(source.path).is_file():
+                found.append(f"data file {source.path}")
+            elif isinstance(source, HuggingFace) and not Path(source.dataset).is_dir():
+                found.append(f"dataset {source.dataset}: the Hugging Face hub gives it, where it is not in the cache")
+        return found
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -97,12 +108,13 @@ class PreparedData:
 
 def prepare(spec: DataSpec, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
     """Writes the tokenizer and the stores into `folder` unless they are there for the same specification."""
-    plain = json.loads(json.dumps(to_plain(spec)))
-    if (folder / READY).is_file() and json.loads((folder / READY).read_text())["spec"] == plain:
+    if is_prepared(spec, folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    where = _tokenizer(spec, folder, say)
-    tokenizer = load_tokenizer(where)
+    if spec.tokenizer == "train":
+        say(f"training a tokenizer of {spec.vocab_size} tokens")
+        train_bpe(_tokenizer_texts(spec), spec.vocab_size, folder / TOKENIZER)
+    tokenizer = load_tokenizer(_tokenizer(spec, folder))
     counts = {}
     for source in spec.sources:
         say(f"tokenising {source.name}")
@@ -115,26 +127,30 @@ def prepare(spec: DataSpec, folder: Path, say: Callable[[str], None] = lambda _:
                 f"source {source.name!r} has {counts[source.name]} training and {len(held)} held-out documents; "
                 "accepted: at least one of each (raise val_per_mille, or give more documents)"
             )
-    (folder / READY).write_text(json.dumps({"spec": plain, "tokenizer": where, "documents": counts}, indent=1))
+    (folder / READY).write_text(json.dumps({"spec": _plain(spec), "documents": counts}, indent=1))
+
+
+def is_prepared(spec: DataSpec, folder: Path) -> bool:
+    """Whether a folder holds the data of this very specification."""
+    ready = folder / READY
+    return ready.is_file() and json.loads(ready.read_text())["spec"] == _plain(spec)
 
 
 def open_data(spec: DataSpec, folder: Path) -> PreparedData:
-    """What `prepare` wrote."""
-    ready = json.loads((folder / READY).read_text())
+    """What `prepare` wrote. The folder may have been moved since."""
     train = tuple(TokenStore.open(folder / s.name / "train") for s in spec.sources)
     val = tuple(TokenStore.open(folder / s.name / "val") for s in spec.sources)
-    return PreparedData(spec, load_tokenizer(ready["tokenizer"]), train, val)
+    return PreparedData(spec, load_tokenizer(_tokenizer(spec, folder)), train, val)
 
 
-def _tokenizer(spec: DataSpec, folder: Path, say: Callable[[str], None]) -> str:
-    if spec.tokenizer == "shipped":
-        return str(SHIPPED)
-    if spec.tokenizer != "train":
-        return spec.tokenizer
-    say(f"training a tokenizer of {spec.vocab_size} tokens")
-    path = (folder / "tokenizer.json").resolve()
-    train_bpe(_tokenizer_texts(spec), spec.vocab_size, path)
-    return str(path)
+def _plain(spec: DataSpec) -> Any:
+    """As it reads back from JSON."""
+    return json.loads(json.dumps(to_plain(spec)))
+
+
+def _tokenizer(spec: DataSpec, folder: Path) -> str | Path:
+    own = {"shipped": SHIPPED, "train": folder / TOKENIZER}
+    return own.get(spec.tokenizer, spec.tokenizer)
 
 
 def _tokenizer_texts(spec: DataSpec) -> Iterator[str]:

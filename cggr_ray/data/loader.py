@@ -1,7 +1,8 @@
 """The loader: packs rows in a background thread, copies them to the device on a side stream, resumes exactly.
 
 A batch that the step path has not consumed yet does not exist for a checkpoint: the loader's state is that of the last
-batch handed out.
+batch handed out. Its rows are kept on the host until the next one, so that a step which found too little memory can
+have them again in smaller micro-batches.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +54,20 @@ def micro_batches(
     return micros
 
 
+Moved = tuple[Batch, torch.cuda.Event | None]
+
+
+class _Packed(NamedTuple):
+    """What the thread makes of a step's rows, and where the order stands after them."""
+
+    rows: list[PackedRow]
+    micro_rows: int
+    moved: Moved | None
+    """None where the device had no memory left while the thread asked for some, beside a step."""
+    state: OrderState
+    marks: dict[str, str]
+
+
 class Loader:
     """Hands out one batch a step. Use as a context manager, or call `close`: it owns a thread.
 
@@ -71,6 +86,7 @@ class Loader:
         prefetch: int = 3,
     ) -> None:
         self._order, self._count, self._micro_rows, self._device = order, rows, micro_rows, device
+        self._rows: list[PackedRow] = []
         self._state = order.start()
         self.tokens_seen = 0
         self.marks: dict[str, str] = {}
@@ -98,9 +114,20 @@ class Loader:
         item = self._take()
         if isinstance(item, Exception):
             raise item
-        batch, self._state, marks, ready = item
-        self.marks |= marks
+        self._rows, self._state = item.rows, item.state
+        self.marks |= item.marks
+        # What had been packed ahead when the micro-batches became smaller is made again.
+        moved = item.moved if item.micro_rows == self._micro_rows else None
+        batch = self._on_this_stream(*(moved or self._move(item.rows, self._micro_rows)))
         self.tokens_seen += batch.tokens
+        return batch
+
+    def smaller(self, micro_rows: int) -> Batch:
+        """The last batch once more, in micro-batches of so many rows, as all batches will be from now on."""
+        self._micro_rows = micro_rows
+        return self._on_this_stream(*self._move(self._rows, micro_rows))
+
+    def _on_this_stream(self, batch: Batch, ready: torch.cuda.Event | None) -> Batch:
         if ready is not None:
             torch.cuda.current_stream(self._device).wait_event(ready)
             for micro in batch.micros:
@@ -141,13 +168,19 @@ class Loader:
                     rows.append(row)
                     if state.rows_read % ORDER_MARK_ROWS == 0:
                         marks[str(state.rows_read)] = state.digest
-                batch, ready = self._move(rows)
-                self._queue.put((batch, state, marks, ready))
-        except (ValueError, OSError, RuntimeError, IndexError) as error:
+                micro_rows = self._micro_rows
+                self._queue.put(_Packed(rows, micro_rows, self._try_to_move(rows, micro_rows), state, marks))
+        except (ValueError, OSError, RuntimeError, IndexError, MemoryError) as error:
             self._queue.put(error)
 
-    def _move(self, rows: list[PackedRow]) -> tuple[Batch, torch.cuda.Event | None]:
-        pack = (self._micro_rows, self._order.shape, self._device)
+    def _try_to_move(self, rows: list[PackedRow], micro_rows: int) -> Moved | None:
+        try:
+            return self._move(rows, micro_rows)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _move(self, rows: list[PackedRow], micro_rows: int) -> Moved:
+        pack = (micro_rows, self._order.shape, self._device)
         tokens = sum(row.real for row in rows)
         if self._stream is None:
             return Batch(tuple(micro_batches(rows, *pack)), tokens), None

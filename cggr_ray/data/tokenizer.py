@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from cggr_ray import hub
+
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -43,10 +45,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 
 
 def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a tokenizer.json, a local folder, or a Hugging Face name.
+    """A tokenizer from a tokenizer.json, a local folder, or a Hugging Face name (`owner/name@revision` pins one).
 
     Raises:
-        ValueError: it declares no end-of-text token, which separates packed documents.
+        ValueError: it cannot be read, or declares no end-of-text token, which separates packed documents.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -56,7 +58,9 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
                 f"tokenizer file {str(where)!r} does not exist; accepted: a tokenizer.json, a folder, a name"
             )
         return PreTrainedTokenizerFast(tokenizer_file=str(where), eos_token=END_OF_TEXT)
-    tokenizer = AutoTokenizer.from_pretrained(str(where), trust_remote_code=False)
+    repo, revision = (str(where), None) if Path(where).is_dir() else hub.parse(str(where))
+    with hub.reading(f"tokenizer {str(where)!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {str(where)!r} has no end-of-text token; accepted: one that sets eos_token")
     return tokenizer

@@ -1,8 +1,15 @@
-"""Models by shape, and where a model comes from: a preset with random weights, or a local folder in safetensors."""
+"""Models by shape, and where a model comes from: a preset with random weights, or weights in safetensors, from a local
+folder or by a name on the Hugging Face hub.
+
+Of a checkpoint that reads images too (Gemma 3 from 4B up), the text model alone is built and exported.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -10,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from cggr_ray.codec import nearest
+from cggr_ray.hub import HubName, is_cached, parse, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,53 +45,84 @@ PRESETS: dict[str, Preset] = {
 }
 # Gemma 3's heads are wider than width / heads; one layer in six sees the whole document.
 GEMMA_HEAD, GEMMA_WINDOW = 256, 1024
-# Keys of a config.json that name code to be imported; a model folder with one of them is refused.
+# Keys of a config.json that name code to be imported; a model with one of them is refused.
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# Where the text model of a checkpoint stands that reads images too: as published, and as newer versions write it.
+TEXT_OF_MULTIMODAL = {r"^(model\.)?language_model\.(model\.)?": "model."}
+# The learning rates of the recipes are those of random weights. On trained ones 3e-3 becomes 2e-5: AdamW fine-tunes
+# with 1e-5 to 3e-5, and Muon's update here has AdamW's size.
+PRETRAINED_VALUES = {"optimizer.lr_scale": 2e-5 / 3e-3}
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model a race trains: a preset's name, or `folder` with config.json and *.safetensors.
+    """Which model a race trains: a preset's name; `folder` with config.json and *.safetensors; or `hub`, a name on the
+    Hugging Face hub, `owner/name` or `owner/name@revision`.
 
     The rest applies to presets: `vocab_size` is the tokenizer's where it is not given, `max_positions` bounds a row.
     """
 
     preset: str = "tiny"
     folder: str | None = None
+    hub: str | None = None
     vocab_size: int | None = None
     tie_embeddings: bool = True
     max_positions: int = 4096
 
     def __post_init__(self) -> None:
-        if self.folder is None and self.preset not in PRESETS:
+        if self.folder is not None and self.hub is not None:
+            raise ValueError(f"model folder {self.folder!r} and hub {self.hub!r}; accepted: one of the two")
+        if self.pretrained is None and self.preset not in PRESETS:
             raise ValueError(f"model preset {self.preset!r}; {nearest(self.preset, PRESETS)}")
+        if self.hub is not None and not HUB_NAME.fullmatch(self.hub):
+            raise ValueError(f"model hub {self.hub!r}; accepted: owner/name or owner/name@revision")
         if self.folder is not None:
             check_folder(Path(self.folder))
 
     @property
+    def pretrained(self) -> str | None:
+        """Where trained weights and their tokenizer are; None for a preset."""
+        return self.folder or self.hub
+
+    @property
     def name(self) -> str:
-        return Path(self.folder).name if self.folder else self.preset
+        return Path(self.folder).name if self.folder else self.hub or self.preset
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `config` needs no network."""
+        return self.hub is None or is_cached(self.hub)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Recipe values that this model asks for, where a race says nothing about the learning rate."""
+        return {} if self.pretrained is None else dict(PRETRAINED_VALUES)
 
     def vocabulary(self, num_tokens: int) -> int | None:
-        """The rows to give the embedding for a tokenizer of so many tokens; None leaves a folder's own.
+        """The rows to give the embedding for a tokenizer of so many tokens; None leaves trained weights their own.
 
         A preset without a size of its own takes the next multiple of 128, for the GEMMs.
 
         Raises:
             ValueError: the model has fewer rows than the tokenizer has tokens.
         """
-        own = self.config().get_text_config().vocab_size if self.folder else self.vocab_size
+        own = self.config().vocab_size if self.pretrained else self.vocab_size
         if own is not None and own < num_tokens:
             raise ValueError(f"model {self.name!r} with a vocabulary of {own}; "
                              f"accepted: at least the tokenizer's {num_tokens}")  # fmt: skip
-        return None if self.folder else own or -(-num_tokens // 128) * 128
+        return None if self.pretrained else own or -(-num_tokens // 128) * 128
 
     def config(self, vocab_size: int | None = None) -> Any:
-        """The Hugging Face configuration; `vocab_size` replaces a preset's own (a folder keeps its own)."""
-        from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
+        """The Hugging Face configuration of the text model; `vocab_size` replaces a preset's own.
 
-        if self.folder:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        Raises:
+            ValueError: a hub name that cannot be read, or a configuration that names code.
+        """
+        from transformers import Gemma3TextConfig, LlamaConfig
+
+        if self.pretrained:
+            return self._published(ask_hub=not self.is_here).get_text_config()
         shape = PRESETS[self.preset]
         common: dict[str, Any] = {
             "num_hidden_layers": shape.layers,
@@ -102,24 +141,80 @@ class ModelSpec:
             **common, head_dim=GEMMA_HEAD, sliding_window=GEMMA_WINDOW, query_pre_attn_scalar=GEMMA_HEAD
         )
 
+    def _published(self, ask_hub: bool) -> Any:
+        """The configuration as it was published, which may have more in it than a text model."""
+        from transformers import AutoConfig, PretrainedConfig
+
+        assert self.pretrained is not None
+        repo, revision = self._repository
+        with reading(f"model {self.name!r}"):
+            where: dict[str, Any] = {"revision": revision, "local_files_only": not ask_hub}
+            raw, _ = PretrainedConfig.get_config_dict(repo, **where)
+            refuse_code(raw, f"config.json of {self.name!r}")
+            return AutoConfig.from_pretrained(repo, **where, trust_remote_code=False)
+
+    @property
+    def _repository(self) -> HubName:
+        return parse(self.hub) if self.hub else HubName(str(self.folder), None)
+
     def build(self, vocab_size: int | None, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model on `device`, its parameters in `dtype`. Random weights depend on `seed` alone: drawn on the CPU in
         float32. Buffers keep their dtype, as when Hugging Face loads a model: rotary frequencies rounded to bf16 would
-        turn far positions by a tenth of a radian."""
+        turn far positions by a tenth of a radian.
+
+        Raises:
+            ValueError: trained weights that cannot be read, that are not in safetensors, or that lack some.
+        """
         from transformers import AutoModelForCausalLM
 
         model: Any
-        if self.folder:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-            return model.to(device=device)
+        if self.pretrained:
+            return self._load(dtype).to(device=device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(self.config(vocab_size), dtype=torch.float32)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return model.to(device=device)
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        whole = self._published(ask_hub=True)
+        text = whole.get_text_config()
+        repo, revision = self._repository
+        with reading(f"model {self.name!r}"), errors_only():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                repo,
+                revision=revision,
+                config=text,
+                dtype=dtype,
+                key_mapping=None if text is whole else TEXT_OF_MULTIMODAL,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        model, found = loaded
+        if found["missing_keys"]:
+            raise ValueError(f"model {self.name!r} lacks {len(found['missing_keys'])} weights, as "
+                             f"{min(found['missing_keys'])!r}; accepted: a checkpoint with all of them")  # fmt: skip
+        if text is not whole:
+            # Else the names of the larger model would be written again, into the export of the text model.
+            model._weight_conversions = None
+        return model
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Inside, Hugging Face does not list the weights of a checkpoint that a text model leaves out."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def parameter_count(config: Any) -> int:
@@ -145,6 +240,12 @@ def check_folder(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}; accepted: JSON") from None
-    named = [key for key in CODE_KEYS if key in config]
-    if named:
-        raise ValueError(f"{folder / 'config.json'} sets {named[0]!r}, which names code; accepted: a config without it")
+    refuse_code(config, str(folder / "config.json"))
+
+
+def refuse_code(config: dict[str, Any], where: str) -> None:
+    """Raises ValueError where a configuration names code."""
+    for table in (config, *(value for value in config.values() if isinstance(value, dict))):
+        named = [key for key in CODE_KEYS if key in table]
+        if named:
+            raise ValueError(f"{where} sets {named[0]!r}, which names code; accepted: a config without it")

@@ -108,6 +108,8 @@ class StackedOptimizer:
         for stack in self.stacks.values() if config.project_early else ():
             stack.project_early()
         self._begun: int | None = None
+        # Of the last step: the norm of every gradient, and of which parameters (by id) they are.
+        self.norms, self.normed = torch.zeros(0), tuple[int, ...]()
         self._model_order = [id(p) for _, p in named]
         self._rates = {id(rule): torch.zeros((), device=device) for rule in (config.matrix, config.rest)}
         self._apply: Callable[..., Tensor | None] = compiled_on(device, apply_rule)
@@ -130,6 +132,11 @@ class StackedOptimizer:
         self._begun = progress.step
         for stack in self.stacks.values():
             stack.begin(progress.step)
+
+    def rewind(self) -> None:
+        """Back to where `begin` left it, before `step`: drops gradients and sums, undoes refreshed projections."""
+        for stack in self.stacks.values():
+            stack.rewind()
 
     def wake(self, parameters: Iterable[nn.Parameter], steps: int) -> None:
         """Before a step in which these parameters learn again after so many in which they did not."""
@@ -170,7 +177,9 @@ class StackedOptimizer:
         norms = [n for g in gradients.values() for n in torch._foreach_norm(g.unbind(), 2.0, dtype=torch.float32)]
         stacked = [id(stack.parameters[i]) for stack in learning.values() for i in stack.learning]
         place = {parameter: at for at, parameter in enumerate(stacked)}
-        return torch.linalg.vector_norm(torch.stack([norms[place[i]] for i in self._model_order if i in place]))
+        self.normed = tuple(i for i in self._model_order if i in place)
+        self.norms = torch.stack([norms[place[i]] for i in self.normed])
+        return torch.linalg.vector_norm(self.norms)
 
     def accumulate(self) -> None:
         """Adds the gradients of one micro-batch of several to the float32 sums that `step` will use."""

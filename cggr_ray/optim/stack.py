@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cggr_ray.optim.partition import Named
 from cggr_ray.optim.rule import Rule
-from cggr_ray.transfer import to_device
+from cggr_ray.optim.state_formats import State
+from cggr_ray.transfer import to_device, to_host
 
 # Steps over which the learning rate of a parameter that learns again rises to that of the others.
 REWARM_STEPS = 10
@@ -39,6 +40,8 @@ class Stack:
         self.learning, self._woken = list(range(len(named))), set[int]()
         # Whose basis is refreshed in this step; true where the old one is worth nothing, as at the first step.
         self._due: dict[int, bool] = {}
+        # Of the bases that this step has refreshed before its update: what was due, and, on the host, the state before.
+        self._refreshed: dict[int, tuple[bool, State]] = {}
         self._arrived = [0] * len(named)
         self.scale = rule.shape_scale(shape[0], shape[1]) if len(shape) == 2 else 1.0
         self._sum: Tensor | None = None
@@ -50,7 +53,18 @@ class Stack:
         self.learning = [i for i, p in enumerate(self.parameters) if p.requires_grad]
         due = {*self.rule.due(len(self.parameters), step), *self._woken}
         self._due = {i: step == 0 or i in self._woken for i in self.learning if i in due}
-        self._sum, self._arrived, self._woken = None, [0] * len(self.parameters), set()
+        self._sum, self._arrived, self._woken, self._refreshed = None, [0] * len(self.parameters), set(), {}
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Back to where `begin` left it, before the update."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        for i, (first, before) in self._refreshed.items():
+            self._due[i] = first
+            for key, value in before.items():
+                self.state[key][i : i + 1].copy_(value, non_blocking=True)
+        self._sum, self._arrived, self._refreshed = None, [0] * len(self.parameters), {}
 
     def wake(self, which: list[int], steps: int) -> None:
         """Before a step in which these parameters learn again after so many in which they did not."""
@@ -85,16 +99,17 @@ class Stack:
     def accumulate(self) -> None:
         """Moves the parameters' gradients into a float32 sum: one micro-batch of several."""
         if not self._early:
-            gradient = self._take()
+            gradient = self._take(rewinds=True)
             self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
 
     def gradient(self) -> Tensor:
         """What the rule uses of the step's gradients, stacked; the parameters' own are gone afterwards."""
         assert len({self._arrived[i] for i in self.learning}) == 1, "a parameter of an active layer has no gradient"
-        gradient, self._sum = self._take() if self._sum is None else self._sum, None
+        gradient, self._sum = self._take(rewinds=False) if self._sum is None else self._sum, None
+        self._refreshed = {}
         return gradient[rows_of(self.learning, gradient.device)] if self._early else gradient
 
-    def _take(self) -> Tensor:
+    def _take(self, rewinds: bool) -> Tensor:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         assert len(gradients) == len(self.learning), "a parameter of an active layer has no gradient"
         for parameter in self.parameters:
@@ -105,19 +120,26 @@ class Stack:
         for at, i in enumerate(self.learning):
             if i in self._due:
                 # One by one, so that no more than one is there in float32.
-                self.rule.refresh(stacked[at : at + 1], self.state, slice(i, i + 1), self._due[i])
+                self._refresh(i, stacked[at : at + 1], rewinds)
         self._due = {}
         return self.rule.project(stacked, self._learners().state)
+
+    def _refresh(self, i: int, gradient: Tensor, rewinds: bool) -> None:
+        which = slice(i, i + 1)
+        if rewinds:
+            of_each = {key: value[which] for key, value in self.state.items() if len(value) == len(self.parameters)}
+            before = {key: to_host(value) for key, value in of_each.items()}
+            self._refreshed[i] = self._due[i], before
+        self.rule.refresh(gradient, self.state, which, self._due[i])
 
     @torch.no_grad()
     def _project_one(self, i: int, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.unsqueeze(0), None
-        which = slice(i, i + 1)
         if i in self._due and not self._arrived[i]:
-            self.rule.refresh(gradient, self.state, which, self._due[i])
+            self._refresh(i, gradient, rewinds=True)
         self._arrived[i] += 1
-        found = self.rule.project(gradient, self.state, which)
+        found = self.rule.project(gradient, self.state, slice(i, i + 1))
         if self._sum is None:
             self._sum = torch.zeros(len(self.parameters), *found.shape[1:], device=found.device)
         self._sum[i] += found[0]

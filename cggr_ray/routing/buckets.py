@@ -20,6 +20,7 @@ from cggr_ray.routing.route import Depth, TokenRoute
 from cggr_ray.routing.routers import RatioRouter, Router, statistics_of
 from cggr_ray.routing.scorers import Setting, own_scores
 from cggr_ray.routing.scores import HeadScore
+from cggr_ray.schema import ROUTER_USAGE
 from cggr_ray.sparse.depth import DepthGates, DepthRows
 from cggr_ray.sparse.layers import Detach
 from cggr_ray.sparse.plan import Plan, Seen
@@ -98,7 +99,9 @@ class DepthRouter(RatioRouter):
         bucket_BT = depth_buckets(scored.scores_BT, labelled_B, self.config.num_buckets).clamp_max(last)
         every = torch.arange(bucket_BT.shape[1], device=bucket_BT.device).expand_as(bucket_BT)
         ones = torch.ones(bucket_BT.shape, device=bucket_BT.device)
-        return TokenRoute(every, ones, statistics_of(scored), Depth(bucket_BT, last))
+        used = torch.zeros(self.config.num_buckets, device=bucket_BT.device)
+        used.index_add_(0, bucket_BT.flatten(), (micro.labels_BT >= 0).flatten().float())
+        return TokenRoute(every, ones, statistics_of(scored) | {ROUTER_USAGE: used}, Depth(bucket_BT, last))
 
 
 def learning_shares(num_layers: int, num_buckets: int) -> list[float]:

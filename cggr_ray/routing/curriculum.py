@@ -30,6 +30,11 @@ class Curriculum:
         """Whether the ratio passes through values between 1 and its target."""
         return self.target_at > self.full_until
 
+    @property
+    def full(self) -> bool:
+        """Whether everything is ever kept."""
+        return self.target_at > 0 or self.full_from < 1
+
     def ratio(self, keep: float, progress: Progress) -> float:
         """1 before `full_until`, linear to `keep`, 1 again at the end."""
         if progress.fraction >= self.full_from and self.full_from < 1:
@@ -66,14 +71,14 @@ class DynamicThreshold:
         return min(1.0, max(SMALLEST_OF_KEEP * base, moved))
 
 
-def ratio_levels(keep: float, below: bool, between: bool = True) -> tuple[float, ...]:
-    """All ratios a run may use, ascending: `keep` and 1 are exactly among them.
+def ratio_levels(keep: float, below: bool, between: bool = True, full: bool = True) -> tuple[float, ...]:
+    """All ratios a run may use, ascending: `keep` is exactly among them, and 1 where it is.
 
-    `below`, `between`: whether the ratio can fall below `keep`, and whether it stays between it and 1.
+    `below`, `between`, `full`: whether the ratio can fall below `keep`, lie between it and 1, and be 1.
     """
     down = [keep * (SMALLEST_OF_KEEP + (1 - SMALLEST_OF_KEEP) * i / LEVELS_BELOW) for i in range(LEVELS_BELOW)]
     up = [keep + (1 - keep) * i / LEVELS_ABOVE for i in range(LEVELS_ABOVE if between else 1)]
-    return tuple(sorted({*(down if below else []), *up, 1.0}))
+    return tuple(sorted({*(down if below else []), *up, *([1.0] if full else [])}))
 
 
 def snap(ratio: float, levels: tuple[float, ...]) -> float:

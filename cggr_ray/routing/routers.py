@@ -22,7 +22,14 @@ from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.scorers import Scored, Scorer, Setting, own_scores
 from cggr_ray.routing.scores import score_histogram
 from cggr_ray.routing.selectors import Selection
-from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_RECALL, ROUTER_SCORES, ROUTER_SPEARMAN
+from cggr_ray.schema import (
+    ROUTER_CONFIDENCE,
+    ROUTER_ENTROPY,
+    ROUTER_RECALL,
+    ROUTER_SCORES,
+    ROUTER_SPEARMAN,
+    ROUTER_USAGE,
+)
 from cggr_ray.sparse.plan import Seen
 
 if TYPE_CHECKING:
@@ -43,6 +50,10 @@ class Router(Protocol):
 
     def begin(self, micro: MicroBatch, progress: Progress) -> None:
         """What the host has to say before a micro-batch: the seed of its draws."""
+        ...
+
+    def rewind(self) -> None:
+        """Puts back what `learn` has changed since `begin` of the step's first micro-batch."""
         ...
 
     def generators(self) -> list[torch.Generator]: ...
@@ -76,7 +87,7 @@ class RatioRouter:
         self._generator = torch.Generator(setting.device)
 
     def levels(self) -> tuple[float, ...]:
-        return ratio_levels(self.keep, below=False, between=self.curriculum.ramps)
+        return ratio_levels(self.keep, False, self.curriculum.ramps, self.curriculum.full)
 
     def ratio(self, progress: Progress) -> float:
         return snap(self.curriculum.ratio(self.keep, progress), self.levels())
@@ -90,6 +101,9 @@ class RatioRouter:
 
     def begin(self, micro: MicroBatch, progress: Progress) -> None:
         self._generator.manual_seed(seed_of(self._seed, TOKENS, progress.step, micro.index))
+
+    def rewind(self) -> None:
+        """Chance learns nothing."""
 
     def generators(self) -> list[torch.Generator]:
         return [self._generator]
@@ -148,9 +162,9 @@ class ScoreRouter(RatioRouter):
 
     def levels(self) -> tuple[float, ...]:
         dynamic = self.config.dynamic
-        if dynamic is None:
-            return super().levels()
-        return ratio_levels(self.keep, below=dynamic.below)
+        if dynamic is not None:
+            return ratio_levels(self.keep, below=dynamic.below)
+        return tuple(sorted({*super().levels(), *([1.0] if self.scorer.first_full_tokens else [])}))
 
     def ratio(self, progress: Progress) -> float:
         if progress.tokens_seen < self.scorer.first_full_tokens:
@@ -160,6 +174,13 @@ class ScoreRouter(RatioRouter):
         if dynamic is not None and base < 1 and self._confidence is not None:
             base = dynamic.ratio(base, self._confidence, self._reference or self._confidence)
         return snap(base, self.levels())
+
+    def begin(self, micro: MicroBatch, progress: Progress) -> None:
+        super().begin(micro, progress)
+        self.scorer.begin(micro)
+
+    def rewind(self) -> None:
+        self.scorer.rewind()
 
     def reads(self, ratio: float) -> int:
         return self.scorer.reads if ratio < 1 or self.scorer.learns else 0
@@ -177,7 +198,8 @@ class ScoreRouter(RatioRouter):
         keep_B, labelled_B = self.counts(scores_BT, labels_BT, ratio)
         selection = choose(self.config, scores_BT, keep_B, labelled_B, documents_BT, self._generator)
         route = route_of(selection, keep_B, labelled_B, ratio, self.config.weights == "inverse_probability")
-        route.statistics.update(statistics_of(scored))
+        kept_BK = torch.where(route.filled_BK, scores_BT.gather(1, route.index_BK), -torch.inf)
+        route.statistics.update(statistics_of(scored) | {ROUTER_USAGE: score_histogram(kept_BK)})
         return route
 
     def counts(self, scores_BT: Tensor, labels_BT: Tensor, ratio: float) -> tuple[Tensor, Tensor]:

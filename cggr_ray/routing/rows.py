@@ -174,7 +174,7 @@ class RatioPicker:
         self.keep, self.curriculum = keep, curriculum
 
     def levels(self) -> tuple[float, ...]:
-        return ratio_levels(self.keep, below=False)
+        return ratio_levels(self.keep, False, self.curriculum.ramps, self.curriculum.full)
 
     def ratio(self, progress: Progress) -> float:
         return snap(self.curriculum.ratio(self.keep, progress), self.levels())

@@ -49,6 +49,11 @@ class Scorer(Protocol):
     first_full_tokens: int
     """Everything is kept until so many tokens have been seen."""
 
+    def begin(self, micro: MicroBatch) -> None:
+        """Before a micro-batch: remembers what `learn` may change until the step ends, for `rewind`."""
+        ...
+
+    def rewind(self) -> None: ...
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored: ...
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None: ...
     def tensors(self) -> dict[str, Tensor]: ...
@@ -170,6 +175,12 @@ class HeadScorer:
     def __init__(self, name: ScoreName, reads: int, reference: Tensor | None) -> None:
         self.name, self.reads, self.reference = name, reads, reference
 
+    def begin(self, micro: MicroBatch) -> None:
+        """Nothing changes."""
+
+    def rewind(self) -> None:
+        """Nothing has changed."""
+
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         assert seen is not None
         return own_scores(self.name, seen, micro, self.reference, generator)
@@ -204,6 +215,18 @@ class ProbeScorer:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         self._hidden_ND: Tensor | None = None
+        self._mine = list(self.tensors().values())
+        self._before = [tensor.clone() for tensor in self._mine]
+
+    @torch.no_grad()
+    def begin(self, micro: MicroBatch) -> None:
+        if micro.index == 0:
+            torch._foreach_copy_(self._before, self._mine)
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        torch._foreach_copy_(self._mine, self._before)
+        self._hidden_ND = None
 
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         assert seen is not None
@@ -254,6 +277,17 @@ class StaleScorer:
         self.first_full_tokens = setting.num_positions
         # One entry more than there are positions, for slots that hold none.
         self._losses = torch.full((setting.num_positions + 1,), math.inf, device=setting.device)
+        # (ids, losses) of the step's micro-batches so far.
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, micro: MicroBatch) -> None:
+        ids = micro.position_ids_BT
+        self._before = [*(self._before if micro.index else []), (ids, self._losses[ids])]
+
+    def rewind(self) -> None:
+        for ids, losses in reversed(self._before):
+            self._losses[ids] = losses
+        self._before = []
 
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         losses = self._losses[micro.position_ids_BT]

@@ -17,9 +17,23 @@ def device_row(device: torch.device) -> dict[str, float]:
         return {}
     return {
         GPU_MEMORY: torch.cuda.memory_allocated(device) / MIB,
-        GPU_MEMORY_PEAK: torch.cuda.max_memory_allocated(device) / MIB,
+        GPU_MEMORY_PEAK: peak_bytes(device) / MIB,
         GPU_UTILIZATION: float(torch.cuda.utilization(device)),
     }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was allocated since the last reset, and the pools of CUDA graphs in full; 0 without a GPU.
+
+    What a replay works in was allocated once, when the graph was captured, and counts as free ever since. Never more
+    than the allocator has held.
+    """
+    if device.type != "cuda":
+        return 0
+    pools = (segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    held = sum(segment["total_size"] - segment["allocated_size"] for segment in pools if segment["device"] == index)
+    return min(torch.cuda.max_memory_allocated(device) + held, torch.cuda.max_memory_reserved(device))
 
 
 def device_info(device: torch.device) -> dict[str, str | float]:

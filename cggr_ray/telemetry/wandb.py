@@ -10,7 +10,7 @@ from typing import Any
 import wandb
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-from cggr_ray.schema import KIND, ROUTER_SCORES, STEP, TRAIN_SECONDS
+from cggr_ray.schema import HISTOGRAMS, KIND, STEP, TRAIN_SECONDS
 from cggr_ray.telemetry.tracker import Row, scalars
 
 # The longest wait for the server, at the start and again at the end.
@@ -30,9 +30,9 @@ class WandbTracker:
     def log(self, row: Row) -> None:
         kept = ((k, v) for k, v in scalars(row).items() if k not in (KIND, STEP))
         values = {k: v for k, v in kept if v is not None and not isinstance(v, str)}
-        if ROUTER_SCORES in values:
-            histogram = values[ROUTER_SCORES]
-            values[ROUTER_SCORES] = wandb.Histogram(np_histogram=(histogram["counts"], histogram["edges"]))
+        for name in values.keys() & set(HISTOGRAMS):
+            histogram = values[name]
+            values[name] = wandb.Histogram(np_histogram=(histogram["counts"], histogram["edges"]))
         self._attempt(lambda: self._run.log(values | {STEP: row[STEP]}))
 
     def finish(self, summary: Row) -> None:

@@ -13,7 +13,7 @@ from cggr_ray.data.batch import MicroBatch
 from cggr_ray.progress import Progress
 from cggr_ray.routing.buckets import DepthBuckets, learning_shares
 from cggr_ray.routing.scorers import Setting
-from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_SCORES
+from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_SCORES, ROUTER_USAGE
 from cggr_ray.sparse.plan import Seen
 
 WIDTH, VOCABULARY, LAYERS = 6, 19, 30
@@ -122,7 +122,8 @@ def test_routes_have_exact_counts_and_all_positions(score: str, num_buckets: int
         counts = [bucket_sizes(int(n), num_buckets, last) for n in micro.labelled_B]
         for buckets, labels, expected in zip(route.depth.bucket_BT, micro.labels_BT, counts, strict=True):
             assert torch.bincount(buckets[labels >= 0], minlength=num_buckets).tolist() == expected
-        assert set(route.statistics) == {ROUTER_ENTROPY, ROUTER_CONFIDENCE, ROUTER_SCORES}
+        assert set(route.statistics) == {ROUTER_ENTROPY, ROUTER_CONFIDENCE, ROUTER_SCORES, ROUTER_USAGE}
+        assert route.statistics[ROUTER_USAGE].tolist() == [sum(sizes) for sizes in zip(*counts, strict=True)]
 
 
 def test_the_hardest_are_in_the_first_bucket() -> None:

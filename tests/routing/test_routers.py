@@ -22,7 +22,15 @@ from cggr_ray.routing import routers
 from cggr_ray.routing.curriculum import Curriculum, DynamicThreshold
 from cggr_ray.routing.scorers import Probe, Setting, StaleScores, TruncatedRouter
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens, SkippedTokens
-from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_RECALL, ROUTER_SCORES, ROUTER_SPEARMAN
+from cggr_ray.schema import (
+    ROUTER_CONFIDENCE,
+    ROUTER_ENTROPY,
+    ROUTER_RECALL,
+    ROUTER_SCORES,
+    ROUTER_SPEARMAN,
+    ROUTER_USAGE,
+    TOKEN_LOSS,
+)
 
 MICRO = packed(LENGTHS, width=21)
 SETTING = Setting(torch.device("cpu"), num_layers=3, width=32, num_positions=147)
@@ -125,9 +133,10 @@ def test_statistics_of_scores_come_with_a_route(name: str) -> None:
     part, _ = ROUTED[name]
     probabilities = {ROUTER_ENTROPY, ROUTER_CONFIDENCE} if not isinstance(part.router, Probe | StaleScores) else set()
     seen = run(part, 0.25, compare=False)[1]
-    assert seen.keys() == {ROUTER_SCORES} | probabilities
+    assert seen.keys() == {ROUTER_SCORES, ROUTER_USAGE, TOKEN_LOSS} | probabilities
     assert seen[ROUTER_SCORES].sum() == MICRO.labelled
-    assert run(part, 1.0, compare=False)[1] == {}
+    assert (seen[ROUTER_USAGE] <= seen[ROUTER_SCORES]).all() and 0 < seen[ROUTER_USAGE].sum() < MICRO.labelled
+    assert run(part, 1.0, compare=False)[1].keys() == {TOKEN_LOSS}
 
 
 # Chance

@@ -22,6 +22,7 @@ ROWS: list[dict[str, Any]] = [
         "train/tokens_per_sec": 100.0 * step,
         "train/grad_norm": 1.5 if step < 3 else math.nan,
         "router/difficulty_score_dist": HISTOGRAM,
+        "train/token_loss_dist": HISTOGRAM,
         "data/order_hash": "ab12",
         "updates/relevance": [0.5, 0.25 * step],
     }
@@ -122,7 +123,7 @@ tracker.finish({"steps": 2, "val/loss": 1.25})
     (run,) = (tmp_path / "wandb").glob("offline-run-*/run-demo-baseline-s0.wandb")
     content = run.read_bytes()
     names = ("train/tokens_per_sec", "train/grad_norm", "router/difficulty_score_dist", "val/loss", "train_seconds")
-    for name in (*names, "updates/relevance/00", "updates/relevance/01"):
+    for name in (*names, "train/token_loss_dist", "updates/relevance/00", "updates/relevance/01"):
         assert name.encode() in content
     assert b'"histogram"' in content
     assert b"all_tokens" in content

@@ -1,0 +1,44 @@
+"""cggr-ray calibrate: finds every arm's largest micro-batch, says what it is and writes the calibrated race."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cggr_ray.calibration import Calibration, Settings, notes, write_calibrated
+from cggr_ray.commands import check, check_tokens, specify
+from cggr_ray.data.dataset import prepare
+from cggr_ray.fits import ask
+from cggr_ray.loop import pick_device
+from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE
+from cggr_ray.tuning import rooted
+
+
+def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], settings: Settings, again: bool) -> None:
+    """Calibrates the arms of a race; exit code 1 where of one no micro-batch fits, and then no race is written."""
+    spec = rooted(specify(name, changes, {}))
+    device = pick_device(spec.device)
+    settings.limit_mib(device)
+    check(spec, "train", None)
+    folder, console = out or Path("outputs") / f"{spec.name}-calibration", Console()
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
+    check_tokens(spec, map(spec.recipe, spec.recipes), folder / "data")
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    calibration = Calibration(spec, settings, device, folder / CALIBRATION_FILE, folder / "data", ask, say)
+    arms = {recipe: calibration.arm(recipe, again) for recipe in spec.recipes}
+    for line in (lines := notes(settings, arms)):
+        say(line)
+    if any(arm["micro_rows"] is None for arm in arms.values()):
+        fewer = "row_tokens or evaluation.rows" if spec.evaluation else "row_tokens"
+        say(f"no {CALIBRATED_FILE} is written; accepted: more memory, a smaller model, or fewer {fewer}")
+        sys.exit(1)
+    write_calibrated(spec, lines, arms, folder / CALIBRATED_FILE)
+    say(f"calibrated race: {(folder / CALIBRATED_FILE).resolve()}")

@@ -1,0 +1,266 @@
+"""Calibration: for every arm of a race the largest micro-batch that fits, found by trying, before the clock starts.
+
+A few real steps a try (`fits`), each in a fresh process: twice the rows until they do not fit, then halfway between.
+What is found is tried again, for longer and as often as asked, with generation where the race has an evaluation; if
+that fails, a smaller size is, unless the smallest fails too. Every try leaves a part of the memory free, the head-room.
+
+Sizes divide the rows of a step, so that all micro-batches of a step are alike. With `scale_batch` an arm's step grows
+to its micro-batch where this is the larger. A step of several micro-batches keeps float32 sums of gradients beside.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from cggr_ray.batches import ArmBatch, RowsPart, check_micro_batches
+from cggr_ray.codec import Plain
+from cggr_ray.environment import versions
+from cggr_ray.files import write_whole
+from cggr_ray.fits import Answer, total_mib
+from cggr_ray.race import RaceSpec, Trial
+from cggr_ray.telemetry.gpu import device_info
+from cggr_ray.telemetry.tracker import Row
+
+Ask = Callable[[Trial, float], Answer]
+Say = Callable[[str], None]
+
+# The search stops when the rows that fit and the rows that do not are this close, relatively.
+CLOSE = 0.03
+# How much smaller the next try is where what was found fails for longer.
+STEP_BACK = 0.1
+# Rows of a micro-batch at most, where memory sets no limit.
+MOST_ROWS = 4096
+# Of a try: the first makes the optimizer's state, the second finds it there.
+SEARCH_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Settings(Plain):
+    """`head_room` is the part of the memory that stays free, `memory_mib` what there is (None: all of a GPU's).
+
+    What is found is verified by `starts` fresh processes of `verify_steps` steps each.
+    """
+
+    head_room: float = 0.05
+    memory_mib: float | None = None
+    verify_steps: int = 10
+    starts: int = 1
+    scale_batch: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.head_room < 1:
+            raise ValueError(f"head_room = {self.head_room}; accepted: a fraction of the memory in [0, 1)")
+        if self.memory_mib is not None and not 0 < self.memory_mib < float("inf"):
+            raise ValueError(f"memory_mib = {self.memory_mib}; accepted: a positive number of MiB")
+        if self.verify_steps < 1 or self.starts < 1:
+            raise ValueError(f"verify_steps = {self.verify_steps}, starts = {self.starts}; accepted: at least 1")
+
+    def limit_mib(self, device: torch.device) -> float:
+        """What a try may use.
+
+        Raises:
+            ValueError: a CPU without a limit, whose memory nobody wants to see filled.
+        """
+        if device.type == "cuda":
+            return (1 - self.head_room) * min(total_mib(device), self.memory_mib or float("inf"))
+        if self.memory_mib is None:
+            raise ValueError(
+                "calibration on the CPU without a limit; accepted: --memory-mib, the MiB a process may have"
+            )
+        return (1 - self.head_room) * self.memory_mib
+
+
+def sizes_of(part: RowsPart, global_rows: int, grows: bool) -> list[int]:
+    """The micro-batches that an arm can be run with, ascending: divisors of its step, and larger ones where it grows.
+
+    An arm that takes fewer rows than the race is a control: its step does not grow.
+    """
+    rows = part.rows_per_step(global_rows)
+    found = [size for size in range(1, rows + 1) if rows % size == 0 and _runs(part, size, rows)]
+    if grows and rows == global_rows:
+        found += [size for size in range(rows + 1, MOST_ROWS + 1) if _runs(part, size, size)]
+    return found
+
+
+def _runs(part: RowsPart, micro_rows: int, step_rows: int) -> bool:
+    try:
+        check_micro_batches(part, micro_rows, step_rows)
+    except ValueError:
+        return False
+    return True
+
+
+def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest of ascending sizes that fits, or one that is close; None where the smallest does not.
+
+    Larger sizes are taken to fit no better. The last one is never passed.
+    """
+    low, high, at = -1, len(sizes), 0
+    while at < high:
+        if fits(sizes[at]):
+            low, at = at, max(at + 1, bisect_right(sizes, 2 * sizes[at]) - 1)
+        else:
+            high = at
+    while high - low > 1 and sizes[high] - sizes[low] > max(1, CLOSE * sizes[low]):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    return sizes[low] if low >= 0 else None
+
+
+class Calibration:
+    """The calibration of one race. Every try is kept in a file as soon as it is known, and is not made again.
+
+    Args:
+        spec: its recipes are the arms. file: calibration.json. data_folder: of the prepared data.
+    Raises:
+        ValueError: a CPU without a limit.
+    """
+
+    def __init__(
+        self,
+        spec: RaceSpec,
+        settings: Settings,
+        device: torch.device,
+        file: Path,
+        data_folder: Path,
+        ask: Ask,
+        say: Say,
+    ) -> None:
+        self.spec, self.settings, self._file, self._data_folder = spec, settings, file, data_folder
+        self._ask, self._say = ask, say
+        self._limit, self._device = settings.limit_mib(device), device_info(device)
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        self.arms: dict[str, Row] = known.get("arms", {})
+        self._begun: list[Row] = []
+
+    def arm(self, name: str, again: bool) -> Row:
+        """An arm's entry: `micro_rows` (None where not one size fits), `global_rows`, and every try."""
+        asked = self._asked(name)
+        before = self.arms.get(name, {})
+        if again or before.get("asked") != asked:
+            before = {}
+        if "micro_rows" in before:
+            self._say(f"{name}: known from {self._file}")
+            return before
+        self._begun = list(before.get("tries", ()))
+        entry: Row = {"asked": asked, "tries": []}
+        self.arms[name] = entry
+        global_rows, _ = self.spec.rows_of(name)
+        sizes = sizes_of(self.spec.recipe(name).rows, global_rows, self.settings.scale_batch)
+        found = largest(sizes, lambda size: self._try(entry, name, size, SEARCH_STEPS, generates=False))
+        if found is not None and not self._verified(entry, name, found):
+            found = self._stepped_back(entry, name, sizes, found)
+        # Nothing larger was of use: memory has set no limit.
+        entry |= {"micro_rows": found, "global_rows": max(global_rows, found or 0), "limited": found != sizes[-1]}
+        self._write()
+        return entry
+
+    def _asked(self, name: str) -> Row:
+        """All that an arm's answer depends on."""
+        spec = self.spec
+        whole = {
+            "recipe": spec.recipe(name).to_plain(),
+            "race": trial_spec(spec, name, *spec.rows_of(name), 1, generates=True).to_plain(),
+            "settings": self.settings.to_plain(),
+            "device": self._device,
+            "versions": versions(),
+        }
+        plain: Row = json.loads(json.dumps(whole))
+        return plain
+
+    def _verified(self, entry: Row, name: str, size: int) -> bool:
+        steps = self.settings.verify_steps
+        return all(self._try(entry, name, size, steps, generates=True) for _ in range(self.settings.starts))
+
+    def _stepped_back(self, entry: Row, name: str, sizes: Sequence[int], failed: int) -> int | None:
+        """A smaller size that is verified. None where the smallest fails too: not the rows take the memory."""
+        if failed == sizes[0] or not self._try(entry, name, sizes[0], self.settings.verify_steps, generates=True):
+            return None
+        found: int | None = failed
+        while found is not None and (found == failed or not self._verified(entry, name, found)):
+            found = max((size for size in sizes if size <= (1 - STEP_BACK) * found), default=None)
+        return found
+
+    def _try(self, entry: Row, name: str, size: int, steps: int, generates: bool) -> bool:
+        began, global_rows = time.perf_counter(), max(self.spec.rows_of(name)[0], size)
+        row = {"micro_rows": size, "global_rows": global_rows, "steps": steps, "generates": generates}
+        known = next((tried for tried in self._begun if row.items() <= tried.items()), None)
+        if known is not None:
+            # Of a calibration that was interrupted. It has as many starts of a size as were made.
+            self._begun.remove(known)
+            entry["tries"].append(known)
+            return bool(known["fits"])
+        race = trial_spec(self.spec, name, global_rows, size, steps, generates)
+        trial = Trial(f"{name}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
+        trial = trial.placed(self._file.parent, self._data_folder)
+        answer = self._ask(trial, self._limit)
+        seconds = time.perf_counter() - began
+        entry["tries"].append(row | answer.to_plain() | {"limit_mib": self._limit, "seconds": seconds})
+        self._write()
+        verdict = "fit" if answer.fits else "do not fit"
+        self._say(f"{name}: {size} rows {verdict}, {steps} steps, {answer.peak_mib:,.0f} MiB of {self._limit:,.0f}")
+        return answer.fits
+
+    def _write(self) -> None:
+        write_whole(self._file, json.dumps({"name": self.spec.name, "arms": self.arms}, indent=1))
+
+
+def trial_spec(spec: RaceSpec, name: str, global_rows: int, micro_rows: int, steps: int, generates: bool) -> RaceSpec:
+    """The race of one try: so many steps over the whole schedule, without a milestone on the way."""
+    return replace(
+        spec,
+        recipes=(name,),
+        seeds=spec.seeds[:1],
+        arms={},
+        batches={},
+        batch_lr_rule="none",
+        global_rows=global_rows,
+        micro_rows=micro_rows,
+        budget_seconds=float(steps),
+        step_seconds=1.0,
+        milestones=(),
+        checkpoint_every_seconds=2.0 * steps,
+        wandb="off",
+        tensorboard=False,
+        tuning=None,
+        evaluation=spec.evaluation if generates else None,
+    )
+
+
+def calibrated(spec: RaceSpec, arms: Mapping[str, Row]) -> RaceSpec:
+    """The race with what was found, for arms of which something was."""
+    found = {name: ArmBatch(arm["global_rows"], arm["micro_rows"]) for name, arm in arms.items() if arm["micro_rows"]}
+    return replace(spec, batches={**spec.batches, **found})
+
+
+def notes(settings: Settings, arms: Mapping[str, Row]) -> list[str]:
+    """A line for each arm: what fits, beside what."""
+    lines = [
+        f"Calibrated: micro-batches that leave {settings.head_room:.0%} of the memory free, verified by "
+        f"{settings.starts} x {settings.verify_steps} steps."
+    ]
+    for name, arm in arms.items():
+        if arm["micro_rows"] is None:
+            lines.append(f"{name}: no micro-batch fits")
+            continue
+        last = arm["tries"][-1]
+        limited = "" if arm["limited"] else ", and no more were of use"
+        lines.append(f"{name}: {arm['micro_rows']} rows fit{limited}, {last['peak_mib']:,.0f} MiB at the peak of "
+                     f"{last['limit_mib']:,.0f}, {arm['global_rows']} rows a step")  # fmt: skip
+    return lines
+
+
+def write_calibrated(spec: RaceSpec, lines: Sequence[str], arms: Mapping[str, Row], path: Path) -> None:
+    """The race's file with the batches of its arms; what was found stands above as comments."""
+    head = "".join(f"# {line}\n" for line in lines)
+    plain: dict[str, Any] = calibrated(spec, arms).to_plain()
+    path.write_text(f"{head}\n{tomli_w.dumps(plain)}", encoding="utf-8")

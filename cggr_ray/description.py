@@ -1,0 +1,43 @@
+"""run.json: what runs, from which `reproduce` makes the trial again. Written before the first step."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+from cggr_ray import hub
+from cggr_ray.environment import fingerprint
+from cggr_ray.models.adapter import Adapter
+from cggr_ray.race import Trial
+from cggr_ray.telemetry.gpu import device_info
+from cggr_ray.telemetry.tracker import Row
+
+
+def description(trial: Trial, adapter: Adapter, rows_per_step: int) -> Row:
+    spec, named = trial.race, adapter.named_parameters()
+    dtype = str(adapter.head_VD.dtype).removeprefix("torch.")
+    parameters = sum(p.numel() for _, p in named)
+    return {
+        "trial_id": trial.trial_id,
+        "recipe": trial.recipe.name,
+        "seed": trial.seed,
+        "data_seed": spec.data.seed,
+        "race": spec.name,
+        "values": trial.values,
+        "parts": trial.recipe.to_plain(),
+        "spec": spec.to_plain(),
+        "model": {
+            "name": spec.model.name,
+            "commit": hub.commit(spec.model.hub) if spec.model.hub else None,
+            "layers": len(adapter.layers),
+            "parameters": parameters,
+            "dtype": dtype,
+        },
+        "device": device_info(adapter.device),
+        "process": {"host": platform.node(), "pid": os.getpid()},
+        "execution": adapter.execution_note,
+        "versions": fingerprint(),
+        "row_tokens": spec.data.row_tokens,
+        "global_rows": rows_per_step,
+        "micro_rows": min(spec.micro_rows, rows_per_step),
+    }

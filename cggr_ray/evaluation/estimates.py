@@ -1,0 +1,94 @@
+"""What samples say about a model, with how sure that is; and which questions a model may have seen before.
+
+share = successes / n, with Wilson's interval (Wilson 1927)
+pass@k of a question = 1 - C(n - c, k) / C(n, k), c of its n samples right: the chance that k of them, drawn without
+putting back, hold a right one (arXiv:2107.03374, equation 1)
+avg@n = mean over questions of c / n, with a t interval over questions: samples of one question are no new questions
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from math import comb, sqrt
+from statistics import NormalDist, fmean, stdev
+
+from scipy import stats
+
+from cggr_ray.evaluation.task import Question
+
+LEVEL = 0.95
+WORD = re.compile(r"\w+")
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Both ends of the 95 % interval of the share successes / n, for n >= 1."""
+    z, p = NormalDist().inv_cdf((1 + LEVEL) / 2), successes / n
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def share(name: str, successes: Sequence[bool]) -> dict[str, float]:
+    """A share of independent trials and its interval, as measures; nothing of no trials."""
+    if not successes:
+        return {}
+    low, high = wilson(sum(successes), len(successes))
+    return {name: sum(successes) / len(successes), f"{name}_low": low, f"{name}_high": high}
+
+
+def mean_share(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean of one share a question and its interval over questions, as measures; nothing of no questions.
+
+    The t interval, cut to [0, 1]. Equal values give it no width, and say no more than as many single answers would:
+    then, and where every value is 0 or 1, it is Wilson's.
+    """
+    if not values:
+        return {}
+    n, mean = len(values), fmean(values)
+    if min(values) == max(values) or set(values) <= {0.0, 1.0}:
+        low, high = wilson(mean * n, n)
+    else:
+        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / sqrt(n)
+        low, high = max(mean - half, 0.0), min(mean + half, 1.0)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def pass_at(k: int, n: int, correct: int) -> float:
+    """The unbiased pass@k of a question with `correct` of n samples right.
+
+    Raises:
+        ValueError: k is not within 1 to n.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k = {k} of pass@k; accepted: 1 to the {n} samples of a question")
+    return 1 - comb(n - correct, k) / comb(n, k)
+
+
+class Overlap:
+    """Which questions share `words` words in a row with a document that was read; of a shorter question, all of it.
+
+    Words are runs of letters and digits, in lower case, so punctuation and layout hide nothing.
+    """
+
+    def __init__(self, questions: Iterable[Question], words: int) -> None:
+        self.found: set[str] = set()
+        self._keys: dict[tuple[str, ...], set[str]] = {}
+        for question in questions:
+            own = _words(question.text or question.prompt)
+            for gram in _grams(own, min(words, len(own))):
+                self._keys.setdefault(gram, set()).add(question.key)
+        self._lengths = {len(gram) for gram in self._keys}
+
+    def read(self, document: str) -> None:
+        text = _words(document)
+        for length in self._lengths:
+            self.found.update(key for gram in _grams(text, length) for key in self._keys.get(gram, ()))
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def _grams(words: Sequence[str], length: int) -> Iterable[tuple[str, ...]]:
+    return (tuple(words[at : at + length]) for at in range(len(words) - length + 1) if length)

@@ -1,0 +1,145 @@
+"""Whether a micro-batch fits: a run in small, in a process of its own that leaves nothing behind, under a limit.
+
+    python -m cggr_ray.fits QUESTION.json ANSWER.json
+
+The run is a trial's own: warm-up at every level, steps over the whole schedule with the optimizer's updates, the
+validation, the largest batch of generation where the trial is asked questions, a checkpoint, and the model where the
+race keeps it. The limit is the head-room: on a GPU
+the allocator of the process may use a part of the memory, on a CPU the process may have so many bytes of data
+(RLIMIT_DATA), so that an allocation beyond truly fails. Any error but that of an allocator ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from cggr_ray.codec import Plain
+from cggr_ray.data.batch import Batch
+from cggr_ray.loop import Run, pick_device
+from cggr_ray.out_of_memory import FAILURES, first_line, is_out_of_memory
+from cggr_ray.race import Trial
+from cggr_ray.telemetry.gpu import MIB
+from cggr_ray.warmup import warm_up
+
+# Of what a process that failed has said.
+LAST_CHARACTERS = 2000
+
+
+@dataclass(frozen=True)
+class Question(Plain):
+    """`limit_mib` is what the process may use."""
+
+    trial: Trial
+    limit_mib: float
+
+
+@dataclass(frozen=True)
+class Answer(Plain):
+    """`peak_mib`, up to where it failed: the most that the allocator held on a GPU, which is what the limit bounds; on
+    a CPU the largest resident size of the process, without what is mapped from files at the end."""
+
+    fits: bool
+    peak_mib: float
+    message: str = ""
+
+
+class SmallRun(Run):
+    """A run that ends where a real one would go on with smaller micro-batches."""
+
+    def __init__(self, trial: Trial) -> None:
+        super().__init__(trial, lambda row: None)
+        self._peak = 0.0
+
+    def _warm_up(self) -> None:
+        """Every level, also where there is nothing to compile: the fullest one is what has to fit."""
+        learner, order = self.learner, self.data.order()
+        warm_up(learner, self.milestones.heldout, order, self.rows_per_step, self.micro_rows, learner.levels())
+        self._peak = peak_mib(self.device)
+
+    def _smaller(self, reason: str) -> Batch:
+        raise torch.OutOfMemoryError(reason)
+
+    def fits(self) -> Answer:
+        """Whether it comes to its end."""
+        try:
+            self.prepare()
+            with self.loader:
+                self._train()
+                if self.milestones.suite is not None:
+                    self.milestones.suite.fill(self.learner.adapter.model)
+                self._write()
+        except FAILURES as error:
+            if not is_out_of_memory(error):
+                raise
+            return Answer(False, self.peak, first_line(error))
+        return Answer(True, self.peak)
+
+    def _write(self) -> None:
+        """A checkpoint, and the model where the race keeps it: memory is needed to write either."""
+        self._save()
+        asked = self.spec.evaluation
+        if self.spec.save_model or (asked is not None and asked.keep_models):
+            self.milestones.save_model(self.folder / "model", {})
+
+    @property
+    def peak(self) -> float:
+        return max(self._peak, peak_mib(self.device))
+
+
+def peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / MIB
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    resident, mapped = (float(status[name].split()[0]) / 1024 for name in ("VmHWM", "RssFile"))
+    return resident - mapped
+
+
+def total_mib(device: torch.device) -> float:
+    """Memory of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory / MIB
+
+
+def limit(device: torch.device, limit_mib: float) -> None:
+    """From here on, this process may use so many MiB."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total_mib(device)), device)
+    else:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(limit_mib * MIB),) * 2)
+
+
+def ask(trial: Trial, limit_mib: float) -> Answer:
+    """The answer of a fresh process.
+
+    Raises:
+        RuntimeError: it failed for another reason than memory; with the end of what it said.
+    """
+    Path(trial.folder).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=trial.folder) as name:
+        folder = Path(name)
+        question, answer = folder / "question.json", folder / "answer.json"
+        asked = Question(trial.placed(folder / "run", Path(trial.data_folder)), limit_mib)
+        question.write_text(json.dumps(asked.to_plain()))
+        command = [sys.executable, "-m", "cggr_ray.fits", str(question), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not answer.is_file():
+            raise RuntimeError(f"{trial.trial_id} ended with exit code {done.returncode}, and not for want of memory:\n"
+                               + (done.stderr or done.stdout)[-LAST_CHARACTERS:])  # fmt: skip
+        return Answer.from_plain(json.loads(answer.read_text()))
+
+
+def main(question: str, answer: str) -> None:
+    asked = Question.from_plain(json.loads(Path(question).read_text()))
+    limit(pick_device(asked.trial.race.device), asked.limit_mib)
+    Path(answer).write_text(json.dumps(SmallRun(asked.trial).fits().to_plain()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

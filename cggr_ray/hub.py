@@ -1,0 +1,59 @@
+"""Names on the Hugging Face hub: `owner/name`, or `owner/name@revision`, which pins a commit, a branch or a tag.
+
+A name may be a local folder too. What cannot be read is one line that says so, and only safetensors and JSON are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+# One of each is enough: weights are one file or several with an index.
+CONFIG = ("config.json",)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class HubName(NamedTuple):
+    """`revision` None is the newest there is."""
+
+    repo: str
+    revision: str | None
+
+
+def parse(name: str) -> HubName:
+    """`owner/name@revision` in its two parts."""
+    repo, _, revision = name.partition("@")
+    return HubName(repo, revision or None)
+
+
+def is_cached(name: str, files: Sequence[str] = CONFIG) -> bool:
+    """Whether one of the files of a repository is on this machine already; asks no network."""
+    return any(_cached(name, file) for file in files)
+
+
+def commit(name: str) -> str | None:
+    """The commit that a name stands for on this machine; None where its configuration has not been read here."""
+    found = _cached(name, CONFIG[0])
+    return found.parent.name if found else None
+
+
+def _cached(name: str, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, revision = parse(name)
+    found = try_to_load_from_cache(repo, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raises ValueError where the hub, or a folder, does not give what is read inside."""
+    try:
+        yield
+    except OSError as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{what} cannot be read: {said.strip()}; accepted: a name on the Hugging Face hub that can "
+                         "be reached or is in its cache, or a local folder, in safetensors") from None  # fmt: skip

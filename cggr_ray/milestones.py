@@ -1,0 +1,74 @@
+"""Milestones of a run: the points of its budget where the clock stops, the model is asked, and its weights are kept."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from cggr_ray import checkpoint
+from cggr_ray.data.dataset import PreparedData
+from cggr_ray.data.packing import RowOrder
+from cggr_ray.evaluation.heldout import HeldOut
+from cggr_ray.evaluation.suite import Suite, milestone_name
+from cggr_ray.models.adapter import Adapter
+from cggr_ray.race import RaceSpec
+from cggr_ray.schema import MILESTONE_FILE, MILESTONES_FOLDER, VAL_LOSS
+from cggr_ray.telemetry.gpu import peak_bytes
+from cggr_ray.telemetry.tracker import Row
+
+
+class Milestones:
+    """What is asked of one run's model: held-out documents, and the race's tasks.
+
+    `left` are the fractions of the budget to come, the last of them its end; `best` is the smallest validation loss.
+    """
+
+    def __init__(self, spec: RaceSpec, data: PreparedData, order: RowOrder, adapter: Adapter, folder: Path) -> None:
+        self._adapter, self._data, self._order, self._folder = adapter, data, order, folder
+        self.resize(spec.micro_rows)
+        asked = spec.evaluation
+        self.suite = Suite(asked, data.tokenizer, adapter.model.config, folder) if asked else None
+        self.left, self.best = sorted({*spec.milestones, 1.0}), math.inf
+        self._keeps = asked is not None and asked.keep_models
+        self._peak_bytes = 0
+
+    def resize(self, micro_rows: int) -> None:
+        """From here on, held-out documents come in micro-batches of so many rows."""
+        self.heldout = HeldOut(self._data, self._order, micro_rows, self._adapter.device)
+
+    def due(self, fraction: float) -> bool:
+        return fraction >= self.left[0]
+
+    def ask(self, fraction: float) -> tuple[str, Row]:
+        """The milestone's name and what was measured at it. Synchronises."""
+        values: Row = dict(self.heldout.evaluate(self._adapter))
+        self.best = min(self.best, values[VAL_LOSS])
+        name = milestone_name(max(m for m in self.left if m <= fraction))
+        self.left = [m for m in self.left if m > fraction]
+        if self.suite is not None:
+            # What generation allocates is no part of training's peak.
+            self._peak_bytes = self.peak_bytes()
+            values |= self.suite.run(self._adapter.model, name)
+            if self._adapter.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self._adapter.device)
+        return name, values
+
+    def keep(self, name: str, where: Row) -> None:
+        """Writes the weights, with the row that says where they were taken, if the race keeps them."""
+        if self._keeps:
+            self.save_model(self._folder / MILESTONES_FOLDER / name, {MILESTONE_FILE: where})
+
+    def save_model(self, folder: Path, notes: dict[str, Row]) -> None:
+        checkpoint.save_model(folder, self._adapter.model, self._data.tokenizer, notes)
+
+    def peak_bytes(self) -> int:
+        """Of training and validation, on the device."""
+        return max(self._peak_bytes, peak_bytes(self._adapter.device))
+
+    def state_dict(self) -> Row:
+        return {"left": self.left, "best": None if math.isinf(self.best) else self.best}
+
+    def load_state_dict(self, state: Row) -> None:
+        self.left, self.best = state["left"], math.inf if state["best"] is None else state["best"]

@@ -1,0 +1,111 @@
+"""`--dry-run`: the plan of a race, from its file alone. Asks no network, and says what is not here yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cggr_ray.evaluation.task import FileTask
+from cggr_ray.hub import TOKENIZER, WEIGHTS, is_cached
+from cggr_ray.models.presets import parameter_count
+from cggr_ray.race import RaceSpec, Trial
+
+
+def check_present(spec: RaceSpec) -> None:
+    """Checks all that is here: the recipes against the model, the files of the data, the tasks of an evaluation.
+
+    Raises:
+        ValueError: a mistake in what is here. What is not here is no mistake of the plan's.
+    """
+    if all(Path(source.path).is_file() for source in spec.data.sources if hasattr(source, "path")):
+        spec.data.check()
+    if spec.model.is_here:
+        spec.check()
+    for task in spec.evaluation.tasks if spec.evaluation else ():
+        if not isinstance(task, FileTask) or Path(task.path).is_file():
+            task.check()
+
+
+def absent(spec: RaceSpec) -> list[str]:
+    """What a race needs and this machine does not have, or may not have."""
+    found = spec.data.absent()
+    if not spec.model.is_here:
+        found.append(f"model {spec.model.name}: the Hugging Face hub gives it, its layers are not known before")
+    elif spec.model.hub is not None and not is_cached(spec.model.hub, WEIGHTS):
+        found.append(f"weights of model {spec.model.name}: the Hugging Face hub gives them")
+    if (
+        spec.model.hub is not None
+        and spec.data.tokenizer == spec.model.hub
+        and not is_cached(spec.model.hub, TOKENIZER)
+    ):
+        found.append(f"tokenizer {spec.model.hub}: the Hugging Face hub gives it")
+    for task in spec.evaluation.tasks if spec.evaluation else ():
+        if isinstance(task, FileTask) and not Path(task.path).is_file():
+            found.append(f"questions of {task.name}: {task.path}")
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        found.append("a GPU")
+    return found
+
+
+def show_plan(spec: RaceSpec, trials: Sequence[Trial]) -> None:
+    """Trials, seconds, milestones, tokens a step, an estimate of memory from shapes, and what is not here yet."""
+    console = Console()
+    table = Table("trial", "recipe", "seed", "train s", "tokens a step", "rows", "micro-batch", "lr scale")
+    for trial in trials:
+        rows = trial.recipe.rows.rows_per_step(trial.race.global_rows)
+        table.add_row(
+            trial.trial_id,
+            trial.recipe.name,
+            str(trial.seed),
+            f"{spec.budget_seconds:g}",
+            f"{rows * spec.data.row_tokens:,}",
+            str(rows),
+            str(min(rows, trial.race.micro_rows)),
+            f"{trial.recipe.optimizer.lr_scale:.3g}",
+        )
+    console.print(table)
+    for line in (*_seconds(spec, len(trials)), *_model(spec, trials), *(f"not here: {what}" for what in absent(spec))):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _seconds(spec: RaceSpec, trials: int) -> list[str]:
+    at = ", ".join(f"{fraction * spec.budget_seconds:g}" for fraction in sorted({*spec.milestones, 1.0}))
+    found = [
+        f"{trials} trials, {trials * spec.budget_seconds:g} train seconds in all, set-up not counted",
+        f"milestones after {at} s",
+    ]
+    if spec.evaluation:
+        tasks = ", ".join(f"{task.name} (at most {task.seconds:g} s)" for task in spec.evaluation.tasks)
+        found.append(f"asked at every milestone: {tasks}")
+    if spec.tuning:
+        entries, arms = len(spec.tuning.values), len(spec.recipes)
+        found.append(f"to be tuned before: {entries} values x {arms} recipes, {spec.tuning.seconds:g} s each")
+    return found
+
+
+def _model(spec: RaceSpec, trials: Sequence[Trial]) -> list[str]:
+    if not spec.model.is_here:
+        return []
+    parameters = parameter_count(spec.model.config())
+    micro_rows = max(trial.race.micro_rows for trial in trials)
+    low, high = memory_estimate(spec, micro_rows, parameters)
+    vocabulary = "" if spec.model.pretrained else " with the preset's vocabulary"
+    return [
+        f"model {spec.model.name}: {parameters:,} parameters{vocabulary}",
+        f"memory a trial, estimated from shapes: {low:.1f} to {high:.1f} GiB with micro-batches of {micro_rows} rows",
+    ]
+
+
+def memory_estimate(spec: RaceSpec, micro_rows: int, parameters: int) -> tuple[float, float]:
+    """GiB without and with all activations: bf16 weights and gradients, float32 masters and one or two moments, and
+    what one micro-batch keeps for its backward, 2 (6 D + 3 F) bytes a token and layer."""
+    config = spec.model.config()
+    state = parameters * (2 + 2 + 4 + 8)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    per_token = 2 * (6 * config.hidden_size + 3 * inner) * config.num_hidden_layers
+    activations = micro_rows * spec.data.row_tokens * per_token
+    return state / 2**30, (state + activations) / 2**30
