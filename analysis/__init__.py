@@ -9,26 +9,41 @@ from analysis.measures import (
     ledger_check,
     loss_at_time,
     loss_at_tokens,
-    mean_interval,
     order_check,
     run_measures,
+    saturation,
     time_to_loss,
 )
-from analysis.report import summary_table, write_report
+from analysis.output import write_report
+from analysis.report import summary_table, verdicts
+from analysis.scores import at_marks, at_tokens, final_scores, score_claims
+from analysis.stats import mean_interval
+from analysis.targets import efficiency, performance_profile, target_times
+from analysis.verdicts import claims
 
 __all__ = [
     "Race",
+    "at_marks",
+    "at_tokens",
+    "claims",
     "comparison",
+    "efficiency",
+    "final_scores",
     "layer_measures",
     "ledger_check",
     "loss_at_time",
     "loss_at_tokens",
     "mean_interval",
     "order_check",
+    "performance_profile",
     "read_race",
     "relevance_shares",
     "run_measures",
+    "saturation",
+    "score_claims",
     "summary_table",
+    "target_times",
     "time_to_loss",
+    "verdicts",
     "write_report",
 ]

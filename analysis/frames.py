@@ -19,10 +19,14 @@ from typing import Any
 import pandas as pd
 
 from cggr_ray.schema import (
+    EVAL,
+    EVALUATION_FOLDER,
     FRACTION,
     KIND,
+    LATE_FILE,
     LEDGERS,
     METRICS_FILE,
+    OVERLAP_FILE,
     RACE_FILE,
     RUN_FILE,
     RUNS_FOLDER,
@@ -36,16 +40,16 @@ from cggr_ray.schema import (
 IDENTITY = ("trial_id", "recipe", "seed")
 POSITION = (STEP, FRACTION, TRAIN_SECONDS, WALL_SECONDS, TOKENS_SEEN)
 UNFINISHED = "unfinished"
-KINDS = ("step", "milestone", "resumed")
+KINDS = ("step", "milestone", "resumed", "out_of_memory")
 # The marks of the data order stay one object: their keys are row counts, not names.
-WHOLE = ("order",)
+WHOLE = ("order", "spec")
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Race:
-    """The frames of one folder; `spec` is race.json, or empty where runs stand alone."""
+    """The frames of one folder; `spec` is race.json and, as `overlap`, overlap.json; empty where runs stand alone."""
 
     folder: Path
     spec: Mapping[str, Any]
@@ -55,12 +59,17 @@ class Race:
 
     @property
     def baseline(self) -> str:
-        """The recipe that the others are measured against: as the race says, else `baseline`, else the first."""
-        present = list(self.runs["recipe"].unique())
+        """The recipe that the others are measured against: as the race says, else `baseline`, else the first.
+
+        Raises ValueError if the race names one that has no run.
+        """
+        present = [str(name) for name in self.runs["recipe"].unique()]
         named = self.spec.get("baseline")
-        if named is not None:
-            return str(named)
-        return "baseline" if "baseline" in present else str(present[0])
+        if named is None:
+            return "baseline" if "baseline" in present else present[0]
+        if named not in present:
+            raise ValueError(f"baseline = {named!r} has no run; accepted: a recipe with runs: {', '.join(present)}")
+        return str(named)
 
     @property
     def recipes(self) -> list[str]:
@@ -96,6 +105,8 @@ def read_race(folder: Path | str) -> Race:
         identity = {key: run[key] for key in IDENTITY}
         runs.append(run)
         for row in rows:
+            if row[KIND] == "out_of_memory":
+                continue
             target = steps if row[KIND] == "step" else milestones
             target.append(identity | {key: value for key, value in row.items() if key != KIND})
     frame = _frame(runs, IDENTITY)
@@ -104,6 +115,8 @@ def read_race(folder: Path | str) -> Race:
         raise ValueError(f"{root}: trial ids {twice} occur twice; accepted: the folder of one race")
     race_file = root / RACE_FILE
     spec = _read_object(race_file) if race_file.is_file() else {}
+    if (root / OVERLAP_FILE).is_file():
+        spec |= {"overlap": _read_object(root / OVERLAP_FILE)}
     columns = (*IDENTITY, *POSITION)
     return Race(root, spec, frame, _frame(steps, columns), _frame(milestones, columns))
 
@@ -120,6 +133,8 @@ def read_run(folder: Path) -> tuple[Row, list[Row]]:
     rest = {key: value for key, value in summary.items() if key != "ledgers"}
     metrics_file = folder / METRICS_FILE
     rows, resumes = surviving_rows(read_rows(metrics_file)) if metrics_file.is_file() else ([], 0)
+    late_file = folder / EVALUATION_FOLDER / LATE_FILE
+    rows = with_late(rows, read_rows(late_file)) if late_file.is_file() else rows
     return _columns(described) | _columns(rest) | ledgers | {"resumes": resumes}, rows
 
 
@@ -165,6 +180,28 @@ def surviving_rows(rows: Iterable[Row]) -> tuple[list[Row], int]:
         else:
             kept.append(row)
     return kept, resumes
+
+
+def with_late(rows: Iterable[Row], late: Iterable[Row]) -> list[Row]:
+    """The rows of a run, its milestones with what was asked of their kept models later.
+
+    The last evaluation of a task counts, with all of its measures. A late row of another step is about weights that the
+    run did not go through, and is left out.
+    """
+    found = [dict(row) for row in rows]
+    for new in late:
+        scores = {key: value for key, value in new.items() if key.startswith(f"{EVAL}/")}
+        tasks = {_task(key) for key in scores}
+        for number, row in enumerate(found):
+            if row[KIND] == "milestone" and row[STEP] == new[STEP]:
+                found[number] = {key: value for key, value in row.items() if _task(key) not in tasks} | scores
+    return found
+
+
+def _task(name: str) -> str | None:
+    """The task of a metric `eval/<task>/<measure>`."""
+    parts = name.split("/")
+    return parts[1] if parts[0] == EVAL and len(parts) > 1 else None
 
 
 def _run_folders(root: Path) -> list[Path]:

@@ -2,7 +2,8 @@
 
 Per-run measures are read off the milestones by linear interpolation; over seeds they become a mean with the half width
 of a Student t interval. Differences are paired by seed: both runs of a pair saw the same rows in the same order, so
-what the seed does to both cancels. Losses in nats/token, times in train seconds, memory in MiB.
+what the seed does to both cancels. Losses in nats/token, times in train seconds, memory in MiB. Whether a difference is
+more than chance is said in `analysis.verdicts`.
 
 Only finished runs are compared: the last loss of a run that stopped early is not a loss at equal time.
 """
@@ -10,14 +11,14 @@ Only finished runs are compared: the last loss of a run that stopped early is no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from analysis.frames import IDENTITY, Race
+from analysis.stats import mean_interval
 from cggr_ray.schema import LEDGERS, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 
 FINISHED = "finished"
@@ -28,7 +29,6 @@ MEASURES = (
     "loss_difference",
     "loss_at_equal_tokens",
     "seconds_to_baseline_loss",
-    "speed_up",
     "tokens_seen",
     "tokens_per_second",
     "steps",
@@ -36,24 +36,9 @@ MEASURES = (
 )
 # Columns of the runs frame, one a source.
 EPOCHS = "epochs/"
-PAIRED = ("loss_difference", "seconds_to_baseline_loss", "speed_up")
-
-
-def mean_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Mean and half width of its Student t interval; the half width is NaN below two values.
-
-    A NaN among the values makes both NaN: leaving it out would flatter a recipe that sometimes fails.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence}; accepted: between 0 and 1, both excluded")
-    sample = np.asarray(list(values), dtype=float)
-    if len(sample) == 0:
-        return math.nan, math.nan
-    mean = float(sample.mean())
-    if len(sample) == 1:
-        return mean, math.nan
-    quantile = float(stats.t.ppf((1 + confidence) / 2, len(sample) - 1))
-    return mean, quantile * float(sample.std(ddof=1)) / math.sqrt(len(sample))
+PAIRED = ("loss_difference", "seconds_to_baseline_loss")
+# The part of the budget over which `saturation` looks at the slope.
+LAST_PART = 0.25
 
 
 def loss_at_time(milestones: pd.DataFrame, seconds: float, metric: str = VAL_LOSS) -> pd.Series:
@@ -79,14 +64,10 @@ def time_to_loss(milestones: pd.DataFrame, target: float | Mapping[int, float], 
 def run_measures(race: Race, metric: str = VAL_LOSS) -> pd.DataFrame:
     """One row a finished run with its MEASURES; paired ones are NaN without a baseline run of the same seed.
 
-    `seconds_to_baseline_loss` is when the run reaches the final loss of its seed's baseline. `speed_up` divides the
-    baseline's own time to that loss by it, so the baseline's is 1 even if its loss rose again at the end.
+    `seconds_to_baseline_loss` is when the run reaches the final loss of its seed's baseline.
     Raises ValueError if a recipe has two runs of one seed: a pair would be ambiguous.
     """
-    runs = finished_runs(race)
-    twice = runs.duplicated(["recipe", "seed"], keep=False)
-    if twice.any():
-        raise ValueError(f"runs {sorted(runs.loc[twice, 'trial_id'])}; accepted: one run a recipe and seed")
+    runs = comparable_runs(race)
     milestones = race.milestones[race.milestones["trial_id"].isin(runs["trial_id"])]
     final = _per_run(milestones, metric, lambda rows: float(rows[metric].iloc[-1]))
     base = _by_seed(final, race.baseline)
@@ -99,7 +80,6 @@ def run_measures(race: Race, metric: str = VAL_LOSS) -> pd.DataFrame:
     table["loss_difference"] = table["final_loss"] - table["seed"].map(base)
     table["loss_at_equal_tokens"] = loss_at_tokens(milestones, tokens, metric).reindex(index).to_numpy()
     table["seconds_to_baseline_loss"] = reached.reindex(index).to_numpy()
-    table["speed_up"] = table["seed"].map(_by_seed(reached, race.baseline)) / table["seconds_to_baseline_loss"]
     table["tokens_seen"] = runs["tokens_seen"].to_numpy()
     table["tokens_per_second"] = (runs["tokens_seen"] / runs["train_seconds"]).to_numpy()
     table["steps"] = runs["steps"].to_numpy()
@@ -111,7 +91,7 @@ def comparison(race: Race, metric: str = VAL_LOSS) -> pd.DataFrame:
     """One row a recipe, the baseline first: counts, then every measure with its `_half_width` over seeds.
 
     `seeds` counts finished runs and `runs` all of them; `pairs` those with a baseline of the same seed, `reached` the
-    pairs that got to the baseline's final loss. Seconds and speed-up are NaN unless every pair got there.
+    pairs that got to the baseline's final loss. Its seconds are NaN unless every pair got there.
     """
     measured = run_measures(race, metric)
     rows = []
@@ -132,11 +112,47 @@ def comparison(race: Race, metric: str = VAL_LOSS) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def saturation(race: Race, metric: str = VAL_LOSS) -> pd.DataFrame:
+    """One row a recipe: `change` of the metric over the last quarter of its seconds, and the slope `per_minute`.
+
+    Both are means over `seeds` with `_half_width`. The change is that from the interpolated metric at three quarters to
+    the last, so it needs a milestone before; below zero a loss still fell: another budget could rank otherwise.
+    """
+    rows = []
+    milestones = race.milestones[race.milestones["trial_id"].isin(finished_runs(race)["trial_id"])]
+    change = _per_run(milestones, metric, lambda own: _late_change(own, metric)[0])
+    minutes = _per_run(milestones, metric, lambda own: _late_change(own, metric)[1] / 60)
+    recipe_of = change.index.get_level_values("recipe")
+    for recipe in race.recipes:
+        own, slopes = change[recipe_of == recipe], (change / minutes)[recipe_of == recipe]
+        row: dict[str, object] = {"recipe": recipe, "seeds": len(own)}
+        row["change"], row["change_half_width"] = mean_interval(own)
+        row["per_minute"], row["per_minute_half_width"] = mean_interval(slopes)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _late_change(rows: pd.DataFrame, metric: str) -> tuple[float, float]:
+    """Change of the metric over the last part of a run, and the train seconds it took."""
+    end = float(rows[TRAIN_SECONDS].iloc[-1])
+    start = (1 - LAST_PART) * end
+    return float(rows[metric].iloc[-1]) - _interpolate(rows, TRAIN_SECONDS, metric, start), end - start
+
+
 def finished_runs(race: Race) -> pd.DataFrame:
     """The rows of the runs frame that can be compared, with the summary's columns present even if all are empty."""
     wanted = ("tokens_seen", "train_seconds", "steps", "peak_memory_mib")
     missing = {name: math.nan for name in wanted if name not in race.runs.columns}
     return race.runs[race.runs["status"] == FINISHED].assign(**missing)
+
+
+def comparable_runs(race: Race) -> pd.DataFrame:
+    """The finished runs; ValueError if a recipe has two of one seed: a pair would be ambiguous."""
+    runs = finished_runs(race)
+    twice = runs.duplicated(["recipe", "seed"], keep=False)
+    if twice.any():
+        raise ValueError(f"runs {sorted(runs.loc[twice, 'trial_id'])}; accepted: one run a recipe and seed")
+    return runs
 
 
 def epochs(race: Race) -> dict[str, dict[str, float]]:
@@ -226,9 +242,12 @@ def _interpolate(rows: pd.DataFrame, position: str, metric: str, at: float) -> f
 
 
 def _first_crossing(rows: pd.DataFrame, metric: str, goal: float) -> float:
-    """Where the line through the milestones first comes down to `goal`, in train seconds."""
     known = rows[[TRAIN_SECONDS, metric]].dropna()
-    times, losses = known[TRAIN_SECONDS].to_numpy(float), known[metric].to_numpy(float)
+    return first_crossing(known[TRAIN_SECONDS].to_numpy(float), known[metric].to_numpy(float), goal)
+
+
+def first_crossing(times: np.ndarray, losses: np.ndarray, goal: float) -> float:
+    """Where the line through (times, losses) first comes down to `goal`; NaN if it never does."""
     below = np.flatnonzero(losses <= goal)
     if len(below) == 0:
         return math.nan

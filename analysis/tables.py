@@ -13,10 +13,13 @@ from tabulate import tabulate
 from analysis.frames import Race
 from analysis.layers import MODES, layer_measures
 from analysis.measures import comparison, epochs, ledger_check, order_check
+from analysis.verdicts import LOSS, claims
 from cggr_ray.schema import BUDGET_LEDGERS, LEARNING_RATE, LEDGERS, TRAIN_SECONDS, VAL_LOSS, VAL_NATS_PER_BYTE
 
 MARKDOWN = "github"
 NONE = "–"
+# Behind a difference that is no claim: chance alone could have made it.
+UNSUPPORTED = " †"
 
 
 def figure(value: float, digits: int, half_width: float = math.nan, sign: bool = False) -> str:
@@ -28,17 +31,18 @@ def figure(value: float, digits: int, half_width: float = math.nan, sign: bool =
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], style: str = MARKDOWN) -> str:
-    """Rows under headers; everything is text already, so nothing is reformatted."""
-    return tabulate([list(row) for row in rows], list(headers), tablefmt=style, disable_numparse=True)
+    """Rows under headers; everything is text already, so nothing is reformatted. Markdown's | is escaped."""
+    bar = r"\|" if style == MARKDOWN else "|"
+    head, *body = ([str(cell).replace("|", bar) for cell in row] for row in (headers, *rows))
+    return tabulate(body, head, tablefmt=style, disable_numparse=True)
 
 
 def comparison_table(race: Race, style: str = MARKDOWN) -> str:
-    """One row a recipe with the measures of `analysis.measures.comparison`, units in the head."""
+    """One row a recipe with the measures of `analysis.measures.comparison`, units in the head; † marks no claim."""
     headers = (
         *("recipe", "finished", "final val loss (nats/token)", "difference to baseline", "val loss at equal tokens"),
         *(
             "time to baseline's final loss (s)",
-            "speed-up",
             "tokens seen (M)",
             "epochs",
             "tokens/s",
@@ -46,14 +50,19 @@ def comparison_table(race: Race, style: str = MARKDOWN) -> str:
             "peak memory (MiB)",
         ),
     )
-    return table(headers, [_comparison_cells(race, row) for row in comparison(race).to_dict("records")], style)
+    judged = claims(race)
+    shown = set(judged.loc[(judged["quantity"] == LOSS.name) & judged["supported"], "recipe"]) if len(judged) else set()
+    rows = comparison(race).to_dict("records")
+    return table(headers, [_comparison_cells(race, row, row["recipe"] in shown) for row in rows], style)
 
 
-def _comparison_cells(race: Race, row: dict[Any, Any]) -> list[str]:
+def _comparison_cells(race: Race, row: dict[Any, Any], is_claim: bool) -> list[str]:
     def cell(name: str, digits: int, scale: float = 1.0, sign: bool = False) -> str:
         return figure(row[name] * scale, digits, row[f"{name}_half_width"] * scale, sign)
 
-    is_baseline = row["recipe"] == race.baseline
+    difference = NONE
+    if row["recipe"] != race.baseline and not math.isnan(row["loss_difference"]):
+        difference = cell("loss_difference", 4, sign=True) + ("" if is_claim else UNSUPPORTED)
     seconds = cell("seconds_to_baseline_loss", 1)
     if row["reached"] < row["pairs"]:
         seconds = f"reached by {row['reached']} of {row['pairs']}"
@@ -61,10 +70,9 @@ def _comparison_cells(race: Race, row: dict[Any, Any]) -> list[str]:
         str(row["recipe"]),
         f"{row['seeds']} of {row['runs']}",
         cell("final_loss", 4),
-        NONE if is_baseline else cell("loss_difference", 4, sign=True),
+        difference,
         cell("loss_at_equal_tokens", 4),
         seconds,
-        NONE if is_baseline else cell("speed_up", 2),
         cell("tokens_seen", 3, scale=1e-6),
         _epochs_cell(epochs(race).get(str(row["recipe"]), {})),
         cell("tokens_per_second", 0),

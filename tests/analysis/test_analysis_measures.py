@@ -1,4 +1,4 @@
-"""Measures against figures worked out by hand; intervals against scipy."""
+"""Measures against figures worked out by hand."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
 from analysis.frames import read_race
 from analysis.measures import (
@@ -19,9 +17,9 @@ from analysis.measures import (
     ledger_check,
     loss_at_time,
     loss_at_tokens,
-    mean_interval,
     order_check,
     run_measures,
+    saturation,
     time_to_loss,
 )
 
@@ -40,23 +38,6 @@ def milestones_of(*runs: list[tuple[float, float, float]]) -> pd.DataFrame:
 def row_of(table: pd.DataFrame, recipe: str) -> dict[Any, Any]:
     (row,) = table[table["recipe"] == recipe].to_dict("records")
     return row
-
-
-def test_mean_interval_agrees_with_scipy() -> None:
-    values = [2.31, 2.35, 2.28, 2.40, 2.33]
-    for confidence in (0.8, 0.95, 0.99):
-        mean, half = mean_interval(values, confidence)
-        low, high = stats.ttest_1samp(values, 0).confidence_interval(confidence)
-        assert mean == pytest.approx(np.mean(values)) and half == pytest.approx((high - low) / 2)
-
-
-def test_mean_interval_of_few_values() -> None:
-    assert mean_interval([1.0, 3.0]) == pytest.approx((2.0, T_ONE))
-    mean, half = mean_interval([7.0])
-    assert mean == 7.0 and math.isnan(half)
-    assert all(math.isnan(value) for value in (*mean_interval([]), *mean_interval([1.0, math.nan])))
-    with pytest.raises(ValueError, match="95"):
-        mean_interval([1.0], confidence=95)
 
 
 def test_losses_are_interpolated_within_a_run_and_nan_outside() -> None:
@@ -103,8 +84,7 @@ def test_comparison_of_two_seeds_by_hand(pair_race: Path) -> None:
     assert quick["loss_at_equal_tokens"] == pytest.approx(1.7)
     # 2.0 lies half way from 2.5 to 1.5: 15 s; 2.2 is met at 10 s; baselines take 20 s.
     assert quick["seconds_to_baseline_loss"] == pytest.approx(12.5)
-    assert quick["speed_up"] == pytest.approx((20 / 15 + 20 / 10) / 2)
-    assert base["speed_up"] == 1 and base["loss_difference"] == 0
+    assert base["seconds_to_baseline_loss"] == 20 and base["loss_difference"] == 0
     assert (quick["tokens_seen"], quick["tokens_per_second"], quick["steps"]) == (1000, 50, 20)
     assert quick["peak_memory_mib"] == 512
 
@@ -142,7 +122,7 @@ def test_a_loss_never_reached_leaves_no_mean_time(pair_race: Path, run_writer: W
         run_writer(pair_race, recipe, 2, rows, {})
     quick = row_of(comparison(read_race(pair_race)), "quick")
     assert (quick["pairs"], quick["reached"]) == (3, 2)
-    assert math.isnan(quick["seconds_to_baseline_loss"]) and math.isnan(quick["speed_up"])
+    assert math.isnan(quick["seconds_to_baseline_loss"])
 
 
 def test_a_baseline_that_rises_again_is_timed_at_its_own_first_crossing(
@@ -153,8 +133,8 @@ def test_a_baseline_that_rises_again_is_timed_at_its_own_first_crossing(
     run_writer(tmp_path, "baseline", 0, rising, {})
     run_writer(tmp_path, "other", 0, steady, {})
     measured = run_measures(read_race(tmp_path)).set_index("recipe")
-    assert measured.at["baseline", "seconds_to_baseline_loss"] == 5 and measured.at["baseline", "speed_up"] == 1
-    assert measured.at["other", "seconds_to_baseline_loss"] == 10 and measured.at["other", "speed_up"] == 0.5
+    assert measured.at["baseline", "seconds_to_baseline_loss"] == 5
+    assert measured.at["other", "seconds_to_baseline_loss"] == 10
 
 
 def test_two_runs_of_a_recipe_and_seed_are_refused(tmp_path: Path, run_writer: Writer, milestone_row: RowMaker) -> None:
@@ -163,6 +143,21 @@ def test_two_runs_of_a_recipe_and_seed_are_refused(tmp_path: Path, run_writer: W
         (tmp_path / name / "runs" / "baseline-0" / "summary.json").write_text('{"status": "finished"}')
     with pytest.raises(ValueError, match=r"\['a', 'b'\]; accepted: one run a recipe and seed"):
         comparison(read_race(tmp_path))
+
+
+def test_saturation_is_the_slope_of_the_last_quarter(pair_race: Path) -> None:
+    quick = row_of(saturation(read_race(pair_race)), "quick")
+    # At 15 of 20 s the interpolated losses are 2.0 and 2.05; 1.5 and 1.9 at the end.
+    assert quick["change"] == pytest.approx(-(0.5 + 0.15) / 2)
+    assert quick["change_half_width"] == pytest.approx(T_ONE * 0.175)
+    assert quick["per_minute"] == pytest.approx(12 * quick["change"]) and quick["seeds"] == 2
+
+
+def test_saturation_needs_a_milestone_before_the_last_quarter(
+    tmp_path: Path, run_writer: Writer, milestone_row: RowMaker
+) -> None:
+    run_writer(tmp_path, "baseline", 0, [milestone_row(20, 20, 20, 2.0)], {})
+    assert math.isnan(row_of(saturation(read_race(tmp_path)), "baseline")["change"])
 
 
 def test_ledgers_are_held_against_the_wall_clock(pair_race: Path, run_writer: Writer) -> None:

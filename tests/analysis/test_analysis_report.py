@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from analysis.frames import Race, read_race
+from analysis.output import write_report
 from analysis.plots import BASELINE_COLOUR, plot_memory, styles
-from analysis.report import render, summary_table, verdicts, write_report
-from analysis.tables import figure
+from analysis.report import render, summary_table, verdicts
+from analysis.stats import detectable
+from analysis.tables import figure, table
 
 Writer = Callable[..., Path]
 RowMaker = Callable[..., dict[str, Any]]
@@ -29,7 +33,7 @@ def edit_summary(race: Path, trial: str, **changes: Any) -> None:
 
 
 def verdict_of(race: Race, recipe: str) -> str:
-    (line,) = [line for line in verdicts(race, bold=False) if line.startswith(f"{recipe}:")]
+    (line,) = [line for line in verdicts(race) if line.startswith(f"{recipe}:")]
     return line
 
 
@@ -94,35 +98,71 @@ def test_without_resting_layers_the_report_is_as_before(
     assert texts[0] == texts[1] and "Layers that learn" not in texts[0]
 
 
+def cells_of(text: str, title: str, *first: str) -> list[str]:
+    """The row of a section's tables that begins with these cells."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section(text, title).splitlines()]
+    (found,) = [row for row in rows if tuple(row[: len(first)]) == first]
+    return found
+
+
 def test_figures_of_the_comparison_reach_the_table(pair_race: Path) -> None:
-    (row,) = [line for line in render(read_race(pair_race)).splitlines() if re.match(r"\| quick +\| 2 of 2", line)]
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2:4] == ["1.7000 ± 2.5412", "-0.4000 ± 1.2706"]
-    assert cells[5:8] == ["12.5 ± 31.8", "1.67 ± 4.24", "0.001 ± 0.000"]
+    cells = cells_of(render(read_race(pair_race)), "Comparison", "quick")
+    assert cells[1:4] == ["2 of 2", "1.7000 ± 2.5412", "-0.4000 ± 1.2706 †"]
+    assert cells[5:7] == ["12.5 ± 31.8", "0.001 ± 0.000"]
+
+
+def test_the_verdicts_come_first_and_only_claims_are_bold(pair_race: Path) -> None:
+    text = render(read_race(pair_race))
+    assert text.index("## Verdicts") < text.index("## What ran")
+    loss = cells_of(text, "Verdicts", "final loss (nats/token)", "quick")
+    assert loss[2:5] == ["2", "-0.4000", "[-1.6706, +0.8706]"]
+    assert loss[-1] == "no difference that 2 seeds could show"
+    speed = cells_of(text, "Verdicts", "tokens/s (ratio)", "quick")
+    assert speed[3] == "0.500x" and speed[5] == "< 0.001" and speed[-1] == "**slower**"
+    assert "by paired t over 2 pairs" in text
+
+
+def test_the_findings_reach_their_sections(pair_race: Path) -> None:
+    text = render(read_race(pair_race))
+    assert cells_of(text, "Equal time and equal tokens", "quick", "1.7000 (-0.4000 ± 1.2706)")
+    # Where quick ends, at 1000 tokens, baselines are at 3.0 and 3.2.
+    assert "1.7000 (-1.4000 ± " in section(text, "Equal time and equal tokens")
+    assert cells_of(text, "Saturation", "quick")[1:] == [
+        "-0.3250 ± 2.2236",
+        "-3.9000 ± 26.6830",
+        "no change shown",
+    ]
+    assert cells_of(text, "Efficiency, and the value of a kept token", "quick")[1] == "2.2000"
+    assert "2.5000" in section(text, "Time to target losses") and "Performance profile" in text
 
 
 def test_one_seed_concludes_nothing(one_seed_race: Path) -> None:
-    line = verdict_of(read_race(one_seed_race), "quick")
-    assert "one seed: no interval, nothing can be concluded" in line and "-0.5000" in line
-    assert "±" not in line and "excludes" not in line
+    race = read_race(one_seed_race)
+    line = verdict_of(race, "quick")
+    assert line.count("one seed: no verdict") == 3 and "-0.5000" in line and "±" not in line
+    text = render(race)
+    assert "-0.5000 †" in text and not re.search(r"\bnan\b", text)
+    assert "**" not in cells_of(text, "Verdicts", "final loss (nats/token)", "quick")[-1]
 
 
 def test_two_seeds_with_a_wide_interval_show_no_difference(pair_race: Path) -> None:
     line = verdict_of(read_race(pair_race), "quick")
-    assert "no difference that 2 seeds could show" in line and "includes 0" in line
-    assert "-0.4000 ± 1.2706" in line and "an interval that includes 1" in line
+    assert "final loss: no difference that 2 seeds could show (-0.4000 ± 1.2706 nats/token)" in line
+    assert "speed-up to a common loss: no difference that 2 seeds could show" in line
 
 
-@pytest.mark.parametrize(("shift", "word"), [(-0.5, "lower"), (0.5, "higher")])
-def test_a_narrow_interval_is_said_to_exclude_zero(
-    tmp_path: Path, run_writer: Writer, milestone_row: RowMaker, shift: float, word: str
+@pytest.mark.parametrize(("shift", "word", "speed"), [(-0.5, "better", "faster"), (0.5, "worse", "slower")])
+def test_a_clear_difference_is_a_claim(
+    tmp_path: Path, run_writer: Writer, milestone_row: RowMaker, shift: float, word: str, speed: str
 ) -> None:
     for seed, noise in enumerate((0.0, 0.01, 0.02)):
-        for recipe, end in (("baseline", 2.0 + seed), ("other", 2.0 + seed + shift + noise)):
+        for recipe, end in (("baseline", 2.0), ("other", 2.0 + shift + noise)):
             run_writer(tmp_path, recipe, seed, [milestone_row(0, 0, 0, 9.0), milestone_row(20, 20, 20, end)], {})
-    line = verdict_of(read_race(tmp_path), "other")
-    assert f"{word} final loss" in line and "over 3 pairs excludes 0" in line
-    assert ("0 of 3 pairs reached" in line) == (shift > 0)
+    race = read_race(tmp_path)
+    line = verdict_of(race, "other")
+    assert f"final loss: {word} (" in line and f"speed-up to a common loss: {speed} (" in line
+    assert "tokens/s: no difference" in line
+    assert f"**{word}**" in render(race) and "†" not in section(render(race), "Comparison").split("* **finished**")[0]
 
 
 def test_repeated_data_is_shown_and_warned_of(pair_race: Path) -> None:
@@ -143,8 +183,26 @@ def test_lost_runs_are_named(pair_race: Path, run_writer: Writer) -> None:
     run_writer(pair_race, "lost", 0, [])
     race = read_race(pair_race)
     assert "1 run diverged, left out" in verdict_of(race, "quick")
-    assert "no run finished (1 run unfinished): nothing can be compared" in verdict_of(race, "lost")
-    assert "quick-2 (diverged): loss was not finite" in render(race)
+    assert "no pair: no verdict" in verdict_of(race, "lost") and "1 run unfinished" in verdict_of(race, "lost")
+    text = render(race)
+    assert "quick: 1 run diverged, left out of these figures." in text
+    assert "quick-2 (diverged): loss was not finite" in text and "left out of all" not in text
+
+
+def test_the_command_and_mixed_versions_are_stated(pair_race: Path) -> None:
+    assert "different versions" not in render(read_race(pair_race))
+    spec = json.loads((pair_race / "race.json").read_text())
+    (pair_race / "race.json").write_text(json.dumps(spec | {"command": "cggr-ray race --seeds 0,1"}))
+    run = pair_race / "runs" / "quick-0" / "run.json"
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"versions": {"torch": "2.13.0"}}))
+    text = render(read_race(pair_race))
+    assert "`cggr-ray race --seeds 0,1`" in text and "different versions of torch" in text
+
+
+def test_an_injected_clock_and_lost_memory_are_said(pair_race: Path) -> None:
+    edit_summary(pair_race, "quick-0", out_of_memory=2)
+    text = with_spec(pair_race, {"step_seconds": 0.5})
+    assert "are not those of any machine" in text and "1 run ran out of memory" in text
 
 
 def test_a_trial_without_a_folder_is_named(pair_race: Path) -> None:
@@ -175,7 +233,8 @@ def test_how_the_arms_were_tuned_is_said(pair_race: Path) -> None:
     tuned = {"baseline": tried[1], "quick": {"tokens.keep": 0.5, **tried[2]}}
     words = (
         "each arm had 3 trials of 20 train seconds, seed 1000, over optimizer.matrix.lr = 0.002, 0.004, 0.008; "
-        "optimizer.rest.lr = 0.001, 0.002, 0.004 (varied together)"
+        "optimizer.rest.lr = 0.001, 0.002, 0.004 (varied together), before the race; "
+        "it races with one of the values tried."
     )
     text = with_spec(pair_race, spec | {"arms": tuned})
     assert words in text and "Not so" not in text and "No arm was tuned" not in text
@@ -201,7 +260,7 @@ def test_without_a_device_there_is_no_memory_and_still_a_report(pair_race: Path)
 
 def test_summary_for_a_terminal_is_plain(pair_race: Path) -> None:
     text = summary_table(read_race(pair_race))
-    assert "**" not in text and "|" not in text and "quick: no difference" in text
+    assert "**" not in text and "|" not in text and "quick: final loss: no difference" in text
 
 
 def test_figure_shows_a_spread_only_where_there_is_one() -> None:
@@ -220,3 +279,57 @@ def test_reading_a_race_loads_neither_torch_nor_ray() -> None:
     code = "import sys, analysis; print([m for m in ('torch', 'ray', 'cggr_ray.loop') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_questions_that_were_trained_on_are_told(pair_race: Path) -> None:
+    seen = {"gsm8k": {"questions": 1319, "words": 13, "keys": ["4", "7", "9"]}}
+    (pair_race / "overlap.json").write_text(json.dumps(seen))
+    seen["sums"] = {"questions": 100, "words": 1000, "keys": ["8"]}
+    seen["aime"] = {"questions": 30, "words": 13, "keys": []}
+    (pair_race / "overlap.json").write_text(json.dumps(seen))
+    text = render(read_race(pair_race))
+    assert "3 of 1319 questions of gsm8k are whole in a training document, or 13 words of them in a row." in text
+    assert "1 of 100 questions of sums are whole in a training document." in text and "of aime" not in text
+
+
+def test_a_message_stays_on_its_line_and_a_bar_in_its_cell(pair_race: Path) -> None:
+    edit_summary(pair_race, "quick-1", status="failed", message="Traceback:\n\n## Not | a heading\n  gone")
+    spec = json.loads((pair_race / "race.json").read_text())
+    (pair_race / "race.json").write_text(json.dumps(spec | {"command": "echo a | b"}))
+    text = render(read_race(pair_race))
+    assert "* quick-1 (failed): Traceback: ## Not | a heading gone\n" in text
+    assert r"`echo a \| b`" in text
+    assert table(["x|y"], [["a|b"]], "simple").split("\n")[-1].strip() == "a|b"
+
+
+def test_a_baseline_without_a_run_is_refused(pair_race: Path) -> None:
+    spec = json.loads((pair_race / "race.json").read_text())
+    (pair_race / "race.json").write_text(json.dumps(spec | {"baseline": "full"}))
+    with pytest.raises(ValueError, match=r"baseline = 'full' has no run; accepted: .*: baseline, quick"):
+        render(read_race(pair_race))
+
+
+def test_what_does_not_apply_is_not_said(
+    tmp_path: Path, one_seed_race: Path, run_writer: Writer, milestone_row: RowMaker
+) -> None:
+    assert "p (Holm)**: none: no arm has two pairs" in render(read_race(one_seed_race))
+    run_writer(tmp_path / "alone", "baseline", 0, [milestone_row(20, 20, 20, 2.0)], {})
+    text = render(read_race(tmp_path / "alone"))
+    assert "luck of one seed" not in text and "taken up again" not in text
+
+
+def test_runs_that_went_on_from_a_checkpoint_are_told(pair_race: Path) -> None:
+    with (pair_race / "runs" / "quick-1" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "resumed", "step": 20}\n')
+    assert "1 run was taken up again from a checkpoint (quick-1)" in render(read_race(pair_race))
+
+
+def test_what_a_ratio_could_have_shown_is_a_factor_both_ways(
+    tmp_path: Path, run_writer: Writer, milestone_row: RowMaker
+) -> None:
+    for seed, tokens in enumerate((1000, 900, 1200)):
+        run_writer(tmp_path, "baseline", seed, [milestone_row(20, 20, 1000, 2.0)], {})
+        run_writer(tmp_path, "other", seed, [milestone_row(20, 20, tokens, 2.0)], {})
+    up = math.exp(detectable(np.log([1.0, 0.9, 1.2]), 0.05 / 2))
+    cells = cells_of(render(read_race(tmp_path)), "Verdicts", "tokens/s (ratio)", "other")
+    assert cells[-2] == f"beyond {up:.4g}x or {1 / up:.3g}x" and up > 1

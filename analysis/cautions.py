@@ -1,0 +1,142 @@
+"""What speaks against a race: missing runs, time or order that does not add up, arms that were not tuned alike."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis.frames import Race
+from analysis.measures import FINISHED, comparison, epochs, ledger_check, order_check, saturation
+from analysis.tables import figure, plain
+from cggr_ray.schema import KEPT_LOSS
+
+# Ledgers that miss the wall clock by more than this many percent leave time unexplained.
+CLOSURE_PERCENT = 0.5
+# Passes over the same documents after which new ones would be worth much more.
+FRESH_EPOCHS = 4
+# No question has more words: so many in a row are all of it.
+WHOLE_QUESTION = 1000
+
+
+def unfinished(race: Race) -> list[str]:
+    """Why runs did not finish, and which trials of the race left no run at all."""
+    messages = race.runs.get("message", pd.Series("", index=race.runs.index))
+    lines = [
+        f"{run} ({status}): {' '.join(message.split()) if isinstance(message, str) and message else 'no message'}"
+        for run, status, message in zip(race.runs["trial_id"], race.runs["status"], messages, strict=True)
+        if status != FINISHED
+    ]
+    absent = [str(trial) for trial in race.spec.get("trials", ()) if trial not in set(race.runs["trial_id"])]
+    return lines + [f"{trial}: never started" for trial in absent]
+
+
+def ledger_words(race: Race) -> str:
+    """Whether the ledgers add up to the wall clock, and how far training overran its budget."""
+    checks = ledger_check(race)
+    worst = checks["difference_percent"].abs().max()
+    if len(checks) == 0 or checks["difference_percent"].isna().any():
+        closure = "Ledgers or wall clock are missing for some runs, so they cannot be said to add up."
+    elif worst > CLOSURE_PERCENT:
+        closure = f"**The ledgers miss the wall clock by up to {worst:.2f} %: time is unexplained.**"
+    else:
+        closure = f"The eight ledgers add up to the wall clock within {worst:.3f} % in every run."
+    overrun = checks["overrun_steps"].max()
+    late = f" Training used at most {overrun:.2f} last steps beyond the budget." if not pd.isna(overrun) else ""
+    return f"{closure}{late} Seconds; the budget is the sum of the columns marked *."
+
+
+def order_words(race: Race) -> str:
+    """Whether all runs read the same rows."""
+    agree = order_check(race)["agree"]
+    if (agree == False).any():  # noqa: E712 - nullable booleans
+        return "**Runs of one data seed read different rows: their losses cannot be compared as pairs.**"
+    if agree.isna().any() or len(agree) == 0:
+        return "Some runs had no run of the same data seed to compare with."
+    return "Every run read the same rows in the same order as the other runs of its data seed, at every mark compared."
+
+
+def tuning_words(race: Race) -> str:
+    """How the arms were tuned before the race, in a sentence; an arm without any of the values tried was not."""
+    spec = race.spec.get("spec", {})
+    tuning = spec.get("tuning")
+    if tuning is None:
+        return "No arm was tuned for this race."
+    arms, tried = spec.get("arms", {}), tuning["values"]
+    names = list(spec.get("recipes", race.recipes))
+    untuned = [name for name in names if not any(entry.items() <= arms.get(name, {}).items() for entry in tried)]
+    if len(untuned) == len(names):
+        return "The race's file describes a tuning, but no arm has any of its values: no arm was tuned for this race."
+    keys = "; ".join(f"{key} = {plain([entry[key] for entry in tried])}" for key in tried[0])
+    together = " (varied together)" if len(tried[0]) > 1 else ""
+    words = (
+        f"By the race's file each arm had {len(tried)} trials of {plain(tuning['seconds'])} train seconds, seed "
+        f"{tuning['seed']}, over {keys}{together}, before the race; it races with one of the values tried."
+    )
+    return f"{words} **Not so {', '.join(untuned)}: none of these values.**" if untuned else words
+
+
+def caveats(race: Race) -> list[str]:
+    """What the figures of a race cannot say."""
+    notes = [
+        *pair_caveats(race),
+        "One budget, one model and one device: a ranking can turn over at another of either.",
+        "Every recipe ran with the learning rate in the table of settings; one that was tuned less well looks worse.",
+        "Time to a loss is interpolated linearly between milestones: late on a convex curve, within one spacing.",
+        "Schedules end with the budget: milestones and targets before the end compare runs that have not decayed yet, "
+        "and losses at equal tokens compare runs that have with runs that have not.",
+    ]
+    if race.runs.get("data_seed", pd.Series()).nunique() == 1:
+        notes.append("All runs share one order of the data: the spread over seeds leaves out that of the order.")
+    if race.spec.get("spec", {}).get("step_seconds") is not None:
+        notes.append(
+            "**The clock advanced by a fixed time a step: seconds and tokens/s are not those of any machine.**"
+        )
+    short = int((race.runs.get("out_of_memory", pd.Series(dtype=float)).fillna(0) > 0).sum())
+    if short:
+        runs = "run" if short == 1 else "runs"
+        notes.append(f"{short} {runs} ran out of memory, went on with smaller micro-batches, and lost time by it.")
+    resumed = race.runs.loc[race.runs["resumes"] > 0, "trial_id"] if "resumes" in race.runs.columns else ()
+    if len(resumed):
+        runs = "run was" if len(resumed) == 1 else "runs were"
+        words = "steps after it were done again, and only the second time counts."
+        notes.append(f"{len(resumed)} {runs} taken up again from a checkpoint ({', '.join(resumed)}): {words}")
+    versions = [str(name) for name in race.runs.columns if str(name).startswith("versions/")]
+    mixed = [name.removeprefix("versions/") for name in versions if race.runs[name].dropna().nunique() > 1]
+    if mixed:
+        notes.append(f"**Runs of this race had different versions of {', '.join(mixed)}.**")
+    return notes + data_caveats(race)
+
+
+def pair_caveats(race: Race) -> list[str]:
+    """How little the fewest pairs of an arm say; nothing where there is nobody to compare with."""
+    if len(race.recipes) == 1:
+        return []
+    rows = comparison(race)
+    fewest = int(rows.loc[rows["recipe"] != race.baseline, "pairs"].min())
+    if fewest > 1:
+        return [
+            f"The smallest comparison has {fewest} pairs: its t interval is wide and assumes a roughly normal spread."
+        ]
+    return ["A recipe with fewer than two pairs has no interval; its difference may be the luck of one seed."]
+
+
+def data_caveats(race: Race) -> list[str]:
+    """The same, of what was read and learnt."""
+    notes = []
+    table = saturation(race)
+    falling = table.loc[table["change"] + table["change_half_width"] < 0, "recipe"]
+    if len(falling):
+        notes.append(f"Still falling at the end of the budget: {', '.join(falling)}. A longer one may rank otherwise.")
+    most = {recipe: max(passes.values(), default=0.0) for recipe, passes in epochs(race).items()}
+    if max(most.values(), default=0.0) > FRESH_EPOCHS:
+        passes = ", ".join(f"{recipe} {figure(number, 1)}" for recipe, number in most.items())
+        notes.append(
+            f"Documents were read more often than about {FRESH_EPOCHS} times ({passes}), beyond which they teach "
+            "little (arXiv:2305.16264) and more tokens a second turn into memorising: more data may change the ranking."
+        )
+    for task, seen in race.spec.get("overlap", {}).items():
+        share = f"{len(seen['keys'])} of {seen['questions']} questions of {task} are whole in a training document"
+        words = "" if seen["words"] >= WHOLE_QUESTION else f", or {seen['words']} words of them in a row"
+        notes += [f"{share}{words}."] if seen["keys"] else []
+    if KEPT_LOSS in race.steps.columns:
+        notes.append("Training loss of recipes that select is over kept positions and compares with no other recipe's.")
+    return notes
