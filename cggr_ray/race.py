@@ -67,12 +67,14 @@ class RaceSpec(Plain):
     that advances so much a step: for exact reproduction, never for comparison. `tuning` is how `arms` are found.
     `batches` holds an arm's own rows a step and a micro-batch, by recipe name, and `batch_lr_rule` what an arm whose
     rows a step are not the race's does to its learning rate. `evaluation` is what else is asked at every milestone,
-    where a checkpoint is written then.
+    where a checkpoint is written then. `order_by_seed`: every seed reads the data in an order of its own, the same for
+    all arms; else all seeds read one.
     """
 
     name: str = "race"
     recipes: tuple[str, ...] = ("baseline", "cggr_loss", "random_tokens", "fewer_rows")
     seeds: tuple[int, ...] = (0,)
+    order_by_seed: bool = False
     budget_seconds: float = 30.0
     global_rows: int = 16
     micro_rows: int = 16
@@ -139,10 +141,12 @@ class RaceSpec(Plain):
         """(global_rows, micro_rows) of an arm."""
         return self.batches.get(name, ArmBatch()).within(self.global_rows, self.micro_rows)
 
-    def of_arm(self, name: str) -> RaceSpec:
-        """The race as a trial of an arm sees it: with the arm's rows for everybody's."""
+    def of_arm(self, name: str, seed: int) -> RaceSpec:
+        """The race as a trial of an arm sees it: with the arm's rows for everybody's, and the seed's order."""
         global_rows, micro_rows = self.rows_of(name)
-        return replace(self, global_rows=global_rows, micro_rows=micro_rows, batches={}, batch_lr_rule="none")
+        data = replace(self.data, seed=self.data.seed + seed) if self.order_by_seed else self.data
+        rows: dict[str, Any] = {"global_rows": global_rows, "micro_rows": micro_rows, "batches": {}}
+        return replace(self, data=data, order_by_seed=False, batch_lr_rule="none", **rows)
 
     def changes(self, name: str) -> dict[str, Any]:
         """The dotted values of an arm: the race's, then its own; a part that is replaced whole before its keys. Where
@@ -166,6 +170,9 @@ class RaceSpec(Plain):
                 keep what it says.
         """
         if self.model.pretrained is not None:
+            if len(self.seeds) > 1 and not self.order_by_seed:
+                raise ValueError(f"seeds {list(self.seeds)} with trained weights and one order of the data, whose runs "
+                                 "differ by rounding; accepted: order_by_seed = true, or one seed")  # fmt: skip
             check_positions(self.data, self.model.config().max_position_embeddings)
         for name in self.recipes:
             try:
@@ -299,7 +306,7 @@ def plan_trial(spec: RaceSpec, name: str, seed: int, number: str, folder: Path) 
         values["optimizer.lr_scale"] = recipe.optimizer.lr_scale
     trial_id = f"{recipe.name.replace('/', '-')}-{number}"
     where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / "data").resolve()
-    return Trial(trial_id, recipe, seed, spec.of_arm(name), str(where), str(data), values)
+    return Trial(trial_id, recipe, seed, spec.of_arm(name, seed), str(where), str(data), values)
 
 
 def refuse_doubles(trials: Sequence[Trial]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cggr_ray.data.dataset import DataSpec
+from cggr_ray.data.dataset import DataSpec, is_prepared, open_data, prepare
 from cggr_ray.data.sources import HuggingFace, Jsonl, Parquet, Problems
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.race import RACES, RaceSpec, Trial, load_race, plan_trials
@@ -25,6 +25,18 @@ def test_trials_of_a_seed_run_together_and_every_other_seed_is_reversed(tmp_path
     assert len({t.folder for t in trials}) == 9
     assert {t.data_folder for t in trials} == {str(tmp_path.resolve() / "data")}
     assert all(Path(t.folder).is_absolute() and Path(t.folder).name == t.trial_id for t in trials)
+
+
+def test_seeds_with_an_order_of_their_own_read_the_same_data(tmp_path: Path) -> None:
+    small = DataSpec(sources=(Problems(count=300),), row_tokens=64, seed=40)
+    spec = RaceSpec(recipes=("baseline", "fewer_rows"), seeds=(2, 3), order_by_seed=True, data=small)
+    prepare(spec.data, tmp_path)
+    first: dict[int, list[list[tuple[int, ...]]]] = {}
+    for trial in plan_trials(spec, tmp_path):
+        assert trial.race.data.seed == 40 + trial.seed and is_prepared(trial.race.data, tmp_path)
+        rows = open_data(trial.race.data, tmp_path).order().first_rows(3)
+        first.setdefault(trial.seed, []).append([tuple(row.tokens.tolist()) for row in rows])
+    assert first[2][0] == first[2][1] and first[3][0] == first[3][1] and first[2][0] != first[3][0]
 
 
 def test_an_arm_overrides_the_race(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def sweep_trial(spec: RaceSpec, recipe_name: str, values: Mapping[str, Any], tri
     changed = {**spec.values, **spec.arms.get(recipe_name, {}), **ordered}
     recipe = spec.at_own_rate(recipe_name, load_recipe(recipe_name).with_values(changed))
     where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / "data").resolve()
-    return Trial(trial_id, recipe, spec.seeds[0], spec.of_arm(recipe_name), str(where), str(data), changed)
+    seed = spec.seeds[0]
+    return Trial(trial_id, recipe, seed, spec.of_arm(recipe_name, seed), str(where), str(data), changed)
 
 
 def run_sweep(

@@ -131,9 +131,12 @@ def prepare(spec: DataSpec, folder: Path, say: Callable[[str], None] = lambda _:
 
 
 def is_prepared(spec: DataSpec, folder: Path) -> bool:
-    """Whether a folder holds the data of this very specification."""
+    """Whether a folder holds the data of this very specification, in whatever order they are to be read."""
     ready = folder / READY
-    return ready.is_file() and json.loads(ready.read_text())["spec"] == _plain(spec)
+    if not ready.is_file():
+        return False
+    kept: dict[str, Any] = json.loads(ready.read_text())["spec"]
+    return kept | {"seed": spec.seed} == _plain(spec)
 
 
 def open_data(spec: DataSpec, folder: Path) -> PreparedData:

@@ -130,7 +130,7 @@ class RowOrder:
 
     Args:
         stores: one a source. weights: shares of the tokens. max_epochs: per source, None for no limit.
-        seed: the data seed, alike for all trials of a race.
+        seed: the data seed, alike for all trials of a race, or of a seed of it.
         longest: positions of the longest document that rows of this shape will hold; a whole row by default.
     Raises:
         ValueError: a source is empty, or all of them are limited.

@@ -37,6 +37,7 @@ class Preset(NamedTuple):
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(4, 128, 4, 2, 384, 2048),
+    "llama-24m": Preset(12, 384, 6, 2, 960, 8192),
     "llama-113m": Preset(16, 768, 12, 4, 2048, 16384),
     "e3": Preset(12, 1024, 16, 4, 3584, 32000),
     "smollm-135m": Preset(30, 576, 9, 3, 1536, 49152),

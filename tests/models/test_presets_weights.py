@@ -226,6 +226,14 @@ def test_one_of_two_rates_is_not_enough_for_trained_weights(tmp_path: Path) -> N
     replace(spec, values={**spec.values, "optimizer.rest.lr": 2e-5}).check()
 
 
+def test_seeds_of_trained_weights_have_an_order_of_their_own(tmp_path: Path) -> None:
+    small_model("llama").save_pretrained(tmp_path / "model")
+    spec = race_of(model=ModelSpec(folder=str(tmp_path / "model")), seeds=(0, 1), data=DataSpec(row_tokens=16))
+    with pytest.raises(ValueError, match=r"seeds \[0, 1\] with trained weights.*accepted: order_by_seed = true"):
+        spec.check()
+    replace(spec, order_by_seed=True).check()
+
+
 def test_a_recipe_of_the_user_s_own_keeps_its_rates(tmp_path: Path) -> None:
     (own := tmp_path / "own.toml").write_text(
         '[optimizer.matrix]\nkind = "muon"\nlr = 2e-5\n[optimizer.rest]\nkind = "adamw"\nlr = 1e-5\n'
