@@ -193,6 +193,8 @@ def sweep(
     dry_run: bool,
 ) -> None:
     """Runs a sweep and prints its best trials."""
+    # Its settings are read when Ray is first imported, which the search spaces do.
+    import trainables  # noqa: F401
     from search_spaces import SPACES
 
     if space_name not in SPACES:

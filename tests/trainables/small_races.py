@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import trainables
+
 RACE = """
 recipes = ["baseline", "cggr_loss"]
 budget_seconds = {budget}
@@ -37,7 +39,9 @@ def write_race(folder: Path, budget: float, more: str = "") -> Path:
 
 
 def cggr_ray(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    # As from a shell: what this process has set for Ray must not help.
+    own = {name: value for name, value in os.environ.items() if name not in trainables.SETTINGS}
+    environment = own | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-m", "cggr_ray.cli", *map(str, arguments)],
         capture_output=True,
