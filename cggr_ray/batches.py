@@ -9,7 +9,6 @@ Its warm-up is counted in tokens, so that it lasts as many tokens as everybody's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -61,11 +60,16 @@ def check_micro_batches(part: RowsPart, micro_rows: int, step_rows: int) -> None
         part.check_rows(rows)
 
 
-def smaller_sizes(part: RowsPart, micro_rows: int, step_rows: int) -> Iterator[int]:
+def can_be_run(part: RowsPart, micro_rows: int, step_rows: int) -> bool:
+    """Whether `check_micro_batches` has nothing against it."""
+    try:
+        check_micro_batches(part, micro_rows, step_rows)
+    except ValueError:
+        return False
+    return True
+
+
+def smaller_sizes(part: RowsPart, micro_rows: int, step_rows: int) -> list[int]:
     """Micro-batches of half as many rows or fewer that a recipe can be run with, the largest first."""
-    for rows in range(min(micro_rows, step_rows) // 2, 0, -1):
-        try:
-            check_micro_batches(part, rows, step_rows)
-        except ValueError:
-            continue
-        yield rows
+    sizes = range(min(micro_rows, step_rows) // 2, 0, -1)
+    return [rows for rows in sizes if can_be_run(part, rows, step_rows)]

@@ -21,7 +21,7 @@ from typing import Any
 import tomli_w
 import torch
 
-from cggr_ray.batches import ArmBatch, RowsPart, check_micro_batches
+from cggr_ray.batches import ArmBatch, RowsPart, can_be_run
 from cggr_ray.codec import Plain
 from cggr_ray.environment import versions
 from cggr_ray.files import write_whole
@@ -85,18 +85,10 @@ def sizes_of(part: RowsPart, global_rows: int, grows: bool) -> list[int]:
     An arm that takes fewer rows than the race is a control: its step does not grow.
     """
     rows = part.rows_per_step(global_rows)
-    found = [size for size in range(1, rows + 1) if rows % size == 0 and _runs(part, size, rows)]
+    found = [size for size in range(1, rows + 1) if rows % size == 0 and can_be_run(part, size, rows)]
     if grows and rows == global_rows:
-        found += [size for size in range(rows + 1, MOST_ROWS + 1) if _runs(part, size, size)]
+        found += [size for size in range(rows + 1, MOST_ROWS + 1) if can_be_run(part, size, size)]
     return found
-
-
-def _runs(part: RowsPart, micro_rows: int, step_rows: int) -> bool:
-    try:
-        check_micro_batches(part, micro_rows, step_rows)
-    except ValueError:
-        return False
-    return True
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:

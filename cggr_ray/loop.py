@@ -152,7 +152,7 @@ class Run:
             )
         model = spec.model.build(vocabulary, self.trial.seed, self.device, dtype)
         adapter = Adapter(model, recipe.execution.gradient_checkpointing)
-        log.info("%s: %s", self.trial.trial_id, adapter.execution_note)
+        self._say(adapter.execution_note)
         if (kept := recipe.execution.activation_cache) is not None:
             if any(p is adapter.head_VD for p in adapter.family.input_parameters()):
                 raise ValueError("activation_cache with a tied head; accepted: an embedding that rests")
@@ -176,10 +176,9 @@ class Run:
         trackers = open_trackers(self.folder, run, spec.wandb, spec.wandb_project, spec.tensorboard)
         start = self._position()
         began = ProgressFile(self.folder / PROGRESS_FILE, self.step)
-        self.recorder = Recorder(
-            *(self.trial.trial_id, trackers, self.report, self.budget, self.device),
-            *(start, began, self.replay is not None),
-        )
+        budget, every_step = self.budget, self.replay is not None
+        name = self.trial.trial_id
+        self.recorder = Recorder(name, trackers, self.report, budget, self.device, start, began, every_step)
         self._saved_at = start.train_seconds
         # Without a checkpoint, rows that a killed process left belong to no run: it begins again at step 0.
         if state or had_rows:
@@ -191,7 +190,7 @@ class Run:
     def _restore(self, folder: Path) -> Row:
         """Everything that a checkpoint holds; the ledgers of this process are added to those of the earlier ones."""
         state = checkpoint.load(folder, self.learner)
-        log.info("%s: goes on from step %d", self.trial.trial_id, state["step"])
+        self._say(f"goes on from step {state['step']}")
         self.step, self.rows_trained, self.labelled = state["step"], state["rows_trained"], state["labelled"]
         self.micro_rows, self.out_of_memory = state["micro_rows"], state["out_of_memory"]
         self.not_finite = state["not_finite"]
@@ -235,11 +234,12 @@ class Run:
             torch.OutOfMemoryError: the recipe cannot be run with smaller ones.
         """
         before, part = self.micro_rows, self.trial.recipe.rows
-        after = next(smaller_sizes(part, before, self.rows_per_step), None)
-        if after is None:
+        sizes = smaller_sizes(part, before, self.rows_per_step)
+        if not sizes:
             raise torch.OutOfMemoryError(f"out of memory with micro-batches of {before} rows, and {part} cannot be run "
                                          f"with smaller ones: {reason}")  # fmt: skip
-        self.micro_rows, self.out_of_memory = after, self.out_of_memory + 1
+        self.micro_rows = after = sizes[0]
+        self.out_of_memory += 1
         self._say(f"out of memory, micro-batches of {after} rows from here on: {reason}")
         self.recorder.out_of_memory(self._position(), after, reason)
         self.milestones.resize(after)

@@ -104,17 +104,8 @@ class Recorder:
 
     def out_of_memory(self, at: Position, micro_rows: int, reason: str) -> None:
         """Keeps the event: the step after `at` found no memory, and is repeated with micro-batches of so many rows."""
-        row = {
-            KIND: "out_of_memory",
-            STEP: at.step + 1,
-            FRACTION: min(1.0, at.train_seconds / self._budget.seconds),
-            TRAIN_SECONDS: at.train_seconds,
-            WALL_SECONDS: at.wall_seconds,
-            TOKENS_SEEN: at.tokens_seen,
-            MICRO_ROWS: micro_rows,
-            "message": reason,
-        }
-        self._rows.append(row)
+        where = _where(at, at.step + 1, min(1.0, at.train_seconds / self._budget.seconds))
+        self._rows.append({KIND: "out_of_memory", **where, MICRO_ROWS: micro_rows, "message": reason})
 
     def report_due(self, train_seconds: float) -> bool:
         every = min(max(self._budget.seconds / REPORTS, SHORTEST), LONGEST)
@@ -130,13 +121,7 @@ class Recorder:
     def milestone(self, at: Position, fraction: float, values: Row) -> Row:
         """Writes a milestone row and reports it; returns the part of it that says where it was taken."""
         self.flush()
-        where = {
-            STEP: at.step,
-            FRACTION: fraction,
-            TRAIN_SECONDS: at.train_seconds,
-            WALL_SECONDS: at.wall_seconds,
-            TOKENS_SEEN: at.tokens_seen,
-        }
+        where = _where(at, at.step, fraction)
         row = {KIND: "milestone", **where, **values}
         self._track(row)
         self._report({"trial": self._trial_id, **plain(self._newest | row)})
@@ -159,6 +144,16 @@ class Recorder:
     def _track(self, row: Row) -> None:
         for tracker in self._trackers:
             tracker.log(row)
+
+
+def _where(at: Position, step: int, fraction: float) -> Row:
+    return {
+        STEP: step,
+        FRACTION: fraction,
+        TRAIN_SECONDS: at.train_seconds,
+        WALL_SECONDS: at.wall_seconds,
+        TOKENS_SEEN: at.tokens_seen,
+    }
 
 
 def _rates(last: Position, at: Position) -> Row:

@@ -264,6 +264,7 @@ import sys
 for name in ("cggr_ray", "trainables", "analysis", "search_spaces"):
     sys.modules[name] = None  # importing it fails
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder in sys.argv[1:]:
     model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -272,7 +273,8 @@ for folder in sys.argv[1:]:
         logits = model.eval()(input_ids=torch.arange(20)[None] * 3 % 96).logits
     tokenizer, written = AutoTokenizer.from_pretrained(folder), model.generation_config
     assert written.eos_token_id == tokenizer.eos_token_id and written.use_cache
-    torch.save({"logits": logits, "tokens": tokenizer("1 + 2").input_ids}, folder + ".pt")
+    tokens = torch.tensor(tokenizer("1 + 2").input_ids)
+    save_file({"logits": logits, "tokens": tokens}, folder + ".safetensors")
 """
 
 
@@ -299,6 +301,6 @@ def test_a_trained_model_opens_elsewhere(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for folder, truth in expected.items():
-        found = torch.load(f"{folder}.pt", weights_only=True)
+        found = load_file(f"{folder}.safetensors")
         torch.testing.assert_close(found["logits"], truth, rtol=0, atol=0)
-        assert found["tokens"] == tokenizer("1 + 2").input_ids
+        assert found["tokens"].tolist() == tokenizer("1 + 2").input_ids
