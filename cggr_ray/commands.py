@@ -284,7 +284,8 @@ def claim(folder: Path, file: str, record: Mapping[str, Any]) -> None:
     """
     what, text = Path(file).stem, json.dumps(record, indent=1)
     if (folder / file).is_file():
-        if json.loads((folder / file).read_text())["spec"] != json.loads(text)["spec"]:
+        # Parsed, as a record of an older version may lack settings that have a default now.
+        if read_spec(folder, file).to_plain() != json.loads(text)["spec"]:
             raise ValueError(f"{str(folder)!r} holds another {what}; accepted: a new folder, or --resume {folder}")
         return
     if folder.exists() and any(folder.iterdir()):

@@ -110,7 +110,7 @@ def total_mib(device: torch.device) -> float:
 def limit(device: torch.device, limit_mib: float) -> None:
     """From here on, this process may use so many MiB."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total_mib(device)), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total_mib(device)))
     else:
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit_mib * MIB),) * 2)
 

@@ -191,9 +191,10 @@ class Learner:
                 loss, seen = micro_step(micro, scale)
             else:
                 loss, seen = self.graphs.run((ratio, learning.active), micro_step, micro, scale)
+                # The next replay writes where these are, and a row is read later.
+                loss, seen = loss.clone(), {name: value.clone() for name, value in seen.items()}
             if len(micros) > 1:
                 self.optimizer.accumulate()
-                loss, seen = loss.clone(), {name: value.clone() for name, value in seen.items()}
             losses.append(loss)
             statistics.append(seen)
         return torch.stack(losses).sum(), _merge(statistics), kept

@@ -33,7 +33,9 @@ def check_present(spec: RaceSpec) -> None:
 def absent(spec: RaceSpec) -> list[str]:
     """What a race needs and this machine does not have, or may not have."""
     found = spec.data.absent()
-    if not spec.model.is_here:
+    if spec.model.folder is not None and not spec.model.is_here:
+        found.append(f"model folder {spec.model.folder}")
+    elif not spec.model.is_here:
         found.append(f"model {spec.model.name}: the Hugging Face hub gives it, its layers are not known before")
     elif spec.model.hub is not None and not is_cached(spec.model.hub, WEIGHTS):
         found.append(f"weights of model {spec.model.name}: the Hugging Face hub gives them")

@@ -136,6 +136,16 @@ def test_a_model_in_the_cache_is_checked_too(tmp_path: Path) -> None:
         assert absent_now == still
 
 
+def test_a_model_that_a_race_is_yet_to_write_is_no_mistake_of_the_plan(tmp_path: Path) -> None:
+    name = race_file(tmp_path, 'recipes = ["baseline"]\n[model]\nfolder = "base/model"\n[data]\nrow_tokens = 128\n')
+    code, said = plan(name)
+    assert code == 0 and f"not here: model folder {tmp_path / 'base/model'}" in said
+    ran = CliRunner().invoke(cli.app, ["race", name, "--out", str(tmp_path / "out")])
+    assert "has no config.json; accepted" in repr(ran.exception) and not (tmp_path / "out").exists()
+    (tmp_path / "base/model").mkdir(parents=True)
+    assert "has no config.json; accepted" in plan(name)[1]
+
+
 def test_a_gpu_that_is_not_there_is_no_mistake_of_the_plan() -> None:
     code, said = plan("gpu", "--device", "cuda")
     assert code == 0 and "not here: a GPU" in said

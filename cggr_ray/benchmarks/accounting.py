@@ -124,7 +124,7 @@ def fits(shape: Shape, config: Optimizer, device: torch.device, cap: int) -> boo
     """Whether two steps run when the allocator may take so many GiB and no more."""
     release()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total))
     try:
         training = Training(shape, config, device, torch.bfloat16)
         for step in (FIRST, NOW):
@@ -135,7 +135,7 @@ def fits(shape: Shape, config: Optimizer, device: torch.device, cap: int) -> boo
     except torch.OutOfMemoryError:
         return False
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def release() -> None:

@@ -1,6 +1,7 @@
 """`bench logit_stats`: the same statistics from logits that exist already, against the GPU's own copy bandwidth.
 
-value = bytes of the logits / time, over the bytes a second (read plus written) of a copy of them timed in the same run.
+value = bytes of the logits / time, over the bytes a second (read plus written) of a copy of them timed in the same run,
+both by the GPU's own clock.
 `eager` and `compiled` take chunks of rows, as they would not fit whole.
 
 A shape is `DTYPE/ROWSxVOCABULARY`, with bf16 or fp32.
@@ -50,7 +51,7 @@ def bench_logit_stats(shape: Shape, device: str, rounds: int, folder: Path) -> l
         "compiled": lambda: by_chunks(compiled, logits, labels),
         "copy": copy,
     }
-    times = interleaved(providers, rounds, where)
+    times = interleaved(providers, rounds, where, kernels=True)
     size = logits.numel() * logits.element_size()
     bandwidth = 2 * size / times["copy"].p50
     rows = []

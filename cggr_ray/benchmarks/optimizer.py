@@ -72,8 +72,7 @@ def _measure(run: Run, shape: Shape, rounds: int) -> list[BenchRow]:
 
 
 def _forward_backward(learner: Learner, batch: Batch) -> None:
-    for _, parameter in learner.adapter.named_parameters():
-        parameter.grad = None
+    _drop_gradients(learner)
     for micro in batch.micros:
         stream = learner.adapter.forward(micro)
         scale = torch.tensor(1 / batch.labelled, device=learner.adapter.device)
@@ -81,7 +80,14 @@ def _forward_backward(learner: Learner, batch: Batch) -> None:
 
 
 def _full_step(learner: Learner, batch: Batch) -> None:
+    _drop_gradients(learner)
     learner.step(batch, NOW)
+
+
+def _drop_gradients(learner: Learner) -> None:
+    """What the call before left, so that no step holds two sets."""
+    for _, parameter in learner.adapter.named_parameters():
+        parameter.grad = None
 
 
 def _build(learner: Learner, config: Optimizer, device: torch.device) -> StackedOptimizer:

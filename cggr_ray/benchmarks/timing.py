@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from cggr_ray.studies.timing import fill, on_gpu
 
 MIB = 1 << 20
 log = logging.getLogger(__name__)
@@ -25,13 +28,21 @@ class Timing:
     peak_mib: float
 
 
-def interleaved(providers: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Times each provider `rounds` times, in turn. Each call is bounded by device synchronisation on both sides."""
+def interleaved(
+    providers: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, kernels: bool = False
+) -> dict[str, Timing]:
+    """Times each provider `rounds` times, in turn. Each call is bounded by device synchronisation on both sides.
+
+    Args:
+        kernels: the providers are a kernel or two, of whose time what the host takes to launch them would be a part:
+            timed by the GPU's events instead, behind a memory fill (`studies.timing`).
+    """
+    flush = fill(device) if kernels and device.type == "cuda" else None
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     peaks = dict.fromkeys(providers, 0.0)
     for number in range(WARM_UP_ROUNDS + rounds):
         for name, call in providers.items():
-            used, peak = _once(call, device)
+            used, peak = _once(call, device, flush)
             if number == 0:
                 log.info("%s: first call %.1f s", name, used)
             if number >= WARM_UP_ROUNDS:
@@ -41,7 +52,7 @@ def interleaved(providers: Mapping[str, Callable[[], None]], rounds: int, device
     return {name: Timing(q[0], q[1], q[2], peaks[name]) for name, q in quantiles.items()}
 
 
-def _once(call: Callable[[], None], device: torch.device) -> tuple[float, float]:
+def _once(call: Callable[[], None], device: torch.device, flush: Tensor | None) -> tuple[float, float]:
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -49,7 +60,11 @@ def _once(call: Callable[[], None], device: torch.device) -> tuple[float, float]
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start, (torch.cuda.max_memory_allocated(device) - before) / MIB
+    if flush is None:
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        used = time.perf_counter() - start
+    else:
+        used = on_gpu(call, flush) / 1e3
+    return used, (torch.cuda.max_memory_allocated(device) - before) / MIB

@@ -78,7 +78,7 @@ class ModelSpec:
             raise ValueError(f"model preset {self.preset!r}; {nearest(self.preset, PRESETS)}")
         if self.hub is not None and not HUB_NAME.fullmatch(self.hub):
             raise ValueError(f"model hub {self.hub!r}; accepted: owner/name or owner/name@revision")
-        if self.folder is not None:
+        if self.folder is not None and self.is_here:
             check_folder(Path(self.folder))
 
     @property
@@ -92,8 +92,8 @@ class ModelSpec:
 
     @property
     def is_here(self) -> bool:
-        """Whether `config` needs no network."""
-        return self.hub is None or is_cached(self.hub)
+        """Whether `config` can be read now: a folder may be written by a race that has not been run yet."""
+        return Path(self.folder).exists() if self.folder else self.hub is None or is_cached(self.hub)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class ModelSpec:
         """The Hugging Face configuration of the text model; `vocab_size` replaces a preset's own.
 
         Raises:
-            ValueError: a hub name that cannot be read, or a configuration that names code.
+            ValueError: a hub name or a folder that cannot be read, or a configuration that names code.
         """
         from transformers import Gemma3TextConfig, LlamaConfig
 
@@ -147,6 +147,8 @@ class ModelSpec:
         from transformers import AutoConfig, PretrainedConfig
 
         assert self.pretrained is not None
+        if self.folder is not None:
+            check_folder(Path(self.folder))
         repo, revision = self._repository
         with reading(f"model {self.name!r}"):
             where: dict[str, Any] = {"revision": revision, "local_files_only": not ask_hub}

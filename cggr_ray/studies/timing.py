@@ -1,7 +1,7 @@
 """Milliseconds of calls in interleaved rounds: medians and quartiles, by CUDA events on a GPU.
 
-`benchmarks.timing` waits for the device around every call, which small kernels would be lost in. Here a memory fill
-goes first: it leaves the L2 cache cold for everybody, and takes long enough for the host to queue the call behind it.
+A memory fill goes before every call: it leaves the L2 cache cold for everybody, and takes long enough for the host to
+queue the call behind it, so that what launching costs the host is no part of a kernel's time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 WARM_UP_ROUNDS = {"cuda": 20, "cpu": 2}
-FLUSH_BYTES = 256 << 20
+FLUSH_BYTES = 1 << 30
 MIB = 1 << 20
 
 Key = TypeVar("Key")
@@ -35,13 +35,13 @@ class Quartiles:
 
 def interleaved(prepared: Mapping[Key, Prepare], rounds: int, device: torch.device) -> dict[Key, Quartiles]:
     """Times each call once a round, so that a machine that drifts favours nobody; warm-up rounds are left out."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    flush = fill(device) if device.type == "cuda" else None
     taken: dict[Key, list[float]] = {key: [] for key in prepared}
     warm_up = WARM_UP_ROUNDS[device.type]
     for number in range(warm_up + rounds):
         for key, prepare in prepared.items():
             call = prepare()
-            milliseconds = _on_host(call) if flush is None else _on_gpu(call, flush)
+            milliseconds = _on_host(call) if flush is None else on_gpu(call, flush)
             if number >= warm_up:
                 taken[key].append(milliseconds)
     return {key: Quartiles(*(float(q) for q in np.quantile(ms, (0.25, 0.5, 0.75)))) for key, ms in taken.items()}
@@ -72,7 +72,13 @@ def _on_host(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _on_gpu(call: Callable[[], object], flush: Tensor) -> float:
+def fill(device: torch.device) -> Tensor:
+    """What `on_gpu` writes to before a call."""
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+
+def on_gpu(call: Callable[[], object], flush: Tensor) -> float:
+    """Milliseconds that the device is busy with a call, or waits for its parts."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush.zero_()
     start.record()

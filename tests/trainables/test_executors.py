@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_both_executors_agree_and_a_race_goes_on_where_it_stopped(raced: Path) -
     for run in ("baseline-s0", "cggr_loss-s0"):
         files = [sorted(p.name for p in (raced / way / "runs" / run).iterdir()) for way in ("race", "parts")]
         assert files[0] == files[1]
+
+
+def test_a_race_of_an_older_version_goes_on(raced: Path) -> None:
+    """Whose record lacks a setting that has a default now."""
+    record = json.loads((raced / "race" / "race.json").read_text())
+    older = record | {"spec": {key: value for key, value in record["spec"].items() if key != "order_by_seed"}}
+    assert older != record
+    (raced / "race" / "race.json").write_text(json.dumps(older))
+    cggr_ray("race", "--resume", raced / "race", "--executor", "inprocess")
+    (raced / "race" / "race.json").write_text(json.dumps(record))
 
 
 def test_another_races_folder_is_refused_and_left_alone(raced: Path) -> None:
