@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def evaluate(folder: Path, tasks: Path | None, rows: int | None, device: str) ->
             spec.asked(load_tokenizer(model), ModelSpec(folder=str(model)).config())
     for run, spec, models in kept:
         for model in models:
-            found = evaluate_model(run, model, spec, where)
+            found = evaluate_model(run, model, spec, where, console.print)
             ends = ("_low", "_high")
             shown = ", ".join(
                 f"{name.partition('/')[2]} {found[name]:.4g}" for name in found if not name.endswith(ends)
@@ -60,11 +60,13 @@ def evaluate(folder: Path, tasks: Path | None, rows: int | None, device: str) ->
             console.print(f"{run.name} {model.name}: {shown}", highlight=False, soft_wrap=True)
 
 
-def evaluate_model(run: Path, folder: Path, spec: Evaluation, device: Any) -> dict[str, float]:
+def evaluate_model(
+    run: Path, folder: Path, spec: Evaluation, device: Any, say: Callable[[str], None]
+) -> dict[str, float]:
     """Answers the tasks with one kept model, and adds the row."""
     tokenizer, source = load_tokenizer(folder), ModelSpec(folder=str(folder))
     model = source.build(None, 0, device, source.config().dtype)
-    found = Suite(spec, tokenizer, model.config, run).run(model, folder.name)
+    found = Suite(spec, tokenizer, model.config, run, say).run(model, folder.name)
     add_row(run / EVALUATION_FOLDER / LATE_FILE, json.loads((folder / MILESTONE_FILE).read_text()) | found)
     return found
 

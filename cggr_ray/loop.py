@@ -160,7 +160,7 @@ class Run:
             adapter.cache = PrefixCache(kept, self.data.num_positions, width, dtype, self.device, file)
         self.learner = Learner(recipe, adapter, self.trial.seed, self.data.num_positions, reference)
         order = self.data.order()
-        self.milestones = Milestones(spec, self.data, order, adapter, self.folder)
+        self.milestones = Milestones(spec, self.data, order, adapter, self.folder, self._say)
         self.rows_per_step = recipe.rows.rows_per_step(spec.global_rows)
         self.micro_rows = min(spec.micro_rows, self.rows_per_step)
         found = checkpoint.latest(self.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from cggr_ray.data.packing import RowOrder
 from cggr_ray.evaluation.heldout import HeldOut
 from cggr_ray.evaluation.suite import Suite, milestone_name
 from cggr_ray.models.adapter import Adapter
+from cggr_ray.out_of_memory import with_fewer
 from cggr_ray.race import RaceSpec
 from cggr_ray.schema import MILESTONE_FILE, MILESTONES_FOLDER, VAL_LOSS
 from cggr_ray.telemetry.gpu import peak_bytes
@@ -23,19 +25,29 @@ class Milestones:
     """What is asked of one run's model: held-out documents, and the race's tasks.
 
     `left` are the fractions of the budget to come, the last of them its end; `best` is the smallest validation loss.
+    Where memory runs out, in validation or in generation, fewer rows are asked at once; `say` is told.
     """
 
-    def __init__(self, spec: RaceSpec, data: PreparedData, order: RowOrder, adapter: Adapter, folder: Path) -> None:
-        self._adapter, self._data, self._order, self._folder = adapter, data, order, folder
+    def __init__(
+        self,
+        spec: RaceSpec,
+        data: PreparedData,
+        order: RowOrder,
+        adapter: Adapter,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self._adapter, self._data, self._order, self._folder, self._say = adapter, data, order, folder, say
         self.resize(spec.micro_rows)
         asked = spec.evaluation
-        self.suite = Suite(asked, data.tokenizer, adapter.model.config, folder) if asked else None
+        self.suite = Suite(asked, data.tokenizer, adapter.model.config, folder, say) if asked else None
         self.left, self.best = sorted({*spec.milestones, 1.0}), math.inf
         self._keeps = asked is not None and asked.keep_models
         self._peak_bytes = 0
 
     def resize(self, micro_rows: int) -> None:
         """From here on, held-out documents come in micro-batches of so many rows."""
+        self._micro_rows = micro_rows
         self.heldout = HeldOut(self._data, self._order, micro_rows, self._adapter.device)
 
     def due(self, fraction: float) -> bool:
@@ -43,7 +55,8 @@ class Milestones:
 
     def ask(self, fraction: float) -> tuple[str, Row]:
         """The milestone's name and what was measured at it. Synchronises."""
-        values: Row = dict(self.heldout.evaluate(self._adapter))
+        _, found = with_fewer(self._micro_rows, self._validate, self._say)
+        values: Row = dict(found)
         self.best = min(self.best, values[VAL_LOSS])
         name = milestone_name(max(m for m in self.left if m <= fraction))
         self.left = [m for m in self.left if m > fraction]
@@ -54,6 +67,11 @@ class Milestones:
             if self._adapter.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._adapter.device)
         return name, values
+
+    def _validate(self, micro_rows: int) -> dict[str, float]:
+        if micro_rows != self._micro_rows:
+            self.resize(micro_rows)
+        return self.heldout.evaluate(self._adapter)
 
     def keep(self, name: str, where: Row) -> None:
         """Writes the weights, with the row that says where they were taken, if the race keeps them."""

@@ -8,12 +8,14 @@ is somebody's mistake and is left alone.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 FAILURES = (torch.OutOfMemoryError, MemoryError, RuntimeError)
+T = TypeVar("T")
 TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
@@ -45,6 +47,24 @@ def no_way_back(where: str) -> Iterator[None]:
             raise
         raise LostStepError(f"out of memory in {where}, which cannot be repeated: {first_line(error)}; the last "
                             "checkpoint stands, smaller micro_rows may help") from error  # fmt: skip
+
+
+def with_fewer(rows: int, attempt: Callable[[int], T], say: Callable[[str], None]) -> tuple[int, T]:
+    """(rows, `attempt(rows)`), with half as many for as long as memory runs out; for what changes nothing.
+
+    Raises:
+        torch.OutOfMemoryError: one row is too many.
+    """
+    while True:
+        try:
+            return rows, attempt(rows)
+        except FAILURES as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        release_memory()
+        rows //= 2
+        say(f"out of memory, {rows} rows at once from here on: {reason}")
 
 
 def first_line(error: BaseException) -> str:

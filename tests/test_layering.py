@@ -62,7 +62,7 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "cggr_ray.evaluation": (
         *("torch", "numpy", "transformers", "cggr_ray.evaluation", "cggr_ray.data", "cggr_ray.models.adapter"),
-        *("cggr_ray.models.presets", "cggr_ray.files", "scipy", "math_verify"),
+        *("cggr_ray.models.presets", "cggr_ray.files", "cggr_ray.out_of_memory", "scipy", "math_verify"),
         *BELOW_METHODS,
     ),
     "cggr_ray.api": (

@@ -33,14 +33,16 @@ class DataSpec:
     """What a race reads.
 
     `tokenizer`: `shipped`, `train` (a BPE of `vocab_size` from the train split), `model` (that of the race's model,
-    where this has trained weights), or a folder or name of a Hugging Face one. `val_per_mille` of the documents of
-    every source are held out by a hash of their text.
+    where this has trained weights), or a folder or name of a Hugging Face one. `chat` spells documents as its chat
+    template does, which an instruction-tuned model knows. `val_per_mille` of the documents of every source are held out
+    by a hash of their text.
     """
 
     sources: tuple[AnySource, ...] = field(default_factory=lambda: (Problems(),))
     row_tokens: int = 256
     mask_prompts: bool = False
     tokenizer: str = "shipped"
+    chat: bool = False
     vocab_size: int = 8192
     val_per_mille: int = 20
     val_documents: int = 1000
@@ -50,6 +52,9 @@ class DataSpec:
         names = [source.name for source in self.sources]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"sources {names}; accepted: at least one, each with a name of its own")
+        if self.chat and self.tokenizer in ("shipped", "train"):
+            raise ValueError(f"chat = true with tokenizer {self.tokenizer!r}, which has no chat template; "
+                             "accepted: chat = false, or the tokenizer of an instruction-tuned model")  # fmt: skip
         if self.row_tokens < 16:
             raise ValueError(f"row_tokens = {self.row_tokens}; accepted: at least 16")
         if not 1 <= self.val_per_mille <= 500:
@@ -120,8 +125,8 @@ def prepare(spec: DataSpec, folder: Path, say: Callable[[str], None] = lambda _:
         say(f"tokenising {source.name}")
         held: list[Document] = []
         train = _without_held_out(source.documents(), spec.val_per_mille, held)
-        counts[source.name] = write_store(folder / source.name / "train", train, tokenizer)
-        write_store(folder / source.name / "val", held[: spec.val_documents], tokenizer)
+        counts[source.name] = write_store(folder / source.name / "train", train, tokenizer, spec.chat)
+        write_store(folder / source.name / "val", held[: spec.val_documents], tokenizer, spec.chat)
         if not held or not counts[source.name]:
             raise ValueError(
                 f"source {source.name!r} has {counts[source.name]} training and {len(held)} held-out documents; "

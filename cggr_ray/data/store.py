@@ -1,6 +1,6 @@
 """Tokenised documents on disk: flat arrays, memory-mapped, one folder a source and split.
 
-    tokens.npy       uint16 or uint32, all documents one after the other, each [end, prompt, completion, end]
+    tokens.npy       uint16 or uint32, all documents one after the other, each [first, prompt, completion, end]
     offsets.npy      int64, document i is tokens[offsets[i]:offsets[i + 1]]
     prompts.npy      int32, tokens of document i up to and including its prompt
     text_bytes.npy   int32 (2, documents), bytes of prompt and of completion: what nats per byte divide by
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cggr_ray.data.chat import Turns
 from cggr_ray.data.sources import Document
+from cggr_ray.data.tokenizer import first_token
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -58,18 +60,21 @@ def held_out(document: Document, per_mille: int) -> bool:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") % 1000 < per_mille
 
 
-def write_store(folder: Path, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokenises documents into `folder`; returns how many."""
-    end = tokenizer.eos_token_id
+def write_store(
+    folder: Path, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, chat: bool = False
+) -> int:
+    """Tokenises documents into `folder`, as turns of a chat if so asked; returns how many."""
+    first, end = first_token(tokenizer), tokenizer.eos_token_id
+    spelled = Turns(tokenizer).document if chat else _plain
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     tokens: list[np.ndarray] = []
     prompts: list[int] = []
     text_bytes: list[tuple[int, int]] = []
-    for group in _groups(documents):
-        heads = [f"{d.prompt}\n" if d.prompt else "" for d in group]
+    for group in _groups(map(spelled, documents)):
+        heads = [d.prompt for d in group]
         encoded_heads, encoded_tails = encode(tokenizer, heads), encode(tokenizer, [d.completion for d in group])
         for head, head_ids, tail_ids, document in zip(heads, encoded_heads, encoded_tails, group, strict=True):
-            tokens.append(np.array([end, *head_ids, *tail_ids, end], dtype=dtype))
+            tokens.append(np.array([first, *head_ids, *tail_ids, end], dtype=dtype))
             prompts.append(1 + len(head_ids))
             text_bytes.append((len(head.encode()), len(document.completion.encode())))
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +92,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
     return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _plain(document: Document) -> Document:
+    """The prompt on a line of its own."""
+    return Document(f"{document.prompt}\n" if document.prompt else "", document.completion)
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:

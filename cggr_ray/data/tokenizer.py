@@ -1,7 +1,7 @@
 """Tokenizers: the shipped byte-level BPE, one trained from a race's train split, or a Hugging Face one.
 
-Digits are tokens of their own, so that arithmetic is spelled the same way everywhere. One special token ends and begins
-documents.
+Digits are tokens of their own, so that arithmetic is spelled the same way everywhere. One special token ends documents,
+and begins them where a tokenizer has none for that.
 """
 
 from __future__ import annotations
@@ -64,3 +64,11 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {str(where)!r} has no end-of-text token; accepted: one that sets eos_token")
     return tokenizer
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What documents begin with: the token that the tokenizer itself puts before a text, else the end of the last."""
+    ids: list[int] = tokenizer("a")["input_ids"]
+    begins: bool = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    first: int = tokenizer.bos_token_id if begins else tokenizer.eos_token_id
+    return first

@@ -2,8 +2,8 @@
 
     x_t ~ softmax(z_t / temperature) over the smallest set of tokens that holds top_p of it;   temperature 0: argmax z_t
 
-Prompts begin as training documents do, with the end-of-text token, and are padded on the left. A sample ends at the
-next end-of-text, at a stop string, or after `max_new_tokens`. Batches are taken in the order of the questions and one
+Prompts begin as training documents do, with their first token, and are padded on the left. A sample ends at the next
+end-of-text, at a stop string, or after `max_new_tokens`. Batches are taken in the order of the questions and one
 that the time cap cuts is left out whole: what is answered is then a prefix, chosen neither by the length of a prompt
 nor by that of an answer. Shapes: B samples of a batch, T tokens so far, V vocabulary.
 """
@@ -27,7 +27,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from cggr_ray.data.chat import Turns
 from cggr_ray.data.store import encode
+from cggr_ray.data.tokenizer import first_token
 from cggr_ray.evaluation.task import Question, Sample, Task
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def generate(
     settings and the random state of the process are afterwards what they were.
     """
     until = time.monotonic() + task.seconds
-    prompts = prompt_tokens(tokenizer, questions)
+    prompts, task = prompt_tokens(tokenizer, questions, task), stopping(tokenizer, task)
     order = [number for number in range(len(questions)) for _ in range(task.samples)]
     found: list[list[Sample]] = [[] for _ in questions]
     with published(model), own_draws(model.device):
@@ -66,7 +68,7 @@ def fill(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task, rows: int
 ) -> None:
     """Generates the largest batch that a task can ask for, to its last token, or for the task's seconds."""
-    prompts, most = prompt_tokens(tokenizer, questions), min(rows, len(questions) * task.samples)
+    prompts, most = prompt_tokens(tokenizer, questions, task), min(rows, len(questions) * task.samples)
     endless = replace(task, stop=())
     with published(model), own_draws(model.device):
         _batch(
@@ -75,9 +77,17 @@ def fill(
         )
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[list[int]]:
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task) -> list[list[int]]:
     """The tokens of every prompt, as a training document with this prompt begins."""
-    return [[tokenizer.eos_token_id, *ids] for ids in encode(tokenizer, [question.prompt for question in questions])]
+    asked = [question.prompt for question in questions]
+    if task.chat:
+        asked = list(map(Turns(tokenizer).prompt, asked))
+    return [[first_token(tokenizer), *ids] for ids in encode(tokenizer, asked)]
+
+
+def stopping(tokenizer: PreTrainedTokenizerBase, task: Task) -> Task:
+    """The task with all that ends an answer."""
+    return replace(task, stop=(*task.stop, Turns(tokenizer).end)) if task.chat else task
 
 
 def check_lengths(config: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task) -> None:
@@ -87,7 +97,7 @@ def check_lengths(config: Any, tokenizer: PreTrainedTokenizerBase, questions: Se
         ValueError: the longest prompt and `max_new_tokens` are more; the task and the lengths are named.
     """
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max((len(prompt) for prompt in prompt_tokens(tokenizer, questions)), default=0)
+    longest = max((len(prompt) for prompt in prompt_tokens(tokenizer, questions, task)), default=0)
     if most is not None and longest + task.max_new_tokens > most:
         raise ValueError(f"task {task.name!r}: the longest prompt has {longest} tokens, max_new_tokens = "
                          f"{task.max_new_tokens}; accepted: at most the model's {most} positions together")  # fmt: skip

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from cggr_ray.evaluation.generated import Generated
 from cggr_ray.evaluation.gsm8k import Gsm8k
 from cggr_ray.evaluation.task import Question, Sample, Task, Verdict
 from cggr_ray.files import write_whole
+from cggr_ray.out_of_memory import with_fewer
 from cggr_ray.schema import EVAL, EVALUATION_FOLDER
 
 if TYPE_CHECKING:
@@ -106,20 +108,30 @@ class Suite:
     Args:
         config: the model's Hugging Face configuration.
         folder: the run's.
+        say: told where memory ran out and a task was asked again, fewer questions at once.
 
     Raises:
         ValueError: what `Evaluation.asked` says.
     """
 
-    def __init__(self, spec: Evaluation, tokenizer: PreTrainedTokenizerBase, config: Any, folder: Path) -> None:
+    def __init__(
+        self,
+        spec: Evaluation,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Any,
+        folder: Path,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._tokenizer, self._rows, self._folder = tokenizer, spec.rows, folder / EVALUATION_FOLDER
+        self._say = say
         self._asked = spec.asked(tokenizer, config)
 
     def run(self, model: PreTrainedModel, milestone: str) -> dict[str, float]:
         """Answers every task; returns `eval/<task>/<measure>` and writes the samples. `milestone` names the folder."""
         found: dict[str, float] = {}
         for task, questions in self._asked:
-            samples = generate(model, self._tokenizer, questions, task, self._rows)
+            ask = partial(generate, model, self._tokenizer, questions, task)
+            self._rows, samples = with_fewer(self._rows, ask, self._say)
             answered = [(question, given) for question, given in zip(questions, samples, strict=True) if given]
             verdicts = [[task.judge(question, sample) for sample in given] for question, given in answered]
             write_records(self._folder / milestone / f"{task.name}.jsonl", answered, verdicts)

@@ -54,7 +54,8 @@ class Verdict:
 class Task:
     """What all tasks share. At most `questions` are drawn by `seed`; `seconds` caps one evaluation.
 
-    `temperature` 0 is greedy, and then one sample says all. `stop` are strings that end an answer.
+    `temperature` 0 is greedy, and then one sample says all. `stop` are strings that end an answer. `chat` asks in the
+    turns of the tokenizer's chat template, whose end of a turn ends an answer too.
     """
 
     IS_PART: ClassVar[bool] = True
@@ -70,6 +71,7 @@ class Task:
     max_new_tokens: int = 256
     seconds: float = 60.0
     stop: tuple[str, ...] = ()
+    chat: bool = False
 
     def __post_init__(self) -> None:
         where = f"of task {self.name!r}"

@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM
 
 from cggr_ray.data.dataset import DataSpec, open_data, prepare
 from cggr_ray.data.sources import Jsonl, Problems
+from cggr_ray.evaluation import generate, heldout
 from cggr_ray.evaluation import suite as module
 from cggr_ray.evaluation.generated import Generated
 from cggr_ray.evaluation.gsm8k import Gsm8k
 from cggr_ray.evaluation.suite import Evaluation, Suite
 from cggr_ray.evaluation.task import Sample
 from cggr_ray.loop import run_race
+from cggr_ray.milestones import Milestones
 from cggr_ray.models.presets import ModelSpec
+from cggr_ray.out_of_memory import with_fewer
 from cggr_ray.race import RaceSpec, load_race, plan_trials
 
 STEP_SECONDS = 0.5
@@ -239,6 +242,60 @@ def test_filling_takes_the_largest_batch_to_its_last_token(spec: RaceSpec, data_
     suite.fill(model)
     longest = max(len(tokenizer(question.prompt)["input_ids"]) for question in TASK.load()) + 1
     assert shapes == [(3, longest), *[(3, 1)] * 7]
+
+
+def test_milestones_that_find_no_memory_ask_fewer_rows_at_once(
+    plain: tuple[Path, dict[str, Any]],
+    asked: tuple[Path, dict[str, Any]],
+    spec: RaceSpec,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Validation in rows of one, generation in batches of one: answers and losses are those of a run with room."""
+    summed, batch, ask = heldout.summed_nll, generate._batch, Milestones.ask
+    warm: list[float] = []
+
+    def at_milestones(milestones: Milestones, fraction: float) -> Any:
+        warm.append(fraction)
+        return ask(milestones, fraction)
+
+    def narrow_validation(adapter: Any, micro: Any) -> Any:
+        if warm and len(micro.tokens_BT) > 1:
+            raise torch.OutOfMemoryError("no memory for held-out rows")
+        return summed(adapter, micro)
+
+    def narrow_generation(model: Any, tokenizer: Any, prompts: list[list[int]], *rest: Any) -> Any:
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("no memory for a cache")
+        return batch(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(Milestones, "ask", at_milestones)
+    monkeypatch.setattr(heldout, "summed_nll", narrow_validation)
+    monkeypatch.setattr(generate, "_batch", narrow_generation)
+    with caplog.at_level("INFO"):
+        run(spec, tmp_path, data_folder)
+    said = [message for message in caplog.messages if "out of memory" in message]
+    assert [message.partition("out of memory, ")[2] for message in said] == [
+        "1 rows at once from here on: no memory for held-out rows",
+        "1 rows at once from here on: no memory for a cache",
+    ]
+    assert losses(tmp_path) == losses(plain[0])
+    for found, wanted in zip(rows_of(tmp_path, "milestone"), rows_of(asked[0], "milestone"), strict=True):
+        assert found["val/loss"] == pytest.approx(wanted["val/loss"], rel=1e-6)
+        assert found["eval/generated/accuracy"] == wanted["eval/generated/accuracy"]
+
+
+def test_one_row_that_finds_no_memory_ends_it() -> None:
+    def attempt(rows: int) -> None:
+        tried.append(rows)
+        raise torch.OutOfMemoryError("no memory")
+
+    tried: list[int] = []
+    with pytest.raises(torch.OutOfMemoryError):
+        with_fewer(6, attempt, lambda text: None)
+    assert tried == [6, 3, 1]
 
 
 RACE = """
