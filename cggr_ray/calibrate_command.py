@@ -15,12 +15,11 @@ from cggr_ray.data.dataset import prepare
 from cggr_ray.fits import ask
 from cggr_ray.loop import pick_device
 from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE
-from cggr_ray.tuning import rooted
 
 
 def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], settings: Settings, again: bool) -> None:
     """Calibrates the arms of a race; exit code 1 where of one no micro-batch fits, and then no race is written."""
-    spec = rooted(specify(name, changes, {}))
+    spec = specify(name, changes, {})
     device = pick_device(spec.device)
     settings.limit_mib(device)
     check(spec, "train", None)

@@ -22,9 +22,10 @@ from cggr_ray.environment import PACKAGES, fingerprint, version
 from cggr_ray.evaluation.reference import check_reference
 from cggr_ray.files import write_whole
 from cggr_ray.loop import pick_device
+from cggr_ray.paths import race_beside, recipe_beside
 from cggr_ray.planning import check_present, show_plan
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
-from cggr_ray.recipe import Recipe, references_beside
+from cggr_ray.recipe import Recipe
 from cggr_ray.schema import OVERLAP_FILE, RACE_FILE, SUMMARY_FILE
 from cggr_ray.telemetry.console import RaceConsole
 
@@ -232,14 +233,14 @@ def specify(name: str | None, changes: Mapping[str, Any], values: Mapping[str, A
     plain = spec.to_plain() | {key: value for key, value in changes.items() if key != "data"}
     if "data" in changes:
         plain["data"]["sources"] = to_plain(data_preset(str(changes["data"])))
+    plain["recipes"] = [recipe_beside(Path.cwd(), name) for name in plain["recipes"]]
     plain["arms"] = {arm: dict(v) for arm, v in spec.arms.items() if arm in plain["recipes"]}
     plain["batches"] = {arm: v for arm, v in plain["batches"].items() if arm in plain["recipes"]}
     plain["values"] = dict(spec.values)
     for key, value in values.items():
         arm, colon, dotted = key.rpartition(":")
-        (plain["arms"].setdefault(arm, {}) if colon else plain["values"])[dotted] = value
-    for table in (plain["values"], *plain["arms"].values()):
-        references_beside(Path.cwd(), table)
+        (plain["arms"].setdefault(recipe_beside(Path.cwd(), arm), {}) if colon else plain["values"])[dotted] = value
+    race_beside(Path.cwd(), plain)
     changed = RaceSpec.from_plain(plain)
     for recipe in changed.recipes:
         changed.recipe(recipe)

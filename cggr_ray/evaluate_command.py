@@ -23,7 +23,7 @@ from cggr_ray.evaluation.suite import Evaluation, Suite
 from cggr_ray.files import write_whole
 from cggr_ray.loop import pick_device
 from cggr_ray.models.presets import ModelSpec
-from cggr_ray.race import tasks_beside
+from cggr_ray.paths import tasks_beside
 from cggr_ray.schema import (
     EVALUATION_FOLDER,
     KIND,

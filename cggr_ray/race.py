@@ -16,8 +16,9 @@ from cggr_ray.codec import Plain, nearest
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.evaluation.suite import Evaluation
 from cggr_ray.models.presets import ModelSpec
+from cggr_ray.paths import race_beside
 from cggr_ray.progress import Budget
-from cggr_ray.recipe import Recipe, beside, load_recipe, references_beside
+from cggr_ray.recipe import Recipe, load_recipe
 from cggr_ray.schema import RUNS_FOLDER
 
 RACES = Path(__file__).with_name("races")
@@ -253,34 +254,17 @@ class Trial(Plain):
 
 
 def load_race(name: str) -> RaceSpec:
-    """A shipped race by name, or one from a TOML file; relative data and model paths are relative to the file."""
+    """A shipped race by name, or one from a TOML file; relative paths in it are relative to the file."""
     path = Path(name) if name.endswith(".toml") else RACES / f"{name}.toml"
     if not path.is_file():
         known = [p.stem for p in RACES.glob("*.toml")]
         raise ValueError(f"unknown race {name!r}; {nearest(name, known)}, or the path of a .toml file")
     try:
         table = tomllib.loads(path.read_text())
-        data = table.get("data")
-        sources = data.get("sources") if isinstance(data, dict) else None
-        for source in sources if isinstance(sources, list) else []:
-            beside(path.parent, source, "path")
-        beside(path.parent, table.get("model"), "folder")
-        tasks_beside(path.parent, table.get("evaluation"))
-        arms, tuning = table.get("arms"), table.get("tuning")
-        tried = tuning.get("values") if isinstance(tuning, dict) else None
-        own = (*(arms.values() if isinstance(arms, dict) else ()), *(tried if isinstance(tried, list) else ()))
-        for values in (table.get("values"), *own):
-            references_beside(path.parent, values)
+        race_beside(path.parent, table)
         return RaceSpec.from_plain({"name": path.stem} | table)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
-
-
-def tasks_beside(folder: Path, evaluation: Any) -> None:
-    """Makes the paths of an evaluation's tasks relative to `folder`; what is no table is left for the codec."""
-    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
-    for task in tasks if isinstance(tasks, list) else []:
-        beside(folder, task, "path")
 
 
 def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:

@@ -26,6 +26,7 @@ from cggr_ray.objectives.multi_token import MultiToken
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.optimizer import Optimizer
+from cggr_ray.paths import beside
 from cggr_ray.routing.buckets import DepthBuckets
 from cggr_ray.routing.collider import Collider
 from cggr_ray.routing.rows import AllRows, FewerRows, HardestRows, RandomRows
@@ -157,19 +158,6 @@ def load_recipe(name: str) -> Recipe:
         return Recipe.from_plain({"name": path.stem if name.endswith(".toml") else name} | table)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
-
-
-def beside(folder: Path, table: Any, key: str) -> None:
-    """Makes a path of `table` relative to `folder`; what is no path is left for the codec to refuse."""
-    if isinstance(table, dict) and isinstance(table.get(key), str):
-        table[key] = str((folder / table[key]).resolve())
-
-
-def references_beside(folder: Path, values: Any) -> None:
-    """The same for the reference models among a recipe's dotted values."""
-    beside(folder, values, "tokens.reference")
-    if isinstance(values, dict):
-        beside(folder, values.get("tokens"), "reference")
 
 
 def explain(recipe: Recipe) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ from cggr_ray.environment import fingerprint
 from cggr_ray.planning import show_plan
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.schema import TUNED_FILE, TUNING_FILE, TUNING_ROWS_FILE, VAL_LOSS
-from cggr_ray.tuning import best_rows, notes, plan_tuning, rooted, tuning_of, tuning_rows, write_tuned
+from cggr_ray.tuning import best_rows, notes, plan_tuning, tuning_of, tuning_rows, write_tuned
 
 
 def tune(
@@ -33,7 +33,7 @@ def tune(
         refuse_changes(name or out or changes)
         spec, folder = read_spec(resume, TUNING_FILE), resume
     else:
-        spec = rooted(specify(name, changes, {}))
+        spec = specify(name, changes, {})
         folder = out or new_folder(f"{spec.name}-tuning")
     check(spec, executor, address)
     trials = plan_tuning(spec, folder)

@@ -15,8 +15,6 @@ from typing import Any
 
 import tomli_w
 
-from cggr_ray.data.dataset import AnySource
-from cggr_ray.data.sources import HuggingFace
 from cggr_ray.race import RaceSpec, Trial, Tuning, plan_trial, refuse_doubles
 from cggr_ray.schema import SUMMARY_FILE, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 from cggr_ray.telemetry.tracker import Row
@@ -115,24 +113,3 @@ def write_tuned(spec: RaceSpec, rows: Sequence[Row], path: Path) -> None:
     tuned = spec.with_arms({name: row["values"] for name, row in best.items()})
     head = "".join(f"# {line}\n" for line in comments)
     path.write_text(f"{head}\n{tomli_w.dumps(tuned.to_plain())}", encoding="utf-8")
-
-
-def rooted(spec: RaceSpec) -> RaceSpec:
-    """The race with every path that is relative to the working directory made absolute: recipes, tokenizer, data."""
-    names = {name: str(Path(name).resolve()) if name.endswith(".toml") else name for name in spec.recipes}
-    tokenizer = spec.data.tokenizer
-    if tokenizer not in ("shipped", "train"):
-        tokenizer = _if_local(tokenizer)
-    data = replace(spec.data, tokenizer=tokenizer, sources=tuple(map(_rooted_source, spec.data.sources)))
-    arms = {names[name]: values for name, values in spec.arms.items()}
-    batches = {names[name]: batch for name, batch in spec.batches.items()}
-    return replace(spec, recipes=tuple(names.values()), arms=arms, batches=batches, data=data)
-
-
-def _rooted_source(source: AnySource) -> AnySource:
-    return replace(source, dataset=_if_local(source.dataset)) if isinstance(source, HuggingFace) else source
-
-
-def _if_local(name: str) -> str:
-    """The absolute path of what lies on this machine; a name on a hub as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name

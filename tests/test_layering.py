@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.compiling": ("torch",),
     "cggr_ray.transfer": ("torch",),
     "cggr_ray.files": (),
+    "cggr_ray.paths": (),
     "cggr_ray.hub": ("huggingface_hub",),
     "cggr_ray.kernels": ("torch", "triton", "cggr_ray.kernels", "cggr_ray.compiling"),
     "cggr_ray.models": (

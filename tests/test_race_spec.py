@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cggr_ray.commands import specify
 from cggr_ray.data.dataset import DataSpec, is_prepared, open_data, prepare
 from cggr_ray.data.sources import HuggingFace, Jsonl, Parquet, Problems
 from cggr_ray.models.presets import ModelSpec
@@ -169,6 +170,36 @@ def test_paths_are_relative_to_the_race_file(tmp_path: Path, monkeypatch: pytest
         spec.data.check()
 
 
+def test_names_of_what_lies_beside_the_race_file_are_its_paths(tmp_path: Path) -> None:
+    """Recipes wherever they are named; a tokenizer and a dataset where there is one, else a name on the hub."""
+    races = tmp_path.resolve() / "races"
+    (races / "words").mkdir(parents=True)
+    (races / "shipped").mkdir()
+    (races / "own.toml").write_text("description = 'mine'")
+    own, words = str(races / "own.toml"), str(races / "words")
+    head = 'recipes = ["baseline", "own.toml"]\nglobal_rows = 4\nmicro_rows = 4\n'
+    tables = '[arms."own.toml"]\n"optimizer.lr_scale" = 0.5\n[batches."own.toml"]\nglobal_rows = 2\n'
+    data = '[data]\nsources = [{kind = "hf", dataset = "words"}, {kind = "hf", name = "hub"}]\ntokenizer = '
+    spec = load_race(race_file(races, f'{head}{tables}{data}"words"'))
+    assert spec.recipes == ("baseline", own) and spec.recipe(own).optimizer.lr_scale == 0.5
+    assert spec.rows_of(own) == (2, 2) and spec.data.tokenizer == words
+    assert [getattr(source, "dataset", None) for source in spec.data.sources] == [words, "AI-MO/NuminaMath-1.5"]
+    assert load_race(race_file(races, f'{head}{data}"shipped"')).data.tokenizer == "shipped"
+
+
+def test_names_on_the_command_line_are_paths_below_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "races").mkdir()
+    (tmp_path / "own.toml").write_text("description = 'mine'")
+    (tmp_path / "races" / "own.toml").write_text("description = 'another one'")
+    name = race_file(tmp_path / "races", 'recipes = ["baseline", "own.toml"]\n[arms."own.toml"]\n"clip_norm" = 3.0')
+    monkeypatch.chdir(tmp_path)
+    own = str(tmp_path.resolve() / "own.toml")
+    spec = specify(name, {"recipes": ["own.toml"]}, {"own.toml:optimizer.lr_scale": 0.25})
+    assert spec.recipes == (own,) and spec.arms == {own: {"optimizer.lr_scale": 0.25}}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -180,7 +211,7 @@ def test_paths_are_relative_to_the_race_file(tmp_path: Path, monkeypatch: pytest
         ("data.sources = [3]", r"data\.sources\[0\] = 3; accepted"),
         ("data.sources = [{kind = 'jsonl', path = 3}]", r"data\.sources\[0\]\.path = 3; accepted: str"),
         ("model.folder = 3", r"model\.folder = 3; accepted: str"),
-        ("model.folder = 'nowhere'", r"nowhere.*config\.json"),
+        ("model.folder = '.'", r"has no config\.json"),
     ],
 )
 def test_a_bad_race_file_names_the_file(tmp_path: Path, text: str, message: str) -> None:

@@ -15,7 +15,7 @@ from cggr_ray import cli
 from cggr_ray.data.sources import Jsonl
 from cggr_ray.race import RaceSpec, Trial, Tuning, load_race
 from cggr_ray.schema import SUMMARY_FILE, VAL_LOSS
-from cggr_ray.tuning import at_the_edge, best_rows, notes, plan_tuning, rooted, tuning_rows, write_tuned
+from cggr_ray.tuning import at_the_edge, best_rows, notes, plan_tuning, tuning_rows, write_tuned
 
 MATRIX, REST = "optimizer.matrix.lr", "optimizer.rest.lr"
 LOW, MIDDLE, HIGH = ({MATRIX: lr, REST: lr / 2} for lr in (1e-3, 4e-3, 1.6e-2))
@@ -192,19 +192,6 @@ def test_a_part_that_is_replaced_whole_keeps_the_values_inside_it(tmp_path: Path
     write_tuned(spec, [row("baseline", 1.0, values=values)], tmp_path / "tuned.toml")
     assert load_race(str(tmp_path / "tuned.toml")).recipe("baseline") == trial.recipe
     assert (type(trial.recipe.optimizer.matrix).__name__, trial.recipe.optimizer.matrix.lr) == ("AdamW", 0.5)
-
-
-def test_paths_below_the_working_directory_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("own.toml").write_text("description = 'mine'")
-    Path("data").mkdir()
-    plain = {"recipes": ["baseline", "own.toml"], "arms": {"own.toml": {MATRIX: 0.5}}}
-    plain["data"] = {"tokenizer": "data", "sources": [{"kind": "hf", "dataset": "data"}, {"kind": "hf", "name": "hub"}]}
-    spec = rooted(RaceSpec.from_plain(plain))
-    own, data = str(tmp_path.resolve() / "own.toml"), str(tmp_path.resolve() / "data")
-    assert spec.recipes == ("baseline", own) and spec.arms == {own: {MATRIX: 0.5}} and spec.data.tokenizer == data
-    assert [getattr(source, "dataset", None) for source in spec.data.sources] == [data, "AI-MO/NuminaMath-1.5"]
-    assert rooted(RaceSpec()) == RaceSpec()
 
 
 class Runs:
