@@ -4,19 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: race test check bench report tokenizer clean
+POINTS ?= 500
+
+.PHONY: race test check faults bench report tokenizer clean
 
 race: $(READY)            ## the default race: baseline, cggr_loss and two controls, with its report
 	$(BIN)/cggr-ray race
 
-test: $(READY)            ## all tests
-	$(BIN)/python -m pytest -n 4 --dist loadfile
+test: $(READY)            ## all tests, those that start Ray by themselves
+	$(BIN)/python -m pytest -n 4 --dist loadfile -m "not ray"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ray
 
 check: $(READY)           ## format, lint, types, layering
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
+
+faults: $(READY)          ## kills runs at POINTS moments, damages checkpoints, fills a disk; prints what survived
+	$(BIN)/python -m pytest -m faults --fault-points $(POINTS) -s tests/faults
 
 bench: $(READY)           ## the benchmarks, appended to results/bench
 	for name in optimizer loop step memory head-stats logit-stats; do $(BIN)/cggr-ray bench $$name || exit 1; done

@@ -1,49 +1,45 @@
-"""Reads the JSON that runs leave behind, measures it, draws it and writes the report; needs neither torch nor Ray."""
+"""Reads the JSON that runs leave behind, measures it, draws it and writes the report; needs neither torch nor Ray.
 
-from __future__ import annotations
+Public names resolve on first use: reading frames brings neither matplotlib nor scipy with it.
+"""
 
-from analysis.frames import Race, read_race
-from analysis.layers import layer_measures, relevance_shares
-from analysis.measures import (
-    comparison,
-    ledger_check,
-    loss_at_time,
-    loss_at_tokens,
-    order_check,
-    run_measures,
-    saturation,
-    time_to_loss,
-)
-from analysis.output import write_report
-from analysis.report import summary_table, verdicts
-from analysis.scores import at_marks, at_tokens, final_scores, score_claims
-from analysis.stats import mean_interval
-from analysis.targets import efficiency, performance_profile, target_times
-from analysis.verdicts import claims
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Race",
-    "at_marks",
-    "at_tokens",
-    "claims",
-    "comparison",
-    "efficiency",
-    "final_scores",
-    "layer_measures",
-    "ledger_check",
-    "loss_at_time",
-    "loss_at_tokens",
-    "mean_interval",
-    "order_check",
-    "performance_profile",
-    "read_race",
-    "relevance_shares",
-    "run_measures",
-    "saturation",
-    "score_claims",
-    "summary_table",
-    "target_times",
-    "time_to_loss",
-    "verdicts",
-    "write_report",
-]
+_PUBLIC = {
+    "Race": "analysis.frames",
+    "Sweep": "analysis.sweeps",
+    "at_marks": "analysis.scores",
+    "at_tokens": "analysis.scores",
+    "claims": "analysis.judging",
+    "comparison": "analysis.measures",
+    "efficiency": "analysis.targets",
+    "final_scores": "analysis.scores",
+    "importance": "analysis.hyperparameters",
+    "layer_measures": "analysis.layers",
+    "ledger_check": "analysis.measures",
+    "loss_at_time": "analysis.measures",
+    "loss_at_tokens": "analysis.measures",
+    "mean_interval": "analysis.stats",
+    "order_check": "analysis.measures",
+    "performance_profile": "analysis.targets",
+    "read_race": "analysis.frames",
+    "read_sweep": "analysis.sweeps",
+    "relevance_shares": "analysis.layers",
+    "report_summary": "analysis.output",
+    "run_measures": "analysis.measures",
+    "saturation": "analysis.measures",
+    "score_claims": "analysis.scores",
+    "summary_table": "analysis.report",
+    "target_times": "analysis.targets",
+    "time_to_loss": "analysis.measures",
+    "verdicts": "analysis.report",
+    "write_report": "analysis.output",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'analysis' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -90,6 +90,10 @@ def caveats(race: Race) -> list[str]:
         notes.append(
             "**The clock advanced by a fixed time a step: seconds and tokens/s are not those of any machine.**"
         )
+    if (race.runs.get("gpu_share", pd.Series(dtype=float)) < 1).any():
+        notes.append(
+            "**Runs shared a GPU with others: their speeds, and losses at equal seconds, are not comparable.**"
+        )
     short = int((race.runs.get("out_of_memory", pd.Series(dtype=float)).fillna(0) > 0).sum())
     if short:
         runs = "run" if short == 1 else "runs"

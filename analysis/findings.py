@@ -12,19 +12,19 @@ from typing import Any
 import pandas as pd
 
 from analysis.frames import Race
+from analysis.judging import RATIO, claims, part_kinds
 from analysis.measures import comparison, saturation
 from analysis.scores import PREFIX, at_marks, at_the_end, at_tokens, final_scores, score_claims, score_names
 from analysis.stats import mean_interval
 from analysis.tables import MARKDOWN, NONE, figure, table
 from analysis.targets import TAUS, efficiency, performance_profile, target_losses, target_times
-from analysis.verdicts import RATIO, claims, part_kinds
 from cggr_ray.schema import VAL_LOSS
 
 Row = dict[Any, Any]
 
 
 def verdict_table(race: Race, style: str = MARKDOWN) -> str:
-    """One row an arm and quantity of `analysis.verdicts.claims`."""
+    """One row an arm and quantity of `analysis.judging.claims`."""
     headers = ("quantity", *_JUDGED)
     rows = claims(race).to_dict("records")
     return table(headers, [[f"{row['quantity']} ({row['unit']})", *_judged(row, 4)] for row in rows], style)

@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
+from analysis.columns import of_kind, parse, surviving, to_frame
 from cggr_ray.schema import (
     EVAL,
     EVALUATION_FOLDER,
@@ -43,6 +46,7 @@ UNFINISHED = "unfinished"
 KINDS = ("step", "milestone", "resumed", "out_of_memory")
 # The marks of the data order stay one object: their keys are row counts, not names.
 WHOLE = ("order", "spec")
+READERS = 2
 
 Row = dict[str, Any]
 
@@ -80,14 +84,7 @@ class Race:
 
     def to_parquet(self, folder: Path | str) -> list[Path]:
         """Writes runs, steps and milestones as Parquet; histograms and other nested values as JSON text."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, frame in (("runs", self.runs), ("steps", self.steps), ("milestones", self.milestones)):
-            path = target / f"{name}.parquet"
-            _flat(frame).to_parquet(path, index=False)
-            paths.append(path)
-        return paths
+        return to_parquet({"runs": self.runs, "steps": self.steps, "milestones": self.milestones}, folder)
 
 
 def read_race(folder: Path | str) -> Race:
@@ -97,64 +94,80 @@ def read_race(folder: Path | str) -> Race:
     """
     root = Path(folder)
     run_folders = _run_folders(root)
-    runs: list[Row] = []
-    steps: list[Row] = []
-    milestones: list[Row] = []
-    for run_folder in run_folders:
-        run, rows = read_run(run_folder)
-        identity = {key: run[key] for key in IDENTITY}
-        runs.append(run)
-        for row in rows:
-            if row[KIND] == "out_of_memory":
-                continue
-            target = steps if row[KIND] == "step" else milestones
-            target.append(identity | {key: value for key, value in row.items() if key != KIND})
-    frame = _frame(runs, IDENTITY)
+    # Arrow parses without the interpreter's lock: two files at a time, in order.
+    with ThreadPoolExecutor(READERS) as readers:
+        found = list(readers.map(read_run, run_folders))
+    frame = frame_of([run for run, _, _ in found], IDENTITY)
     if frame["trial_id"].duplicated().any():
         twice = sorted(set(frame.loc[frame["trial_id"].duplicated(), "trial_id"]))
         raise ValueError(f"{root}: trial ids {twice} occur twice; accepted: the folder of one race")
     race_file = root / RACE_FILE
-    spec = _read_object(race_file) if race_file.is_file() else {}
+    spec = read_object(race_file) if race_file.is_file() else {}
     if (root / OVERLAP_FILE).is_file():
-        spec |= {"overlap": _read_object(root / OVERLAP_FILE)}
+        spec |= {"overlap": read_object(root / OVERLAP_FILE)}
     columns = (*IDENTITY, *POSITION)
-    return Race(root, spec, frame, _frame(steps, columns), _frame(milestones, columns))
+    identified = [({key: run[key] for key in IDENTITY}, steps, milestones) for run, steps, milestones in found]
+    del found
+    milestones = to_frame([(run, own) for run, _, own in identified], columns)
+    return Race(root, spec, frame, to_frame([(run, own) for run, own, _ in identified], columns), milestones)
 
 
-def read_run(folder: Path) -> tuple[Row, list[Row]]:
-    """The row of one run for the runs frame, and its surviving rows of metrics.jsonl in the order written."""
-    described = _read_object(folder / RUN_FILE)
+def read_run(folder: Path) -> tuple[Row, pa.Table, pa.Table]:
+    """The row of one run for the runs frame, and its surviving steps and milestones in the order written."""
+    described = read_object(folder / RUN_FILE)
     for key in IDENTITY:
         if key not in described:
             raise ValueError(f"{folder / RUN_FILE}: no {key!r}; accepted: an object with {', '.join(IDENTITY)}")
     summary_file = folder / SUMMARY_FILE
-    summary: Row = _read_object(summary_file) if summary_file.is_file() else {"status": UNFINISHED}
+    summary: Row = read_object(summary_file) if summary_file.is_file() else {"status": UNFINISHED}
     ledgers = {f"ledger/{name}": summary.get("ledgers", {}).get(name) for name in LEDGERS}
     rest = {key: value for key, value in summary.items() if key != "ledgers"}
     metrics_file = folder / METRICS_FILE
-    rows, resumes = surviving_rows(read_rows(metrics_file)) if metrics_file.is_file() else ([], 0)
+    table, resumes = surviving(_read_columns(metrics_file) if metrics_file.is_file() else parse(b"", KINDS))
+    steps, milestones = of_kind(table, "step"), of_kind(table, "milestone")
     late_file = folder / EVALUATION_FOLDER / LATE_FILE
-    rows = with_late(rows, read_rows(late_file)) if late_file.is_file() else rows
-    return _columns(described) | _columns(rest) | ledgers | {"resumes": resumes}, rows
+    if late_file.is_file():
+        rows = [row | {KIND: "milestone"} for row in milestones.to_pylist()]
+        milestones = pa.Table.from_pylist(with_late(rows, read_rows(late_file))).drop_columns([KIND])
+    return _columns(described) | _columns(rest) | ledgers | {"resumes": resumes}, steps, milestones
+
+
+def _read_columns(path: Path) -> pa.Table:
+    """The rows of a metrics file as columns; the same rows, warnings and errors as `read_rows`."""
+    try:
+        return parse(whole_lines(path), KINDS)
+    except pa.ArrowInvalid as error:
+        read_rows(path)
+        raise ValueError(f"{path}: {error}; accepted: values of one type under every key") from error
+
+
+def whole_lines(path: Path) -> bytes:
+    """What a file of JSON lines holds, without the trace of a kill in mid-write.
+
+    That is a last line without its newline that does not parse; it is left out with a warning.
+    """
+    content = path.read_bytes()
+    whole, newline, last = content.rpartition(b"\n")
+    try:
+        json.loads(last or b"null")
+    except ValueError:
+        warnings.warn(f"{path}:{content.count(newline) + 1}: torn last line left out", stacklevel=2)
+        return whole + newline
+    return content
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a metrics file, as written.
+    """All rows of a metrics file, as written, but for a torn last line.
 
-    A last line without its newline that does not parse is the trace of a kill in mid-write: it is left out, with a
-    warning. A broken line anywhere else means lost data and raises ValueError.
+    A broken line anywhere else means lost data and raises ValueError.
     """
-    lines = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(whole_lines(path).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number == len(lines):
-                warnings.warn(f"{path}:{number}: torn last line left out", stacklevel=2)
-                continue
             raise ValueError(f"{path}:{number}: not JSON ({error}); accepted: one object a line") from error
         if not isinstance(row, dict) or row.get(KIND) not in KINDS or not isinstance(row.get(STEP), int):
             text = line[:80].decode(errors="replace")
@@ -216,7 +229,8 @@ def _run_folders(root: Path) -> list[Path]:
     return [path.parent for path in found]
 
 
-def _read_object(path: Path) -> Row:
+def read_object(path: Path) -> Row:
+    """The object of a JSON file. Raises ValueError if it holds anything else."""
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
@@ -237,7 +251,7 @@ def _columns(source: Mapping[str, Any]) -> Row:
     return columns
 
 
-def _frame(rows: list[Row], first: tuple[str, ...]) -> pd.DataFrame:
+def frame_of(rows: list[Row], first: tuple[str, ...]) -> pd.DataFrame:
     """A frame whose columns begin with `first`; a column of numbers and nulls is numeric, null being NaN."""
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys((*first, *(key for row in rows for key in row)))))
     for name in frame.columns:
@@ -251,16 +265,39 @@ def _is_number(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
+def to_parquet(frames: Mapping[str, pd.DataFrame], folder: Path | str) -> list[Path]:
+    """Writes each frame to `<name>.parquet`, nested values as JSON text."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, frame in frames.items():
+        paths.append(target / f"{name}.parquet")
+        _flat(frame).to_parquet(paths[-1], index=False)
+    return paths
+
+
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with every column of one simple type, which is what Parquet can hold."""
     flat = frame.copy()
     for name in flat.columns:
         column = flat[name]
-        if column.dtype == object:
-            missing = [not isinstance(value, list | dict) and bool(pd.isna(value)) for value in column]
-            texts = [None if gone else _text(value) for gone, value in zip(missing, column, strict=True)]
+        if is_compound(column):
+            texts = [None if value is None else _text(value) for value in objects(column)]
             flat[name] = pd.Series(texts, index=flat.index, dtype="str")
     return flat
+
+
+def is_compound(column: pd.Series) -> bool:
+    """Whether a column holds lists, objects or mixed values rather than one simple type."""
+    return column.dtype == object or isinstance(column.dtype, pd.ArrowDtype)
+
+
+def objects(column: pd.Series) -> list[Any]:
+    """The values of such a column as Python has them, None where there is none."""
+    if isinstance(column.dtype, pd.ArrowDtype):
+        values: list[Any] = pa.array(column).to_pylist()
+        return values
+    return [None if not isinstance(value, list | dict) and pd.isna(value) else value for value in column]
 
 
 def _text(value: object) -> str:

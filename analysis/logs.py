@@ -15,7 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.frames import Race
+from analysis.frames import Race, is_compound, objects
+from analysis.sweeps import Sweep
 from cggr_ray.schema import METRICS, STEP
 
 FORMAT = "cggr-ray training log 1"
@@ -34,9 +35,9 @@ def write_logs(race: Race, folder: Path | str) -> list[Path]:
     return list(paths)
 
 
-def write_tables(race: Race, folder: Path | str) -> list[Path]:
-    """Writes runs, steps and milestones as Parquet and CSV; nested values are JSON text in both."""
-    paths = race.to_parquet(folder)
+def write_tables(found: Race | Sweep, folder: Path | str) -> list[Path]:
+    """Writes the frames of a race or a sweep as Parquet and CSV; nested values are JSON text in both."""
+    paths = found.to_parquet(folder)
     for path in list(paths):
         paths.append(path.with_suffix(".csv"))
         pd.read_parquet(path).to_csv(paths[-1], index=False)
@@ -76,7 +77,9 @@ def _rows(frame: pd.DataFrame, trial: str) -> list[dict[str, Any]]:
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain values; a column of whole numbers with gaps holds whole numbers again."""
-    records: list[dict[str, Any]] = _strict(frame.convert_dtypes(convert_string=False).to_dict("records"))
+    nested = {name: objects(frame[name]) for name in frame.columns if is_compound(frame[name])}
+    plain = frame.assign(**{name: pd.Series(values, frame.index, dtype=object) for name, values in nested.items()})
+    records: list[dict[str, Any]] = _strict(plain.convert_dtypes(convert_string=False).to_dict("records"))
     return records
 
 

@@ -3,7 +3,7 @@
 Per-run measures are read off the milestones by linear interpolation; over seeds they become a mean with the half width
 of a Student t interval. Differences are paired by seed: both runs of a pair saw the same rows in the same order, so
 what the seed does to both cancels. Losses in nats/token, times in train seconds, memory in MiB. Whether a difference is
-more than chance is said in `analysis.verdicts`.
+more than chance is said in `analysis.judging`.
 
 Only finished runs are compared: the last loss of a run that stopped early is not a loss at equal time.
 """

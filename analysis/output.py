@@ -1,37 +1,63 @@
-"""All files of a race's report, from its run folders alone.
+"""All files of a report, from the folder of a race or a sweep alone. Of a race:
 
 benchmark_results.md and its plots      to be read anywhere
 report.html                             the same with curves to hover over, one file, offline
 training_log_<recipe>.json              every logged row, with units
 runs, steps, milestones                 as CSV and as Parquet
+
+Of a sweep the first two, with trials and results as CSV and as Parquet.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from analysis.frames import read_race
+from analysis.frames import Race, read_race
 from analysis.html import HTML_FILE, write_html
+from analysis.html.sweep import write_sweep_html
 from analysis.logs import write_logs, write_tables
-from analysis.report import PLOTS, REPORT_FILE, layer_plots, render
+from analysis.report import PLOTS, REPORT_FILE, layer_plots, render, summary_table
+from analysis.sweep_report import best_table, headline, render_sweep, sweep_plots
+from analysis.sweeps import Sweep, is_sweep, read_sweep
 
 REPORT_FOLDER = "report"
 
 
-def write_report(race_folder: Path | str, out: Path | str | None = None) -> Path:
+def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
     """Writes all of them; returns the path of the Markdown file.
 
-    Without `out` they go to `report/` in the race folder. Raises ValueError if the folder holds no run, or two recipes
-    whose logs would share a file.
+    Without `out` they go to `report/` in the folder of the race or sweep. Raises ValueError if the folder holds no run
+    and no trial, or two recipes whose logs would share a file.
     """
-    race = read_race(race_folder)
-    target = Path(out) if out is not None else race.folder / REPORT_FOLDER
+    found = read_sweep(folder) if is_sweep(folder) else read_race(folder)
+    target = Path(out) if out is not None else found.folder / REPORT_FOLDER
     target.mkdir(parents=True, exist_ok=True)
+    path = target / REPORT_FILE
+    path.write_text(_write_sweep(found, target) if isinstance(found, Sweep) else _write_race(found, target), "utf-8")
+    return path
+
+
+def report_summary(folder: Path | str) -> str:
+    """The same in a few lines of plain text, for a terminal."""
+    if not is_sweep(folder):
+        return summary_table(read_race(folder))
+    sweep = read_sweep(folder)
+    return f"{headline(sweep)}\n\n{best_table(sweep, 'simple')}"
+
+
+def _write_race(race: Race, target: Path) -> str:
+    """Writes all but the Markdown, which it returns."""
     write_logs(race, target)
     write_tables(race, target)
     for name, _, plot in (*PLOTS, *layer_plots(race)):
         plot(race, target / name)
     write_html(race, target / HTML_FILE)
-    path = target / REPORT_FILE
-    path.write_text(render(race), encoding="utf-8")
-    return path
+    return render(race)
+
+
+def _write_sweep(sweep: Sweep, target: Path) -> str:
+    write_tables(sweep, target)
+    for name, _, plot in sweep_plots(sweep):
+        plot(sweep, target / name)
+    write_sweep_html(sweep, target / HTML_FILE)
+    return render_sweep(sweep)

@@ -44,24 +44,24 @@ def styles(recipes: list[str], baseline: str) -> dict[str, Style]:
 
 def plot_loss_against_seconds(race: Race, path: Path, metric: str = VAL_LOSS) -> Path:
     """Validation loss at every milestone against seconds of training."""
-    figure, axes = _canvas("train time (s)", f"{metric} (nats/token)")
+    figure, axes = canvas("train time (s)", f"{metric} (nats/token)")
     _lines(axes, race, race.milestones, TRAIN_SECONDS, metric)
     _zoom(axes, race.milestones, metric)
-    return _save(figure, axes, path)
+    return save(figure, axes, path)
 
 
 def plot_loss_against_tokens(race: Race, path: Path, metric: str = VAL_LOSS) -> Path:
     """Validation loss at every milestone against millions of tokens read from the stream."""
-    figure, axes = _canvas("tokens seen (millions)", f"{metric} (nats/token)")
+    figure, axes = canvas("tokens seen (millions)", f"{metric} (nats/token)")
     millions = race.milestones.assign(**{TOKENS_SEEN: race.milestones[TOKENS_SEEN] / 1e6})
     _lines(axes, race, millions, TOKENS_SEEN, metric)
     _zoom(axes, race.milestones, metric)
-    return _save(figure, axes, path)
+    return save(figure, axes, path)
 
 
 def plot_speed(race: Race, path: Path) -> Path:
     """Tokens seen per train second against seconds of training, as a running median of nine rows."""
-    figure, axes = _canvas("train time (s)", f"tokens/s (running median of {SPEED_WINDOW} rows)")
+    figure, axes = canvas("train time (s)", f"tokens/s (running median of {SPEED_WINDOW} rows)")
     steps = race.steps
     if TOKENS_PER_SEC in steps.columns:
         by_run = steps.groupby("trial_id", sort=False)[TOKENS_PER_SEC]
@@ -69,12 +69,12 @@ def plot_speed(race: Race, path: Path) -> Path:
         _lines(axes, race, steps.assign(**{TOKENS_PER_SEC: smooth}), TRAIN_SECONDS, TOKENS_PER_SEC)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    return _save(figure, axes, path)
+    return save(figure, axes, path)
 
 
 def plot_memory(race: Race, path: Path) -> Path:
     """Peak device memory: a bar for the mean of a recipe's finished runs, a dot for each of them."""
-    figure, axes = _canvas("peak device memory (MiB)", "")
+    figure, axes = canvas("peak device memory (MiB)", "")
     look = styles(race.recipes, race.baseline)
     peaks = finished_runs(race)
     for row, recipe in enumerate(race.recipes):
@@ -91,12 +91,12 @@ def plot_memory(race: Race, path: Path) -> Path:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
-    return _save(figure, axes, path)
+    return save(figure, axes, path)
 
 
 def plot_active_layers(race: Race, path: Path) -> Path:
     """Layers that learn between probes against seconds of training: a line a run in which layers rested."""
-    figure, axes = _canvas("train time (s)", "layers that learn")
+    figure, axes = canvas("train time (s)", "layers that learn")
     look, rows = styles(race.recipes, race.baseline), resting_rows(race)
     for recipe, own in rows.groupby("recipe", sort=False):
         colour, dash = look[str(recipe)]
@@ -106,7 +106,7 @@ def plot_active_layers(race: Race, path: Path) -> Path:
             axes.step(run[TRAIN_SECONDS], run["depth"], dash, color=colour, lw=1.0, alpha=0.7, label=label)
     axes.set_ylim(0, 1.05 * rows["layers"].max())
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return _save(figure, axes, path)
+    return save(figure, axes, path)
 
 
 def plot_relevance(race: Race, path: Path) -> Path:
@@ -169,9 +169,9 @@ def _zoom(axes: Axes, milestones: pd.DataFrame, metric: str) -> None:
         axes.set_ylim(losses.min() - margin, losses.max() + margin)
 
 
-def _canvas(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def canvas(x_label: str, y_label: str, height: float = 4.8) -> tuple[Figure, Axes]:
     """A figure with a canvas of its own: no window system, and no state shared with the caller's pyplot."""
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(8, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
@@ -181,7 +181,8 @@ def _canvas(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, axes: Axes, path: Path) -> Path:
+def save(figure: Figure, axes: Axes, path: Path) -> Path:
+    """Writes a figure, with a legend where something is named."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=DPI)

@@ -25,6 +25,7 @@ from analysis.findings import (
     verdict_table,
 )
 from analysis.frames import Race
+from analysis.judging import LOSS, claims, lost_runs
 from analysis.layers import relevance_shares, resting_rows
 from analysis.measures import FINISHED, comparison, equal_tokens
 from analysis.notes import (
@@ -64,7 +65,6 @@ from analysis.tables import (
     validation_table,
 )
 from analysis.targets import TARGET_FRACTIONS
-from analysis.verdicts import LOSS, claims, lost_runs
 from cggr_ray.schema import VAL_LOSS
 
 REPORT_FILE = "benchmark_results.md"

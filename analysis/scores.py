@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.frames import IDENTITY, Race
+from analysis.judging import Quantity, judge, weighed
 from analysis.measures import equal_tokens, finished_runs, loss_at_tokens
 from analysis.stats import mean_interval
-from analysis.verdicts import Quantity, judge, weighed
 from cggr_ray.schema import EVAL, FRACTION, STEP, TRAIN_SECONDS, VAL_LOSS
 
 PREFIX = f"{EVAL}/"
@@ -89,7 +89,7 @@ def at_tokens(race: Race, metric: str = VAL_LOSS, parts: Sequence[float] = TOKEN
 
 
 def score_claims(race: Race) -> pd.DataFrame:
-    """The verdicts of `analysis.verdicts.judge` on the primary scores at the end, with `supported` as of `weighed`."""
+    """The verdicts of `analysis.judging.judge` on the primary scores at the end, with `supported` as of `weighed`."""
     samples, uneven = {}, set()
     for score in primary_scores(race):
         quantity = Quantity(score.removeprefix(PREFIX), "", +1, "better", "worse")

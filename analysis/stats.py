@@ -10,7 +10,7 @@ A difference d_s is that of two runs of one seed. With n pairs, mean m and stand
     MDE         the smallest true difference that a t test of level a finds with a chance of 80 %: Student's t with
                 noncentrality d sqrt(n) / s lies beyond its quantiles so often
 
-Pure functions on numbers; what is compared is said in `analysis.verdicts`.
+Pure functions on numbers; what is compared is said in `analysis.judging`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import pandas as pd
 from tabulate import tabulate
 
 from analysis.frames import Race
+from analysis.judging import LOSS, claims
 from analysis.layers import MODES, layer_measures
 from analysis.measures import comparison, epochs, ledger_check, order_check
-from analysis.verdicts import LOSS, claims
 from cggr_ray.schema import BUDGET_LEDGERS, LEARNING_RATE, LEDGERS, TRAIN_SECONDS, VAL_LOSS, VAL_NATS_PER_BYTE
 
 MARKDOWN = "github"

@@ -69,6 +69,27 @@ def can_be_run(part: RowsPart, micro_rows: int, step_rows: int) -> bool:
     return True
 
 
+def rows_of_worker(step_rows: int, workers: int) -> int:
+    """Rows of a step that each worker trains.
+
+    Raises:
+        ValueError: they cannot all train as many.
+    """
+    if step_rows % workers:
+        raise ValueError(f"{step_rows} rows a step with workers = {workers}; accepted: a multiple of the workers")
+    return step_rows // workers
+
+
+def check_workers(recipe: Recipe, workers: int) -> None:
+    """Raises ValueError where a recipe has something that more than one worker cannot run."""
+    if workers > 1 and recipe.optimizer.project_early:
+        raise ValueError(f"project_early with workers = {workers}, which add up gradients before they project them; "
+                         "accepted: workers = 1, or project_early = false")  # fmt: skip
+    if workers > 1 and recipe.execution.activation_cache is not None:
+        raise ValueError(f"activation_cache with workers = {workers}, each of which sees other rows in every epoch; "
+                         "accepted: workers = 1, or no cache")  # fmt: skip
+
+
 def smaller_sizes(part: RowsPart, micro_rows: int, step_rows: int) -> list[int]:
     """Micro-batches of half as many rows or fewer that a recipe can be run with, the largest first."""
     sizes = range(min(micro_rows, step_rows) // 2, 0, -1)

@@ -20,6 +20,8 @@ from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE
 def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], settings: Settings, again: bool) -> None:
     """Calibrates the arms of a race; exit code 1 where of one no micro-batch fits, and then no race is written."""
     spec = specify(name, changes, {})
+    if spec.workers > 1:
+        raise ValueError(f"workers = {spec.workers}; accepted: workers = 1, for one process after the other is tried")
     device = pick_device(spec.device)
     settings.limit_mib(device)
     check(spec, "train", None)

@@ -6,11 +6,14 @@ Each command imports what it needs, when it runs.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cggr_ray.stopping import StoppedError
 
 app = typer.Typer(
     name="cggr-ray",
@@ -53,6 +56,9 @@ def race(
     sets: Sets = [],  # noqa: B006 - typer reads the default
     device: Device = None,
     executor: ExecutorName = None,
+    workers: Annotated[
+        int | None, typer.Option(help="GPUs, or processes on a CPU, that train a trial together; 1 by default.")
+    ] = None,
     address: Address = None,
     wandb: Wandb = None,
     wandb_project: Annotated[str | None, typer.Option(help="W&B project.")] = None,
@@ -74,6 +80,7 @@ def race(
         budget_seconds=budget,
         data=data,
         device=device,
+        workers=workers,
         wandb=wandb,
         wandb_project=wandb_project,
         tensorboard=tensorboard or None,
@@ -139,45 +146,71 @@ def calibrate(
 
 @app.command()
 def sweep(
-    space: Annotated[str, typer.Argument(help="A search space: baseline, cggr, e3.")],
+    space: Annotated[
+        str | None, typer.Argument(help="A search space (baseline, cggr, e3, suffix), or a sweep's .toml file.")
+    ] = None,
     spec: Annotated[str | None, typer.Option("--race", help="Race file that gives model, data and budget.")] = None,
     out: Out = None,
-    trials: Annotated[int, typer.Option(help="Configurations to draw.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    trials: Annotated[int | None, typer.Option(help="Configurations to draw; 16 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="random (the default), grid, tpe, or tpe_memory: loss and peak memory.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="asha (the default), hyperband, pbt or none, all on train seconds.")
+    ] = None,
     budget: Budget = None,
+    total_seconds: Annotated[
+        float | None, typer.Option(help="Train seconds of all trials; then none begins, and those that run are cut.")
+    ] = None,
+    wall_seconds: Annotated[float | None, typer.Option(help="The same in wall-clock seconds of the sweep.")] = None,
+    gpus_per_trial: Annotated[
+        float | None, typer.Option(help="Below 1, trials share a GPU: speeds are not comparable then.")
+    ] = None,
     sets: Sets = [],  # noqa: B006 - typer reads the default
     device: Device = None,
     executor: ExecutorName = None,
     address: Address = None,
-    early_stopping: Annotated[bool, typer.Option(help="Successive halving (ASHA) on train seconds.")] = True,
+    growing: Annotated[
+        int | None, typer.Option(help="Trials side by side on a cluster that starts GPU machines for them.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the sweep in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and take nothing.")] = False,
 ) -> None:
-    """Search the hyperparameters of a recipe family with Ray Tune.
+    """Search the hyperparameters of a recipe family, and write the best recipe.
 
     Example: cggr-ray sweep cggr --race races/gsm8k.toml --trials 32 --budget 120
     """
-    from cggr_ray import commands
+    from cggr_ray import commands, sweep_command
 
     changes = commands.given(budget_seconds=budget, device=device)
-    values = commands.assignments(sets)
-    commands.sweep(
-        space, spec, out, changes, values, trials, seed, early_stopping, executor or "inprocess", address, dry_run
+    search = commands.given(
+        trials=trials,
+        seed=seed,
+        algorithm=algorithm,
+        scheduler=scheduler,
+        total_seconds=total_seconds,
+        wall_seconds=wall_seconds,
+        gpus_per_trial=gpus_per_trial,
     )
+    values = commands.assignments(sets)
+    executor = executor or "inprocess"
+    sweep_command.sweep(space, spec, out, changes, values, search, executor, address, growing, resume, dry_run)
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A race's folder.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a race or a sweep.")],
     out: Annotated[Path | None, typer.Option(help="Where to write; <folder>/report by default.")] = None,
 ) -> None:
-    """Write benchmark_results.md, report.html, logs and tables from the folder of a race. Needs no GPU, torch or Ray.
+    """Write benchmark_results.md, report.html and tables of a race or a sweep. Needs no GPU, torch or Ray.
 
     Example: cggr-ray report outputs/gsm8k
     """
-    from analysis import read_race, summary_table, write_report
+    from analysis import report_summary, write_report
 
     path = write_report(folder, out)
-    typer.echo(summary_table(read_race(folder)))
+    typer.echo(report_summary(folder))
     typer.echo(f"\nreport: {path}")
 
 
@@ -262,7 +295,7 @@ def evaluate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="step, memory, head-stats, logit-stats, loop or optimizer.")],
+    name: Annotated[str, typer.Argument(help="step, memory, head-stats, logit-stats, loop, optimizer or workers.")],
     shapes: Annotated[str | None, typer.Option(help="Comma-separated, e.g. smollm-135m/32x1024.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("results/bench"),
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each provider, interleaved.")] = 30,
@@ -346,13 +379,18 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The console script: a user's mistake is one line and exit code 2."""
+    """The console script: a user's mistake is one line and exit code 2; stopped by SIGTERM is 143, by Ctrl-C 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # As an exception, so that what has processes of its own ends them.
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     try:
         app()
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except StoppedError as stopped:
+        typer.echo(stopped, err=True)
+        sys.exit(stopped.exit_code)
 
 
 if __name__ == "__main__":

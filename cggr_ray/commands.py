@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.table import Table
 
 from cggr_ray.codec import nearest, to_plain
 from cggr_ray.data.dataset import AnySource, open_data, prepare
@@ -93,7 +92,7 @@ def race(
         folder = out or new_folder(spec.name)
     trials = plan_trials(spec, folder)
     if dry_run:
-        check_executor(executor)
+        check_executor(executor, spec)
         check_present(spec)
         show_plan(spec, trials)
         return
@@ -138,7 +137,7 @@ def run_left(
 def check(spec: RaceSpec, executor: str, address: str | None) -> None:
     """Before anything starts: the executor, the data's files, whether the recipes fit the model and the micro-batches
     and, on a local machine, the device that is asked for."""
-    check_executor(executor)
+    check_executor(executor, spec)
     spec.data.check()
     spec.check()
     if spec.evaluation is not None:
@@ -147,9 +146,13 @@ def check(spec: RaceSpec, executor: str, address: str | None) -> None:
         pick_device(spec.device)
 
 
-def check_executor(executor: str) -> None:
+def check_executor(executor: str, spec: RaceSpec) -> None:
     if executor not in EXECUTORS:
         raise ValueError(f"executor {executor!r}; {nearest(executor, EXECUTORS)}")
+    if executor == "inprocess" and spec.workers > 1:
+        raise ValueError(
+            f"executor 'inprocess' with workers = {spec.workers}; accepted: executor train, or workers = 1"
+        )
 
 
 def check_tokens(spec: RaceSpec, recipes: Iterable[Recipe], data_folder: Path) -> None:
@@ -180,56 +183,10 @@ def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
         sys.exit(1)
 
 
-def sweep(
-    space_name: str,
-    race_name: str | None,
-    out: Path | None,
-    changes: Mapping[str, Any],
-    values: Mapping[str, Any],
-    trials: int,
-    seed: int,
-    early_stopping: bool,
-    executor: str,
-    address: str | None,
-    dry_run: bool,
-) -> None:
-    """Runs a sweep and prints its best trials."""
-    # Its settings are read when Ray is first imported, which the search spaces do.
-    import trainables  # noqa: F401
-    from search_spaces import SPACES
-
-    if space_name not in SPACES:
-        raise ValueError(f"search space {space_name!r}; {nearest(space_name, SPACES)}")
-    if trials < 1:
-        raise ValueError(f"--trials {trials}; accepted: at least 1")
-    space = SPACES[space_name]
-    changes = dict(changes) | {"recipes": [space.recipe], "name": f"sweep-{space_name}", "evaluation": None}
-    spec = specify(race_name, changes, values)
-    check(spec, executor, address)
-    folder = out or new_folder(spec.name)
-    console = Console()
-    if dry_run:
-        console.print(f"{trials} trials of {space.recipe}, at most {trials * spec.budget_seconds:g} train seconds")
-        for key, domain in space.domains().items():
-            console.print(f"  {key:36} {domain}", highlight=False, soft_wrap=True)
-        return
-    from trainables.sweep import best_rows, run_sweep
-
-    begin(folder, spec, [])
-    prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
-    check_tokens(spec, map(spec.recipe, spec.recipes), folder / "data")
-    with RaceConsole(spec.budget_seconds, console=console) as live:
-        run_sweep(spec, space, folder, trials, seed, early_stopping, executor, address, live.show)
-    table = Table("trial", "status", "val/loss", "values", title="best trials")
-    for row in best_rows(folder):
-        table.add_row(row["trial_id"], row["status"], f"{row['val/loss']:.4f}", json.dumps(row["values"]))
-    console.print(table)
-    console.print(f"rows: {(folder / 'sweep.jsonl').resolve()}", soft_wrap=True)
-
-
-def specify(name: str | None, changes: Mapping[str, Any], values: Mapping[str, Any]) -> RaceSpec:
-    """The race of a name or file with the command line's changes; the default depends on the device."""
-    spec = load_race(name or default_race(str(changes.get("device", "auto"))))
+def specify(race: RaceSpec | str | None, changes: Mapping[str, Any], values: Mapping[str, Any]) -> RaceSpec:
+    """A race, or that of a name or file, with the command line's changes; the default depends on the device."""
+    named = race or default_race(str(changes.get("device", "auto")))
+    spec = load_race(named) if isinstance(named, str) else named
     plain = spec.to_plain() | {key: value for key, value in changes.items() if key != "data"}
     if "data" in changes:
         plain["data"]["sources"] = to_plain(data_preset(str(changes["data"])))

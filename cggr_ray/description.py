@@ -6,6 +6,7 @@ import os
 import platform
 
 from cggr_ray import hub
+from cggr_ray.batches import rows_of_worker
 from cggr_ray.environment import fingerprint
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.race import Trial
@@ -34,10 +35,11 @@ def description(trial: Trial, adapter: Adapter, rows_per_step: int) -> Row:
             "dtype": dtype,
         },
         "device": device_info(adapter.device),
+        "gpu_share": trial.gpu_share,
         "process": {"host": platform.node(), "pid": os.getpid()},
         "execution": adapter.execution_note,
         "versions": fingerprint(),
         "row_tokens": spec.data.row_tokens,
         "global_rows": rows_per_step,
-        "micro_rows": min(spec.micro_rows, rows_per_step),
+        "micro_rows": min(spec.micro_rows, rows_of_worker(rows_per_step, spec.workers)),
     }

@@ -1,12 +1,53 @@
-"""Small files that are whole or absent: written aside, renamed."""
+"""Files that are whole or absent: written aside, flushed to disk, renamed; and what a full disk is called."""
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFullError(OSError):
+    """A run has stopped because there was no room left for what it writes; what was written before is whole."""
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes UTF-8 text, in place of what is there. A process that is killed leaves the old file, or none."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        flush(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def room_for(folder: Path) -> Iterator[None]:
+    """Says what a run does whose disk, or quota, is full.
+
+    Raises:
+        DiskFullError: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        said = f"{os.strerror(error.errno)}: the run in {folder} has stopped; what it saved before is whole, and " \
+               "it goes on from there once there is room"  # fmt: skip
+        raise DiskFullError(error.errno, said, error.filename) from error

@@ -61,7 +61,7 @@ class SmallRun(Run):
     def _warm_up(self) -> None:
         """Every level, also where there is nothing to compile: the fullest one is what has to fit."""
         learner, order = self.learner, self.data.order()
-        warm_up(learner, self.milestones.heldout, order, self.rows_per_step, self.micro_rows, learner.levels())
+        warm_up(learner, self.milestones.heldout, order, self.own_rows, self.micro_rows, learner.levels())
         self._peak = peak_mib(self.device)
 
     def _smaller(self, reason: str) -> Batch:
@@ -84,7 +84,7 @@ class SmallRun(Run):
 
     def _write(self) -> None:
         """A checkpoint, and the model where the race keeps it: memory is needed to write either."""
-        self._save()
+        self._save(self.clock.train_seconds)
         asked = self.spec.evaluation
         if self.spec.save_model or (asked is not None and asked.keep_models):
             self.milestones.save_model(self.folder / "model", {})

@@ -1,6 +1,7 @@
 """Names on the Hugging Face hub: `owner/name`, or `owner/name@revision`, which pins a commit, a branch or a tag.
 
-A name may be a local folder too. What cannot be read is one line that says so, and only safetensors and JSON are read.
+A name may be a local folder too. What cannot be read is one line that says so, and only safetensors and JSON are read;
+a configuration that names code, in the repository or in another one, is refused before anything of it is used.
 """
 
 from __future__ import annotations
@@ -8,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # One of each is enough: weights are one file or several with an index.
 CONFIG = ("config.json",)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Keys of a configuration that name code to be imported, wherever they stand in it.
+CODE_KEYS = (
+    *("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"),
+    *("_attn_implementation_internal", "_experts_implementation_internal"),
+)
+# Ends of keys whose value is a known name, or else a repository with kernels to download and run.
+IMPLEMENTATION = "_implementation"
 
 
 class HubName(NamedTuple):
@@ -57,3 +65,15 @@ def reading(what: str) -> Iterator[None]:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{what} cannot be read: {said.strip()}; accepted: a name on the Hugging Face hub that can "
                          "be reached or is in its cache, or a local folder, in safetensors") from None  # fmt: skip
+
+
+def refuse_code(config: Any, where: str) -> None:
+    """Raises ValueError where a configuration, or anything inside it, names code."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key in CODE_KEYS or (key.endswith(IMPLEMENTATION) and "/" in str(value)):
+                raise ValueError(f"{where} sets {key!r}, which names code; accepted: a config without it")
+            refuse_code(value, where)
+    elif isinstance(config, list):
+        for value in config:
+            refuse_code(value, where)

@@ -33,12 +33,14 @@ from cggr_ray.schema import (
     ROUTER_ACTIVE_PARAMS,
     ROUTER_KEPT_FRACTION,
     ROUTER_USAGE,
+    STEP_LOSSES,
     TOKEN_LOSS,
     TRAIN_LOSS,
 )
 from cggr_ray.sparse.plan import Dense
 from cggr_ray.updates.relevance import Probe
 from cggr_ray.updates.schedule import Active, Learning
+from cggr_ray.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,24 @@ class Learner:
 
     Args:
         num_positions: of the whole data set. reference: what a reference model loses there, where the scores need it.
+        workers: those that train the same model. All of them have to take the same steps at the same progress.
     """
 
     def __init__(
-        self, recipe: Recipe, adapter: Adapter, seed: int, num_positions: int, reference: Tensor | None = None
+        self,
+        recipe: Recipe,
+        adapter: Adapter,
+        seed: int,
+        num_positions: int,
+        reference: Tensor | None = None,
+        workers: Workers = ALONE,
     ) -> None:
-        self.recipe, self.adapter = recipe, adapter
+        self.recipe, self.adapter, self.workers = recipe, adapter, workers
         self.rows = recipe.rows.build(seed, adapter)
         self.run_pass = Pass(recipe, adapter, seed, num_positions, reference)
         self.router, self.objective = self.run_pass.router, self.run_pass.objective
         named, hidden = self.named_parameters(), [*adapter.hidden_names(), *self.objective.hidden_names()]
-        self.optimizer = recipe.optimizer.build(named, hidden, adapter.device)
+        self.optimizer = recipe.optimizer.build(named, hidden, adapter.device, workers)
         layers = len(adapter.layers)
         self.updates = recipe.updates.build(layers, seed)
         self.gauge: Probe | None = None
@@ -142,11 +151,13 @@ class Learner:
     ) -> StepRow:
         """One optimizer update. Queues work on the device and returns; nothing is read back.
 
-        Where memory runs out before the update, nothing of the step is left behind. With `smaller` it is then repeated.
+        Where memory runs out before the update, nothing of the step is left behind. With `smaller` it is then repeated;
+        all workers repeat it where one of them has to.
 
         Args:
             levels: what to run at instead of what the parts say; only warm-up asks for it.
         Raises:
+            torch.OutOfMemoryError: memory ran out, and there is no `smaller`.
             LostStepError: memory ran out where a step cannot be repeated.
         """
         levels = levels or Levels(self.rows.ratio(progress), self.router.ratio(progress), self.updates.begin(progress))
@@ -156,33 +167,41 @@ class Learner:
             self.optimizer.begin(progress)
             self.objective.begin(progress)
         while True:
+            found, failed = None, None
             try:
-                loss, seen, kept = self._gradients(batch, levels, progress)
-                break
+                found = self._gradients(batch, levels, progress)
             except FAILURES as error:
                 if not is_out_of_memory(error):
                     raise
-                self.rewind()
-                if smaller is None:
-                    raise
-                reason = first_line(error)
+                failed = first_line(error)
+            reason = self.workers.reason(failed)
+            if reason is None:
+                break
+            found = None
+            self.rewind()
+            if smaller is None:
+                raise torch.OutOfMemoryError(reason)
             self.release()
             batch = smaller(reason)
+        assert found is not None
+        loss, seen, kept = found
         gauge = self.gauge if learning.probe else None
         with no_way_back("the optimizer's update"):
+            self.router.share(self.workers)
             norm = self.optimizer.step(progress, gauge)
             measured = {} if gauge is None else {RELEVANCE: gauge.of_layers()}
             by_layer = self.layer_norms(self.optimizer.norms, self.optimizer.normed)
         loss_name = TRAIN_LOSS if levels.rows == levels.tokens == 1 else self.run_pass.plan.LOSS
         device_values = {loss_name: loss, GRAD_NORM: norm, GRAD_NORM_LAYERS: by_layer, **measured, **seen}
+        device_values = of_all(device_values, self.workers)
         return StepRow(progress, device_values, self._host_values(progress, kept * levels.tokens, learning))
 
     def _gradients(self, batch: Batch, levels: Levels, progress: Progress) -> tuple[Tensor, dict[str, Tensor], float]:
         """Forward and backward of every micro-batch: the loss, what was seen on the way, the share of rows kept."""
         rows, ratio, learning = levels
-        micros = [self.rows.pick(micro, rows, progress) for micro in batch.micros]
+        micros, scale = self._picked(batch, rows, progress)
         kept = sum(self.rows.kept(rows, len(m.tokens_BT)) * len(m.tokens_BT) for m in batch.micros) / batch.rows
-        scale, compare = _one_over_labelled(micros), self.router.compares(ratio, progress)
+        compare = self.router.compares(ratio, progress)
         micro_step = partial(self.run_pass, ratio=ratio, compare=compare)
         losses, statistics = [], []
         for micro in micros:
@@ -199,6 +218,18 @@ class Learner:
             statistics.append(seen)
         return torch.stack(losses).sum(), _merge(statistics), kept
 
+    def _picked(self, batch: Batch, ratio: float, progress: Progress) -> tuple[list[MicroBatch], Tensor]:
+        """The micro-batches with the rows that are kept of them, and 1 / labelled positions of all micro-batches of all
+        workers, 0-d float32, rounded once."""
+        labelled = torch.zeros((), dtype=torch.long, device=self.adapter.device)
+        try:
+            micros = [self.rows.pick(micro, ratio, progress) for micro in batch.micros]
+            labelled += torch.stack([(micro.labels_BT >= 0).sum() for micro in micros]).sum()
+        finally:
+            # Also where memory ran out: the others are counting.
+            self.workers.sum(labelled)
+        return micros, (1 / labelled.clamp_min(1).double()).float()
+
     def rewind(self) -> None:
         """Puts back what the forward and backward passes of a step have changed so far, after memory ran out."""
         self.optimizer.rewind()
@@ -214,6 +245,13 @@ class Learner:
         """Gives the parts what an earlier step measured, two steps late."""
         self.router.observe(values, progress)
         self.updates.observe(values, progress)
+
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Gives all workers the weights and states of worker 0. Theirs are the same but for the rounding of what each
+        process has compiled by itself, which must not add up."""
+        stacks = [tensor for stack in self.optimizer.stacks.values() for tensor in stack.tensors().values()]
+        self.workers.copy_first([*stacks, *self.router.tensors().values()])
 
     def state_dict(self) -> dict[str, Any]:
         """Host state of the parts. Weights, optimizer and router tensors are saved beside it."""
@@ -250,14 +288,8 @@ def loss_histogram(labels_BT: Tensor, index_K: Tensor, nll_K: Tensor) -> Tensor:
     return score_histogram(torch.where(labelled_K & ~nll_K.isnan(), nll_K, -torch.inf))
 
 
-def _one_over_labelled(micros: list[MicroBatch]) -> Tensor:
-    """1 / labelled positions of all micro-batches, 0-d float32, rounded once."""
-    labelled = torch.stack([(micro.labels_BT >= 0).sum() for micro in micros]).sum()
-    return (1 / labelled.clamp_min(1).double()).float()
-
-
-# Of what is seen in a micro-batch; the rest is averaged.
-SUMMED = (*HISTOGRAMS, ROUTER_USAGE, AUXILIARY_LOSS)
+# Of what is seen in a micro-batch, and of a step by a worker; the rest is averaged.
+SUMMED = (*HISTOGRAMS, ROUTER_USAGE, AUXILIARY_LOSS, *STEP_LOSSES)
 
 
 def _merge(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -266,3 +298,15 @@ def _merge(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return statistics[0]
     stacked = {name: torch.stack([s[name] for s in statistics]) for name in statistics[0]}
     return {name: s.sum(dim=0) if name in SUMMED else s.mean(dim=0) for name, s in stacked.items()}
+
+
+def of_all(values: dict[str, Tensor], workers: Workers) -> dict[str, Tensor]:
+    """What all workers saw of a step, from what each did, in one message: the same numbers for all of them, so that
+    whatever is decided by them is too. What all know already, as norms of the gradient, is its own mean."""
+    if workers.size == 1:
+        return values
+    flat = torch.cat([value.double().flatten() for value in values.values()])
+    workers.sum(flat)
+    pieces = flat.split([value.numel() for value in values.values()])
+    sums = {name: piece.view_as(values[name]) for name, piece in zip(values, pieces, strict=True)}
+    return {name: (s if name in SUMMED else s / workers.size).to(values[name].dtype) for name, s in sums.items()}

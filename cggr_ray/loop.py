@@ -10,14 +10,14 @@ import logging
 import math
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from cggr_ray import checkpoint
-from cggr_ray.batches import smaller_sizes
+from cggr_ray.batches import rows_of_worker, smaller_sizes
 from cggr_ray.clock import RaceClock, ReplayClock, SteppedClock, no_device
 from cggr_ray.compiling import never_eager
 from cggr_ray.data.batch import Batch
@@ -25,9 +25,10 @@ from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
 from cggr_ray.description import description
 from cggr_ray.evaluation.reference import reference_nll
-from cggr_ray.files import write_whole
+from cggr_ray.files import flush, room_for, write_whole
 from cggr_ray.flight import Flight
 from cggr_ray.learner import Learner
+from cggr_ray.lock import only_writer
 from cggr_ray.milestones import Milestones
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.prefix_cache import PrefixCache
@@ -37,16 +38,19 @@ from cggr_ray.race import Trial
 from cggr_ray.recorder import Position, Recorder, Report
 from cggr_ray.schema import (
     GRAD_NORM,
+    KIND,
     METRICS_FILE,
     PROGRESS_FILE,
     RUN_FILE,
     SUMMARY_FILE,
     Status,
 )
+from cggr_ray.stopping import Stop, StoppedError, never
 from cggr_ray.telemetry.gpu import MIB
 from cggr_ray.telemetry.jsonl import plain
-from cggr_ray.telemetry.tracker import Row, open_trackers
+from cggr_ray.telemetry.tracker import Row, Tracker, open_trackers
 from cggr_ray.warmup import warm_up
+from cggr_ray.workers import ALONE, Workers
 
 # Near the end the host waits for every step, so that none starts that the budget does not cover.
 STEPS_NEAR_THE_END = 4
@@ -60,18 +64,40 @@ ACTIVATIONS_FILE = "activations.bin"
 log = logging.getLogger(__name__)
 
 
-def run_race(trial: Trial, report: Report = lambda row: None, replay: ReplayClock | None = None) -> Row:
+def run_race(
+    trial: Trial,
+    report: Report = lambda row: None,
+    replay: ReplayClock | None = None,
+    *,
+    stop: Stop = never,
+    saved: bool = False,
+    workers: Workers = ALONE,
+) -> Row:
     """Runs a trial to the end of its budget, or from its last checkpoint to there; returns the summary.
 
     Args:
-        report: called a few dozen times with the newest row, and at milestones; off the budget.
+        report: called a few dozen times with the newest row, and at milestones; off the budget. Every worker calls its
+            own, equally often.
         replay: the clock of a recorded run, in place of a real one; every step has a row then.
+        stop: asked before every step whether to end with a checkpoint; that of worker 0 counts.
+        saved: a milestone before the end is reported once there is a checkpoint of it, from which others may go on.
+        workers: as many as the trial asks for, each of which calls this. Worker 0 writes and returns the summary.
+    Raises:
+        StoppedError: `stop` said so.
+        InUseError: another process goes on writing into the folder.
+        DiskFullError: there is no room for what is written; the checkpoints stand.
+        ValueError: as many workers as the trial asks for are not there.
     """
-    done = Path(trial.folder) / SUMMARY_FILE
-    if done.is_file():
-        summary: Row = json.loads(done.read_text())
-        return summary
-    return Run(trial, report, replay).complete()
+    folder = Path(trial.folder)
+    with room_for(folder), only_writer(folder) if workers.is_first else nullcontext():
+        if workers.first((folder / SUMMARY_FILE).is_file()):
+            if workers.is_first:
+                checkpoint.remove_all(folder)
+            summary: Row = json.loads((folder / SUMMARY_FILE).read_text())
+            return summary
+        if workers.first(stop()):
+            raise StoppedError(f"{trial.trial_id}: stopped before it began")
+        return Run(trial, report, replay, stop=stop, saved=saved, workers=workers).complete()
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -86,10 +112,25 @@ def pick_device(wanted: str) -> torch.device:
 
 
 class Run:
-    """One running trial."""
+    """One running trial, or one worker of it."""
 
-    def __init__(self, trial: Trial, report: Report, replay: ReplayClock | None = None) -> None:
-        self.trial, self.spec, self.report, self.replay = trial, trial.race, report, replay
+    def __init__(
+        self,
+        trial: Trial,
+        report: Report,
+        replay: ReplayClock | None = None,
+        *,
+        stop: Stop = never,
+        saved: bool = False,
+        workers: Workers = ALONE,
+    ) -> None:
+        self.trial, self.spec, self.replay, self.stop, self.workers = trial, trial.race, replay, stop, workers
+        if workers.size != self.spec.workers:
+            raise ValueError(
+                f"a trial with workers = {self.spec.workers} in a group of {workers.size}; accepted: as many"
+            )
+        self._report = report
+        self.report = self._report_saved if saved else report
         self.folder = Path(trial.folder)
         self.budget = Budget(self.spec.budget_seconds)
         self.device = pick_device(self.spec.device)
@@ -99,11 +140,12 @@ class Run:
         synchronise = torch.cuda.synchronize if self.device.type == "cuda" else no_device
         self.clock = replay or (RaceClock(synchronise) if fixed is None else SteppedClock(fixed))
         self.step, self.rows_trained, self.labelled, self.not_finite, self.out_of_memory = 0, 0, 0, 0, 0
+        self.skipped = 0
         self.last_step_seconds = math.inf
         self.delayed: deque[tuple[Row, Row]] = deque()
 
     def complete(self) -> Row:
-        """The whole run; returns its summary."""
+        """The whole run; returns its summary, which worker 0 alone has."""
         try:
             self.prepare()
             with self.loader:
@@ -111,7 +153,7 @@ class Run:
                 with self.clock.ledger("evaluation"):
                     final = self._evaluate(1.0)
                 with self.clock.ledger("reporting"):
-                    return self._finish(status, final)
+                    return self._finish(status, final) if self.workers.is_first else {}
         finally:
             (self.folder / ACTIVATIONS_FILE).unlink(missing_ok=True)
 
@@ -126,17 +168,19 @@ class Run:
                 self._smaller(reason)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
+            self.learner.agree()
             undone.pop_all()
 
     def _warm_up(self) -> str | None:
         """Why it could not be ended, where memory ran out; then nothing has changed."""
+        failed = None
         try:
-            warm_up(self.learner, self.milestones.heldout, self.data.order(), self.rows_per_step, self.micro_rows)
+            warm_up(self.learner, self.milestones.heldout, self.data.order(), self.own_rows, self.micro_rows)
         except FAILURES as error:
             if isinstance(error, LostStepError) or not is_out_of_memory(error):
                 raise
-            return first_line(error)
-        return None
+            failed = first_line(error)
+        return self.workers.reason(failed)
 
     def _set_up(self) -> None:
         spec, recipe = self.spec, self.trial.recipe
@@ -158,31 +202,48 @@ class Run:
                 raise ValueError("activation_cache with a tied head; accepted: an embedding that rests")
             file, width = self.folder / ACTIVATIONS_FILE, adapter.head_VD.shape[1]
             adapter.cache = PrefixCache(kept, self.data.num_positions, width, dtype, self.device, file)
-        self.learner = Learner(recipe, adapter, self.trial.seed, self.data.num_positions, reference)
+        positions, workers = self.data.num_positions, self.workers
+        self.learner = Learner(recipe, adapter, self.trial.seed, positions, reference, workers)
         order = self.data.order()
         self.milestones = Milestones(spec, self.data, order, adapter, self.folder, self._say)
         self.rows_per_step = recipe.rows.rows_per_step(spec.global_rows)
-        self.micro_rows = min(spec.micro_rows, self.rows_per_step)
-        found = checkpoint.latest(self.folder)
+        self.own_rows = rows_of_worker(self.rows_per_step, workers.size)
+        self.micro_rows = min(spec.micro_rows, self.own_rows)
+        found, damage = self._newest()
         state = self._restore(found) if found else None
         if self.out_of_memory:
             self.milestones.resize(self.micro_rows)
-        at = state["loader"] if state else None
-        self.loader = Loader(order, self.rows_per_step, self.micro_rows, self.device, at, recipe.execution.prefetch)
         self.flight = Flight(self.device)
-        run = description(self.trial, adapter, self.rows_per_step)
-        write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1))
         had_rows = (self.folder / METRICS_FILE).is_file()
-        trackers = open_trackers(self.folder, run, spec.wandb, spec.wandb_project, spec.tensorboard)
+        trackers, began = self._files(adapter) if workers.is_first else ([], None)
+        at, prefetch = state["loader"] if state else None, recipe.execution.prefetch
+        self.loader = Loader(order, self.rows_per_step, self.micro_rows, self.device, at, prefetch, workers)
         start = self._position()
-        began = ProgressFile(self.folder / PROGRESS_FILE, self.step)
         budget, every_step = self.budget, self.replay is not None
         name = self.trial.trial_id
         self.recorder = Recorder(name, trackers, self.report, budget, self.device, start, began, every_step)
-        self._saved_at = start.train_seconds
+        self._saved_at, self._saved_step = start.train_seconds, self.step
         # Without a checkpoint, rows that a killed process left belong to no run: it begins again at step 0.
         if state or had_rows:
-            self.recorder.resumed(start)
+            self.recorder.resumed(start, damage)
+        if workers.is_first:
+            checkpoint.remove_newer(self.folder, found)
+
+    def _newest(self) -> tuple[Path | None, str]:
+        """The checkpoint to go on from, which worker 0 chooses, and what is wrong with newer ones."""
+        found, damage = checkpoint.newest(self.folder) if self.workers.is_first else (None, "")
+        step = int(self.workers.first(checkpoint.step_of(found) if found else -1))
+        found = checkpoint.place(self.folder, step) if step >= 0 else None
+        if found is not None and not found.is_dir():
+            raise RuntimeError(f"worker {self.workers.rank} sees no {found}; accepted: a folder that all workers share")
+        return found, damage
+
+    def _files(self, adapter: Adapter) -> tuple[list[Tracker], ProgressFile]:
+        """Writes what runs, and opens what is written while it does."""
+        spec, run = self.spec, description(self.trial, adapter, self.rows_per_step)
+        write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1))
+        trackers = open_trackers(self.folder, run, spec.wandb, spec.wandb_project, spec.tensorboard)
+        return trackers, ProgressFile(self.folder / PROGRESS_FILE, self.step)
 
     def _say(self, text: str) -> None:
         log.info("%s: %s", self.trial.trial_id, text)
@@ -193,7 +254,7 @@ class Run:
         self._say(f"goes on from step {state['step']}")
         self.step, self.rows_trained, self.labelled = state["step"], state["rows_trained"], state["labelled"]
         self.micro_rows, self.out_of_memory = state["micro_rows"], state["out_of_memory"]
-        self.not_finite = state["not_finite"]
+        self.not_finite, self.skipped = state["not_finite"], state["skipped"]
         self.milestones.load_state_dict(state["milestones"])
         self.delayed = deque((values, progress) for values, progress in state["delayed"])
         self._wall_before = state["wall_seconds"]
@@ -202,13 +263,23 @@ class Run:
         return state
 
     def _train(self) -> Status:
-        used = self.clock.train_seconds
+        used = self._seconds()
         while not self.budget.spent(used) and self.not_finite < NOT_FINITE_LIMIT:
+            self._stop_if_asked()
             used = self.advance(used)
         diverged = self.not_finite >= NOT_FINITE_LIMIT
         self.clock.switch("idle")
         self._land(all_steps=True)
         return "diverged" if diverged else "finished"
+
+    def _stop_if_asked(self) -> None:
+        if not self.workers.first(self.stop()):
+            return
+        if self.step > self._saved_step:
+            with self.clock.ledger("checkpoint"):
+                self._save(self._seconds())
+        self.recorder.finish({})
+        raise StoppedError(f"{self.trial.trial_id}: stopped after {self.step} steps, can go on from there")
 
     def advance(self, used: float) -> float:
         """One step from `used` train seconds, and what is due after it; returns the train seconds then."""
@@ -218,14 +289,18 @@ class Run:
         progress = Progress(self.step, used, self.budget.seconds, self.loader.tokens_seen)
         self.flight.push(self.learner.step(batch, progress, smaller=self._smaller))
         self.step += 1
-        self.rows_trained += batch.rows
-        self.labelled += batch.labelled
+        self.rows_trained += self.rows_per_step
+        self.labelled += self.loader.labelled
         self.clock.tick()
         near_end = self.budget.seconds - used < STEPS_NEAR_THE_END * self.last_step_seconds
         self._land(all_steps=near_end)
-        now = self.clock.train_seconds
+        now = self._seconds()
         self.last_step_seconds = now - used
         return now if self.budget.spent(now) else self._off_the_budget(now)
+
+    def _seconds(self) -> float:
+        """Train seconds so far, by the clock of worker 0: all workers decide by the same."""
+        return self.workers.first(self.clock.train_seconds)
 
     def _smaller(self, reason: str) -> Batch:
         """After memory ran out: the rows of the step in micro-batches of half as many, as for the rest of the run.
@@ -234,7 +309,7 @@ class Run:
             torch.OutOfMemoryError: the recipe cannot be run with smaller ones.
         """
         before, part = self.micro_rows, self.trial.recipe.rows
-        sizes = smaller_sizes(part, before, self.rows_per_step)
+        sizes = smaller_sizes(part, before, self.own_rows)
         if not sizes:
             raise torch.OutOfMemoryError(f"out of memory with micro-batches of {before} rows, and {part} cannot be run "
                                          f"with smaller ones: {reason}")  # fmt: skip
@@ -248,7 +323,8 @@ class Run:
     def _land(self, all_steps: bool) -> None:
         """Takes in finished steps: rows for the recorder, the count of bad gradients, measurements for the parts."""
         for finished in self.flight.land(all_steps):
-            self.not_finite = 0 if math.isfinite(finished.values[GRAD_NORM]) else self.not_finite + 1
+            finite = math.isfinite(finished.values[GRAD_NORM])
+            self.not_finite, self.skipped = (0, self.skipped) if finite else (self.not_finite + 1, self.skipped + 1)
             self.delayed.append((finished.values, asdict(finished.progress)))
             self.recorder.step(finished, self._position(), self.loader.marks)
         while self.delayed and self.step - self.delayed[0][1]["step"] >= OBSERVE_DELAY:
@@ -257,38 +333,52 @@ class Run:
 
     def _off_the_budget(self, used: float) -> float:
         """Milestones, reports and checkpoints that are due; returns the train seconds after them."""
-        if self.milestones.due(used / self.budget.seconds):
+        if asks := self.milestones.due(used / self.budget.seconds):
             with self.clock.ledger("evaluation"):
                 self._evaluate(used / self.budget.seconds)
             if self.spec.evaluation is not None:
                 with self.clock.ledger("checkpoint"):
-                    self._save()
-        if self.recorder.report_due(used):
+                    self._save(used)
+        if reports := self.recorder.report_due(used):
             with self.clock.ledger("reporting"):
                 self._land(all_steps=True)
-                self.recorder.report(self._position())
-        if used - self._saved_at >= self.spec.checkpoint_every_seconds:
+                self.recorder.report(used)
+        if saves := used - self._saved_at >= self.spec.checkpoint_every_seconds:
             with self.clock.ledger("checkpoint"):
-                self._save()
-        return self.clock.train_seconds
+                self._save(used)
+        return self._seconds() if asks or reports or saves else used
 
     def _evaluate(self, fraction: float) -> Row:
         self._land(all_steps=True)
-        name, values = self.milestones.ask(fraction)
+        name = self.milestones.reach(fraction)
+        values = self.milestones.ask(name, fraction) if self.workers.is_first else {}
         with self.clock.ledger("reporting"):
             where = self.recorder.milestone(self._position(), fraction, values)
-        with self.clock.ledger("checkpoint"):
-            self.milestones.keep(name, where)
+        if self.workers.is_first:
+            with self.clock.ledger("checkpoint"):
+                self.milestones.keep(name, where)
+        # The others wait here: a device would not wait for as long as an evaluation may take.
+        self.workers.first(fraction)
         return values
 
-    def _save(self) -> None:
+    def _save(self, used: float) -> None:
+        """A checkpoint at so many train seconds: of worker 0, as which all go on."""
         self._land(all_steps=True)
         self.recorder.flush()
-        self._saved_at = self.clock.train_seconds
-        state = {
+        self._saved_at, self._saved_step = used, self.step
+        self.learner.agree()
+        if self.workers.is_first:
+            # Rows of steps that a checkpoint is beyond are not written again.
+            for name in (METRICS_FILE, PROGRESS_FILE):
+                flush(self.folder / name)
+            checkpoint.save(self.folder, self.step, self.learner, self._state())
+
+    def _state(self) -> Row:
+        return {
             "rows_trained": self.rows_trained,
             "labelled": self.labelled,
             "not_finite": self.not_finite,
+            "skipped": self.skipped,
             "micro_rows": self.micro_rows,
             "out_of_memory": self.out_of_memory,
             "milestones": self.milestones.state_dict(),
@@ -297,7 +387,13 @@ class Run:
             "ledgers": self.clock.ledgers,
             "loader": self.loader.state_dict(),
         }
-        checkpoint.save(self.folder, self.step, self.learner, state)
+
+    def _report_saved(self, row: Row) -> None:
+        """Reports a row, a milestone's after a checkpoint; the end of the run is its own."""
+        if row.get(KIND) == "milestone" and self.milestones.left:
+            with self.clock.ledger("checkpoint"):
+                self._save(self._seconds())
+        self._report(row)
 
     def _finish(self, status: Status, final: Row) -> Row:
         if self.spec.save_model:
@@ -319,6 +415,8 @@ class Run:
             "last_step_seconds": self.last_step_seconds,
             **final,
             "best_val_loss": self.milestones.best,
+            "last_good": self.milestones.last_good,
+            "skipped_steps": self.skipped,
             "peak_memory_mib": self.milestones.peak_bytes() / MIB if cuda else None,
             "parameters": self.learner.parameters,
             "micro_rows": self.micro_rows,

@@ -16,7 +16,7 @@ from cggr_ray.evaluation.suite import Suite, milestone_name
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.out_of_memory import with_fewer
 from cggr_ray.race import RaceSpec
-from cggr_ray.schema import MILESTONE_FILE, MILESTONES_FOLDER, VAL_LOSS
+from cggr_ray.schema import FRACTION, MILESTONE_FILE, MILESTONES_FOLDER, VAL_LOSS
 from cggr_ray.telemetry.gpu import peak_bytes
 from cggr_ray.telemetry.tracker import Row
 
@@ -24,8 +24,9 @@ from cggr_ray.telemetry.tracker import Row
 class Milestones:
     """What is asked of one run's model: held-out documents, and the race's tasks.
 
-    `left` are the fractions of the budget to come, the last of them its end; `best` is the smallest validation loss.
-    Where memory runs out, in validation or in generation, fewer rows are asked at once; `say` is told.
+    `left` are the fractions of the budget to come, the last of them its end; `best` is the smallest validation loss,
+    `last_good` what was measured last with a finite one, None before. Where memory runs out, in validation or in
+    generation, fewer rows are asked at once; `say` is told.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Milestones:
         asked = spec.evaluation
         self.suite = Suite(asked, data.tokenizer, adapter.model.config, folder, say) if asked else None
         self.left, self.best = sorted({*spec.milestones, 1.0}), math.inf
+        self.last_good: Row | None = None
         self._keeps = asked is not None and asked.keep_models
         self._peak_bytes = 0
 
@@ -53,20 +55,26 @@ class Milestones:
     def due(self, fraction: float) -> bool:
         return fraction >= self.left[0]
 
-    def ask(self, fraction: float) -> tuple[str, Row]:
-        """The milestone's name and what was measured at it. Synchronises."""
+    def reach(self, fraction: float) -> str:
+        """The name of the milestone that is due, which is then no longer to come."""
+        name = milestone_name(max(m for m in self.left if m <= fraction))
+        self.left = [m for m in self.left if m > fraction]
+        return name
+
+    def ask(self, name: str, fraction: float) -> Row:
+        """What is measured at a milestone. Synchronises."""
         _, found = with_fewer(self._micro_rows, self._validate, self._say)
         values: Row = dict(found)
         self.best = min(self.best, values[VAL_LOSS])
-        name = milestone_name(max(m for m in self.left if m <= fraction))
-        self.left = [m for m in self.left if m > fraction]
         if self.suite is not None:
             # What generation allocates is no part of training's peak.
             self._peak_bytes = self.peak_bytes()
             values |= self.suite.run(self._adapter.model, name)
             if self._adapter.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._adapter.device)
-        return name, values
+        if math.isfinite(values[VAL_LOSS]):
+            self.last_good = {FRACTION: fraction, **values}
+        return values
 
     def _validate(self, micro_rows: int) -> dict[str, float]:
         if micro_rows != self._micro_rows:
@@ -86,7 +94,8 @@ class Milestones:
         return max(self._peak_bytes, peak_bytes(self._adapter.device))
 
     def state_dict(self) -> Row:
-        return {"left": self.left, "best": None if math.isinf(self.best) else self.best}
+        return {"left": self.left, "best": None if math.isinf(self.best) else self.best, "last_good": self.last_good}
 
     def load_state_dict(self, state: Row) -> None:
         self.left, self.best = state["left"], math.inf if state["best"] is None else state["best"]
+        self.last_good = state["last_good"]

@@ -8,6 +8,7 @@ is somebody's mistake and is left alone.
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -21,6 +22,14 @@ TEXTS = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+
+
+# How much, as torch on a GPU, torch on a CPU and numpy say it.
+SIZES = {
+    "asked": re.compile(r"(?:[Tt]ried|[Uu]nable) to allocate ([\d.]+) (bytes|[KMGT]iB)"),
+    "held": re.compile(r"([\d.]+) (bytes|[KMGT]iB) is allocated by PyTorch"),
+}
+MIB_OF = {"bytes": 2.0**-20, "KiB": 2.0**-10, "MiB": 1.0, "GiB": 2.0**10, "TiB": 2.0**20}
 
 
 class LostStepError(torch.OutOfMemoryError):
@@ -70,6 +79,16 @@ def with_fewer(rows: int, attempt: Callable[[int], T], say: Callable[[str], None
 def first_line(error: BaseException) -> str:
     """What an allocator says, without its advice; the type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def asked_mib(message: str) -> float | None:
+    """MiB that were asked for when memory ran out: what could not be had, on top of what torch held by then. None
+    where the message does not say."""
+    asked = SIZES["asked"].search(message)
+    if asked is None:
+        return None
+    held = SIZES["held"].search(message)
+    return sum(float(found[1]) * MIB_OF[found[2]] for found in (asked, held) if found)
 
 
 def release_memory() -> None:

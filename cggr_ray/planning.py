@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cggr_ray.batches import rows_of_worker
 from cggr_ray.evaluation.task import FileTask
 from cggr_ray.hub import TOKENIZER, WEIGHTS, is_cached
 from cggr_ray.models.presets import parameter_count
@@ -66,7 +67,7 @@ def show_plan(spec: RaceSpec, trials: Sequence[Trial]) -> None:
             f"{spec.budget_seconds:g}",
             f"{rows * spec.data.row_tokens:,}",
             str(rows),
-            str(min(rows, trial.race.micro_rows)),
+            str(micro_rows_of(trial)),
             f"{trial.recipe.optimizer.lr_scale:.3g}",
         )
     console.print(table)
@@ -79,6 +80,7 @@ def _seconds(spec: RaceSpec, trials: int) -> list[str]:
     found = [
         f"{trials} trials, {trials * spec.budget_seconds:g} train seconds in all, set-up not counted",
         f"milestones after {at} s",
+        *([f"{spec.workers} workers a trial, which share the rows of a step"] if spec.workers > 1 else []),
     ]
     if spec.evaluation:
         tasks = ", ".join(f"{task.name} (at most {task.seconds:g} s)" for task in spec.evaluation.tasks)
@@ -93,13 +95,19 @@ def _model(spec: RaceSpec, trials: Sequence[Trial]) -> list[str]:
     if not spec.model.is_here:
         return []
     parameters = parameter_count(spec.model.config())
-    micro_rows = max(trial.race.micro_rows for trial in trials)
+    micro_rows = max(map(micro_rows_of, trials))
     low, high = memory_estimate(spec, micro_rows, parameters)
     vocabulary = "" if spec.model.pretrained else " with the preset's vocabulary"
     return [
         f"model {spec.model.name}: {parameters:,} parameters{vocabulary}",
-        f"memory a trial, estimated from shapes: {low:.1f} to {high:.1f} GiB with micro-batches of {micro_rows} rows",
+        f"memory a worker, estimated from shapes: {low:.1f} to {high:.1f} GiB with micro-batches of {micro_rows} rows",
     ]
+
+
+def micro_rows_of(trial: Trial) -> int:
+    """Rows of a micro-batch of a trial: no more than a worker has of a step."""
+    rows = trial.recipe.rows.rows_per_step(trial.race.global_rows)
+    return min(trial.race.micro_rows, rows_of_worker(rows, trial.race.workers))
 
 
 def memory_estimate(spec: RaceSpec, micro_rows: int, parameters: int) -> tuple[float, float]:

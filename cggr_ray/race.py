@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from cggr_ray.batches import ArmBatch, BatchLrRule, check_micro_batches, with_scaled_rate
+from cggr_ray.batches import (
+    ArmBatch,
+    BatchLrRule,
+    check_micro_batches,
+    check_workers,
+    rows_of_worker,
+    with_scaled_rate,
+)
 from cggr_ray.codec import Plain, nearest
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.evaluation.suite import Evaluation
@@ -68,8 +75,9 @@ class RaceSpec(Plain):
     that advances so much a step: for exact reproduction, never for comparison. `tuning` is how `arms` are found.
     `batches` holds an arm's own rows a step and a micro-batch, by recipe name, and `batch_lr_rule` what an arm whose
     rows a step are not the race's does to its learning rate. `evaluation` is what else is asked at every milestone,
-    where a checkpoint is written then. `order_by_seed`: every seed reads the data in an order of its own, the same for
-    all arms; else all seeds read one.
+    where a checkpoint is written then. `workers` is how many processes train a trial together, each its share of every
+    step's rows, in micro-batches of `micro_rows`: the same steps, in less time. `order_by_seed`: every seed reads the
+    data in an order of its own, the same for all arms; else all seeds read one.
     """
 
     name: str = "race"
@@ -79,6 +87,7 @@ class RaceSpec(Plain):
     budget_seconds: float = 30.0
     global_rows: int = 16
     micro_rows: int = 16
+    workers: int = 1
     milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     model: ModelSpec = field(default_factory=ModelSpec)
     data: DataSpec = field(default_factory=DataSpec)
@@ -104,6 +113,8 @@ class RaceSpec(Plain):
             raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice, none negative")
         if not 1 <= self.micro_rows <= self.global_rows:
             raise ValueError(f"micro_rows = {self.micro_rows}; accepted: 1 to global_rows = {self.global_rows}")
+        if self.workers < 1:
+            raise ValueError(f"workers = {self.workers}; accepted: 1 or more")
         if self.model.pretrained is None:
             check_positions(self.data, self.model.max_positions)
         if any(not 0 < m <= 1 for m in self.milestones):
@@ -185,7 +196,9 @@ class RaceSpec(Plain):
                     raise ValueError("activation_cache with a head tied to the embedding, which goes on learning; "
                                      "accepted: model.tie_embeddings = false")  # fmt: skip
                 global_rows, micro_rows = self.rows_of(name)
-                check_micro_batches(recipe.rows, micro_rows, recipe.rows.rows_per_step(global_rows))
+                check_workers(recipe, self.workers)
+                own_rows = rows_of_worker(recipe.rows.rows_per_step(global_rows), self.workers)
+                check_micro_batches(recipe.rows, micro_rows, own_rows)
             except ValueError as error:
                 raise ValueError(f"recipe {name!r}: {error}") from None
 
@@ -247,6 +260,8 @@ class Trial(Plain):
     data_folder: str
     values: dict[str, Any] = field(default_factory=dict)
     """The dotted keys that this trial changed in its recipe, for the record."""
+    gpu_share: float = 1.0
+    """The part of a GPU that it has to itself; below 1 its speed is nobody's."""
 
     def placed(self, folder: Path, data_folder: Path) -> Trial:
         """The same trial in another folder."""
@@ -260,11 +275,17 @@ def load_race(name: str) -> RaceSpec:
         known = [p.stem for p in RACES.glob("*.toml")]
         raise ValueError(f"unknown race {name!r}; {nearest(name, known)}, or the path of a .toml file")
     try:
-        table = tomllib.loads(path.read_text())
-        race_beside(path.parent, table)
-        return RaceSpec.from_plain({"name": path.stem} | table)
+        return race_of(tomllib.loads(path.read_text()), path.parent, path.stem)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
+
+
+def race_of(table: Any, folder: Path, name: str) -> RaceSpec:
+    """The race of a file's table, whose relative paths are relative to `folder`; `name` where it has none."""
+    if not isinstance(table, dict):
+        raise ValueError(f"race = {table!r}; accepted: a table")
+    race_beside(folder, table)
+    return RaceSpec.from_plain({"name": name} | table)
 
 
 def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:

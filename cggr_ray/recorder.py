@@ -55,7 +55,8 @@ class Recorder:
     Args:
         report: told of the newest row a few dozen times a run, and of every milestone.
         start: where the run stands when it begins or goes on.
-        progress: keeps when every step began, with a row or without. every_step: all of them have a row.
+        progress: keeps when every step began, with a row or without; None where another worker does. every_step: all of
+            them have a row.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Recorder:
         budget: Budget,
         device: torch.device,
         start: Position,
-        progress: ProgressFile,
+        progress: ProgressFile | None,
         every_step: bool = False,
     ) -> None:
         self._trial_id, self._trackers, self._report = trial_id, trackers, report
@@ -74,14 +75,15 @@ class Recorder:
         self._between = 0.0 if every_step else budget.seconds / ROWS
         self._rows: list[Row] = []
         self._newest: Row = {}
-        self._last_row = self._last_report = start
+        self._last_row, self._reported_at = start, start.train_seconds
 
     def step(self, finished: Finished, at: Position, marks: dict[str, str]) -> None:
         """Keeps a finished step's row where one is due. `at` is now, up to two steps after the finished one.
 
         A row of a step that measured the layers is always due: what was decided follows from it.
         """
-        self._progress.add(finished.progress.train_seconds)
+        if self._progress is not None:
+            self._progress.add(finished.progress.train_seconds)
         last = self._last_row
         elapsed, first = at.train_seconds - last.train_seconds, finished.progress.step == 0
         if elapsed < self._between and not first and RELEVANCE not in finished.values:
@@ -109,11 +111,11 @@ class Recorder:
 
     def report_due(self, train_seconds: float) -> bool:
         every = min(max(self._budget.seconds / REPORTS, SHORTEST), LONGEST)
-        return train_seconds - self._last_report.train_seconds >= every
+        return train_seconds - self._reported_at >= every
 
-    def report(self, at: Position) -> None:
+    def report(self, train_seconds: float) -> None:
         """Hands on all rows, the newest with what the device says, and tells the report about it."""
-        self._last_report = at
+        self._reported_at = train_seconds
         self._newest |= device_row(self._device)
         self.flush()
         self._report({"trial": self._trial_id, **plain(self._newest)})
@@ -127,12 +129,14 @@ class Recorder:
         self._report({"trial": self._trial_id, **plain(self._newest | row)})
         return where
 
-    def resumed(self, at: Position) -> None:
-        """Marks that rows after this step, if there are any, were lost with the process that wrote them."""
-        self._track({KIND: "resumed", STEP: at.step})
+    def resumed(self, at: Position, message: str) -> None:
+        """Marks that rows after this step, if there are any, were lost with the process that wrote them; `message` is
+        why not from the last checkpoint, if so."""
+        self._track({KIND: "resumed", STEP: at.step, **({"message": message} if message else {})})
 
     def flush(self) -> None:
-        self._progress.flush()
+        if self._progress is not None:
+            self._progress.flush()
         for row in self._rows:
             self._track(row)
         self._rows = []

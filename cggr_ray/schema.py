@@ -3,9 +3,11 @@
 A run folder holds
 
     run.json        what ran: recipe, race, seeds, model, data, device, versions (written before the first step)
-    metrics.jsonl   one JSON object a line, append-only: `step`, `milestone`, `resumed` and `out_of_memory` rows
+    metrics.jsonl   one JSON object a line, append-only: `step`, `milestone`, `resumed` and `out_of_memory` rows; one
+                    that was resumed from an older checkpoint than its last says why in `message`
     progress.f64    train seconds at which every step began: little-endian float64, 8 bytes a step
     summary.json    how it ended: status, ledgers, tokens, final validation (written last)
+    run.lock        held by the process that writes here, and who that was last
     checkpoints/    the last two, safetensors and JSON
     evaluation/     of a race with evaluation tasks: <milestone>/<task>.jsonl, every question with its samples, and
                     late.jsonl, milestone rows of what was asked after the run, merged into the others by their step
@@ -13,7 +15,20 @@ A run folder holds
 
 and a race folder holds race.json, runs/<trial id>/ and, with evaluation tasks, overlap.json: which of their questions
 training documents have. That of a tuning holds tuning.json, runs/<trial id>/, tuning.jsonl with a row a trial, and the
-race it leads to. Readers need nothing but this module.
+race it leads to. The file `stop` in one of these asks its runs to end with a checkpoint. Readers need nothing else.
+
+A sweep's folder holds sweep.json (what is searched, and how), runs/<trial id>/, best/ with the best recipe and a race
+of it, and sweep.jsonl: one event a line, append-only, `at` in Unix seconds.
+
+    trial       trial_id, values: a draw
+    result      trial_id, train_seconds, tokens_seen, val/loss: a validation that the scheduler saw
+    exploit     trial_id, donor, generation, values: it goes on with the weights of another, and with these values
+    generation  generation: a population goes on to it
+    end         trial_id, status, val/loss, train_seconds, tokens_seen, peak_memory_mib, message; once a trial
+    session     the sweep began, or was taken up again
+
+Statuses: finished; stopped by the scheduler; diverged; out_of_memory, where peak_memory_mib is what it asked for;
+failed; cut, as the sweep's own budget was used up.
 """
 
 from __future__ import annotations
@@ -25,10 +40,14 @@ RUN_FILE: Final = "run.json"
 METRICS_FILE: Final = "metrics.jsonl"
 PROGRESS_FILE: Final = "progress.f64"
 SUMMARY_FILE: Final = "summary.json"
+LOCK_FILE: Final = "run.lock"
+STOP_FILE: Final = "stop"
 RACE_FILE: Final = "race.json"
 OVERLAP_FILE: Final = "overlap.json"
 RUNS_FOLDER: Final = "runs"
-SWEEP_FILE: Final = "sweep.jsonl"
+SWEEP_FILE: Final = "sweep.json"
+SWEEP_EVENTS_FILE: Final = "sweep.jsonl"
+BEST_FOLDER: Final = "best"
 TUNING_FILE: Final = "tuning.json"
 TUNING_ROWS_FILE: Final = "tuning.jsonl"
 TUNED_FILE: Final = "tuned.toml"
@@ -40,7 +59,8 @@ MILESTONES_FOLDER: Final = "milestones"
 MILESTONE_FILE: Final = "milestone.json"
 
 RowKind = Literal["step", "milestone", "resumed", "out_of_memory"]
-Status = Literal["finished", "diverged", "stopped", "failed"]
+Status = Literal["finished", "diverged", "stopped", "failed", "out_of_memory", "cut"]
+SweepEvent = Literal["trial", "result", "exploit", "generation", "end", "session"]
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,9 @@ METRICS: Final = tuple(
 # Metrics whose value is {edges, counts}, both over the same bins.
 HISTOGRAMS: Final = (ROUTER_SCORES, TOKEN_LOSS)
 
+# A step has one of these.
+STEP_LOSSES: Final = (TRAIN_LOSS, KEPT_LOSS, SKIP_LOSS)
+
 LEDGERS: Final = (
     "train",
     "data_wait",
@@ -171,8 +194,11 @@ BUDGET_LEDGERS: Final = ("train", "data_wait")
 #   overrun_seconds, last_step_seconds      float; overrun is what training used past the budget
 #   wall_seconds                            float, from a clock of its own
 #   ledgers                                 {ledger: seconds}, the eight of LEDGERS
+#   skipped_steps                           int; had no finite gradient, and changed nothing
 #   val/loss, val/nats_per_byte, eval/...   float, of the final milestone; best_val_loss the smallest of all
-#   peak_memory_mib                         float, of training and validation, or null without a GPU
+#   last_good                               {metric: value} of the last milestone with a finite val/loss, and its
+#                                           fraction; null where there was none
+#   peak_memory_mib                         float, of training and validation, or null without a GPU; of worker 0
 #   parameters                              int
 #   micro_rows, out_of_memory               int; rows of a micro-batch at the end, how often memory ran out before
 #   order                                   {rows: hash}, the marks of data/order_hash

@@ -1,12 +1,13 @@
-"""Search spaces for Ray Tune: one function a recipe family, from dotted recipe keys to domains."""
+"""Search spaces: one function a recipe family, from dotted recipe keys to domains."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from search_spaces.baseline import baseline
 from search_spaces.cggr import cggr
+from search_spaces.domains import Domains
 from search_spaces.e3 import e3
 from search_spaces.suffix import suffix
 
@@ -15,7 +16,7 @@ class Space(NamedTuple):
     """The recipe that a space varies, and the function that gives its domains."""
 
     recipe: str
-    domains: Callable[[], dict[str, Any]]
+    domains: Callable[[], Domains]
 
 
 SPACES: dict[str, Space] = {

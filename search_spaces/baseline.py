@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ray import tune
+from search_spaces.domains import Domains, LogUniform, Uniform
 
 
-def learning_rates() -> dict[str, Any]:
+def learning_rates() -> Domains:
     """Matrices and the rest apart: Muon's scale makes its rate comparable to AdamW's, not equal to it."""
     return {
-        "optimizer.matrix.lr": tune.loguniform(5e-4, 2e-2),
-        "optimizer.rest.lr": tune.loguniform(5e-4, 2e-2),
+        "optimizer.matrix.lr": LogUniform(5e-4, 2e-2),
+        "optimizer.rest.lr": LogUniform(5e-4, 2e-2),
     }
 
 
-def baseline() -> dict[str, Any]:
+def baseline() -> Domains:
     """Learning rates and the end of the stable phase."""
-    return {**learning_rates(), "optimizer.schedule.decay_start": tune.uniform(0.2, 0.8)}
+    return {**learning_rates(), "optimizer.schedule.decay_start": Uniform(0.2, 0.8)}

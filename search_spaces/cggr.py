@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray import tune
-
 from search_spaces.baseline import learning_rates
+from search_spaces.domains import Choice, Domains, Uniform
 
 SCORES = ("entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise")
 SELECTIONS = ("topk", "stratified", "sequence_aware")
@@ -23,19 +22,19 @@ EARLY = (
 )
 
 
-def cggr() -> dict[str, Any]:
+def cggr() -> Domains:
     """Only valid combinations: the model's own scores go with `after`, `two_pass` and `dense`, an early router with
     `before`; importance sampling goes with `gnorm` and weights 1/pi, whose gradient is exact under `dense` alone;
     `fixed_quota` is `topk` without a dynamic threshold, so it is not a choice of its own."""
     return {
         **learning_rates(),
-        "tokens": tune.choice([*own_choices(), *early_choices(), *unbiased_choices() * 4]),
-        "tokens.keep": tune.uniform(0.25, 0.75),
-        "tokens.num_strata": tune.choice([2, 4, 8]),
-        "tokens.detach": tune.choice(list(DETACH)),
-        "tokens.curriculum.full_until": tune.uniform(0.0, 0.4),
-        "tokens.curriculum.target_at": tune.uniform(0.4, 0.6),
-        "tokens.curriculum.full_from": tune.uniform(0.8, 1.0),
+        "tokens": Choice((*own_choices(), *early_choices(), *unbiased_choices() * 4)),
+        "tokens.keep": Uniform(0.25, 0.75),
+        "tokens.num_strata": Choice((2, 4, 8)),
+        "tokens.detach": Choice(DETACH),
+        "tokens.curriculum.full_until": Uniform(0.0, 0.4),
+        "tokens.curriculum.target_at": Uniform(0.4, 0.6),
+        "tokens.curriculum.full_from": Uniform(0.8, 1.0),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from ray import tune
+from search_spaces.domains import Choice, Domains, LogUniform, Uniform
 
 MUON = {"kind": "muon", "lr": 0.02, "scale": "keller", "orthogonalise": "newton_schulz", "weight_decay": 0.01}
 FORMATS = ({"kind": "float32"}, {"kind": "int8_blockwise"})
@@ -14,15 +14,15 @@ RANKS, REFRESHES, FULL_RANKS = (64, 128, 256), (50, 200, 800), (0.0, 0.125)
 HEADS, SHARED = (0.05, 0.1, 0.2, 0.4), ([0.5], [0.5, 0.25], [0.25, 0.125])
 
 
-def e3() -> dict[str, Any]:
+def e3() -> Domains:
     """Around the recipe e3/full. Collider keeps rows, so of the forms of multi-token prediction those remain that need
     no others; gradients are projected early where there is a projection whose bias is not corrected."""
     return {
-        "tokens": tune.choice([{"kind": "collider", "mode": mode} for mode in ("quantile", "upstream")]),
-        "tokens.keep": tune.uniform(0.4, 0.9),
-        "objective": tune.choice(objectives()),
-        "optimizer": tune.choice(optimizers()),
-        "optimizer.lr_scale": tune.loguniform(0.1, 3.0),
+        "tokens": Choice(tuple({"kind": "collider", "mode": mode} for mode in ("quantile", "upstream"))),
+        "tokens.keep": Uniform(0.4, 0.9),
+        "objective": Choice(tuple(objectives())),
+        "optimizer": Choice(tuple(optimizers())),
+        "optimizer.lr_scale": LogUniform(0.1, 3.0),
     }
 
 

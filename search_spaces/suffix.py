@@ -5,9 +5,8 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from ray import tune
-
 from search_spaces.baseline import learning_rates
+from search_spaces.domains import Choice, Domains, Uniform
 
 RELEVANCES = ("gradient_norm", "saliency", "fisher", "decrease")
 # Steps between probes: fixed, and the bounds between which it adapts.
@@ -19,22 +18,22 @@ MOVES, LIMIT_BETAS = (0.01, 0.02, 0.05), (0.8, 0.9)
 FULL_FROM = (0.8, 0.85, 0.9, 0.95, 1.0)
 
 
-def suffix() -> dict[str, Any]:
+def suffix() -> Domains:
     """Around the recipe dynamic_suffix. Every layer learns up to a point before that from which the recovery may start;
     half of the draws have no gate of a steady loss, and half no moving limits."""
     return {
         **learning_rates(),
-        "updates.relevance": tune.choice(list(RELEVANCES)),
-        "updates.beta": tune.choice([0.0, 0.5, 0.8, 0.9, 0.95]),
-        "updates.threshold": tune.uniform(0.5, 0.95),
-        "updates.smallest": tune.choice([0.125, 0.25, 0.5]),
-        "updates.levels": tune.choice([2, 3, 4, 6, 8]),
-        "updates.hysteresis": tune.choice([1, 2, 3]),
-        "updates.full_until": tune.uniform(0.0, 0.4),
-        "updates.full_from": tune.choice(list(FULL_FROM)),
-        "updates.cadence": tune.choice(cadences()),
-        "updates.stability": tune.choice(none_or(stabilities())),
-        "updates.limits": tune.choice(none_or(limits())),
+        "updates.relevance": Choice(RELEVANCES),
+        "updates.beta": Choice((0.0, 0.5, 0.8, 0.9, 0.95)),
+        "updates.threshold": Uniform(0.5, 0.95),
+        "updates.smallest": Choice((0.125, 0.25, 0.5)),
+        "updates.levels": Choice((2, 3, 4, 6, 8)),
+        "updates.hysteresis": Choice((1, 2, 3)),
+        "updates.full_until": Uniform(0.0, 0.4),
+        "updates.full_from": Choice(FULL_FROM),
+        "updates.cadence": Choice(tuple(cadences())),
+        "updates.stability": Choice(tuple(none_or(stabilities()))),
+        "updates.limits": Choice(tuple(none_or(limits()))),
     }
 
 

@@ -23,6 +23,10 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-points", type=int, default=50, help="Points at which tests/faults kills a run.")
+
+
 @pytest.fixture(scope="session")
 def kernel_device() -> str:
     """Where a Triton kernel runs in this session: the GPU, or the CPU through the interpreter."""

@@ -86,14 +86,14 @@ def test_training_goes_on_exactly_where_it_was_saved(
 
 def test_the_last_two_are_kept_and_the_newest_found(tmp_path: Path, tiny_model: PreTrainedModel) -> None:
     one = learner(tiny_model, Recipe("x"))
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.newest(tmp_path) == (None, "")
     for step in (1, 2, 9, 10, 100):
         checkpoint.save(tmp_path, step, one, {})
-        newest = checkpoint.latest(tmp_path)
+        newest, _ = checkpoint.newest(tmp_path)
         assert newest is not None and checkpoint.load(newest, one)["step"] == step
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     checkpoint.remove_all(tmp_path)
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.newest(tmp_path) == (None, "")
 
 
 def test_a_half_written_one_does_not_count(tmp_path: Path, tiny_model: PreTrainedModel) -> None:
@@ -110,10 +110,10 @@ def test_a_half_written_one_does_not_count(tmp_path: Path, tiny_model: PreTraine
         patch.setattr(Path, "rename", dies)
         with pytest.raises(Killed):
             checkpoint.save(tmp_path, 2, one, {})
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-    assert checkpoint.latest(tmp_path) == whole
+    assert list((tmp_path / "checkpoints").iterdir()) == [whole]
+    assert checkpoint.newest(tmp_path) == (whole, "")
     again = checkpoint.save(tmp_path, 2, one, {})
-    assert checkpoint.latest(tmp_path) == again
+    assert checkpoint.newest(tmp_path) == (again, "")
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == sorted((whole.name, again.name))
 
 

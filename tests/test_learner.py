@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_with_what_its_router_has_learned(
     expected = run_race(trial("whole"))
     with pytest.raises(KilledError):
         run_race(trial("parts", checkpoint_every_seconds=6 * STEP_SECONDS), kill)
-    assert checkpoint.latest(tmp_path / "parts") is not None
+    assert checkpoint.newest(tmp_path / "parts")[0] is not None
     found = run_race(trial("parts", checkpoint_every_seconds=6 * STEP_SECONDS))
     assert rows("parts") == rows("whole") and found["val/loss"] == expected["val/loss"]
     kept = [row[ROUTER_KEPT_FRACTION] for row in rows("whole").values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,14 @@ import torch.nn.functional as F
 
 from cggr_ray.data.dataset import DataSpec, open_data, prepare
 from cggr_ray.data.sources import Problems
+from cggr_ray.learner import Learner
 from cggr_ray.loop import run_race
 from cggr_ray.models.presets import ModelSpec
+from cggr_ray.progress import Progress
 from cggr_ray.race import RaceSpec, Trial, plan_trials
 from cggr_ray.recipe import recipe_names
 from cggr_ray.schema import LEDGERS
+from cggr_ray.stopping import StoppedError
 
 STEP_SECONDS = 0.5
 ROWS, WIDTH = 4, 64
@@ -197,11 +201,18 @@ def test_every_recipe_has_a_neutral_setting_here() -> None:
 
 
 @pytest.mark.parametrize("recipe", E3)
-def test_the_suite_runs_five_steps(recipe: str, spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
+def test_the_suite_runs_five_steps_in_one_go_or_stopped(
+    recipe: str, spec: RaceSpec, data_folder: Path, tmp_path: Path
+) -> None:
     spec = replace(spec, budget_seconds=5 * STEP_SECONDS, milestones=())
-    summary = run_race(trial_of(spec, recipe, tmp_path, data_folder))
+    whole, parts = (trial_of(spec, recipe, tmp_path / name, data_folder) for name in ("whole", "parts"))
+    summary, asked = run_race(whole), iter([False] * 4 + [True])
+    with pytest.raises(StoppedError, match="stopped after 3 steps"):
+        run_race(parts, stop=lambda: next(asked))
+    assert run_race(parts)["val/loss"] == summary["val/loss"]
     assert summary["status"] == "finished" and summary["steps"] == 5
-    assert all(math.isfinite(loss) for loss in losses(tmp_path))
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "whole"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("recipe", sorted(NEUTRAL))
@@ -281,6 +292,64 @@ def test_a_run_that_diverges_says_so_and_stops(spec: RaceSpec, data_folder: Path
     values = {"optimizer.matrix.lr": 1e30, "optimizer.rest.lr": 1e30}
     summary = run_race(trial_of(long, "baseline", tmp_path, data_folder, **values))
     assert summary["status"] == "diverged" and summary["steps"] < 60
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: range, poison: Callable[[Learner], None]) -> None:
+    """Something happens after the backward passes of these steps of a run, none of its warm-up."""
+    gradients = Learner._gradients
+
+    def changed(learner: Learner, batch: object, levels: object, progress: Progress) -> object:
+        found = gradients(learner, batch, levels, progress)
+        if progress.step in steps and progress.budget_seconds > 1:
+            poison(learner)
+        return found
+
+    monkeypatch.setattr(Learner, "_gradients", changed)
+
+
+def nan_gradient(learner: Learner) -> None:
+    next(p.grad for _, p in learner.named_parameters() if p.grad is not None).view(-1)[3] = math.nan
+
+
+def nan_weight(learner: Learner) -> None:
+    nan_gradient(learner)
+    with torch.no_grad():
+        learner.named_parameters()[0][1].view(-1)[:] = math.nan
+
+
+@pytest.mark.parametrize("recipe", ["baseline", "galore", "muon_8bit", "cggr_model"])
+def test_steps_without_a_finite_gradient_change_nothing_and_are_counted(
+    recipe: str, spec: RaceSpec, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One evaluation just before the bad steps, one within, one after a few that are good again.
+    spec = replace(spec, milestones=(4 / 12, 7 / 12))
+    poisoned(monkeypatch, range(4, 8), nan_gradient)
+    summary = run_race(trial_of(spec, recipe, tmp_path, data_folder, **SMALL.get(recipe, {})))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    before, within, after = (row["val/loss"] for row in rows if row["kind"] == "milestone")
+    assert before == within != after and math.isfinite(after)
+    assert summary["status"] == "finished" and summary["skipped_steps"] == 4
+
+
+@pytest.mark.parametrize("poison", [nan_gradient, nan_weight])
+def test_a_run_that_diverges_keeps_its_last_good_validation(
+    poison: Callable[[Learner], None],
+    spec: RaceSpec,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long = replace(spec, budget_seconds=100 * STEP_SECONDS, milestones=(0.04,))
+    poisoned(monkeypatch, range(4, 100), poison)
+    run_race(trial_of(long, "baseline", tmp_path, data_folder))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, last = (row for row in rows if row["kind"] == "milestone")
+    assert (summary["status"], summary["steps"], summary["skipped_steps"]) == ("diverged", 24, 20)
+    good = first if poison is nan_weight else last
+    assert summary["last_good"]["val/loss"] == good["val/loss"] == first["val/loss"] == summary["best_val_loss"]
+    assert summary["last_good"]["fraction"] == good["fraction"]
+    assert summary["val/loss"] == (None if poison is nan_weight else last["val/loss"])
 
 
 def test_a_finished_run_is_not_run_again(spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:

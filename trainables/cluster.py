@@ -9,9 +9,13 @@ from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
+from ray.tune.execution import class_cache
 
 # Trials pass next to nothing through Ray's object store; its smallest size leaves the memory to them.
 OBJECT_STORE_BYTES = 256 << 20
+# Tune hands these of the driver to its workers by a way that Ray writes into its logs. Nodes have credentials of their
+# own; those of a local session have the driver's environment.
+class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
 
 
 @contextmanager
@@ -28,7 +32,10 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[dict[str, 
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
+            # Else it would join a cluster that somebody else has started on this machine.
+            address="local",
             include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -1,12 +1,13 @@
 """From trials to Ray Tune: two executors around the same core, first in first out, each trial with its whole budget.
 
-`train`: Ray Train's TorchTrainer with one worker, driven by a Tune trial that itself takes no resources.
+`train`: Ray Train's TorchTrainer with one worker or several, driven by a Tune trial that itself takes no resources.
 `inprocess`: a Tune trial that holds the GPU, with a TorchTrainer of zero workers inside: no second process.
 Results are read from the trials' own folders; Tune only places them.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from cggr_ray.schema import SUMMARY_FILE
 from trainables.cluster import cluster
 from trainables.scaling import Placement, place
+from trainables.stopping import stoppable
 from trainables.worker import train_in_process, train_worker
 
 if TYPE_CHECKING:
@@ -28,12 +30,15 @@ if TYPE_CHECKING:
 
 MAX_FAILURES = 2
 
+log = logging.getLogger(__name__)
+
 OnRow = Callable[[dict[str, Any]], None]
-TrialOf = Callable[[dict[str, Any]], dict[str, Any]]
+# What a worker is given, from a Tune configuration: see trainables.worker.
+WorkOf = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Rows(tune.Callback):
-    """Passes every report on, with the trial's id in it."""
+    """Passes every report on, with the trial's id in it, and says why a trial has failed for good."""
 
     def __init__(self, on_row: OnRow) -> None:
         self._on_row = on_row
@@ -47,18 +52,23 @@ class Rows(tune.Callback):
     ) -> None:
         self._on_row(result)
 
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: TuneTrial, **_: Any) -> None:
+        if trial.error_file:
+            run = trial.config.get("trial", {}).get("trial_id", trial.trial_id)
+            log.warning("%s has failed: %s", run, Path(trial.error_file).read_text().strip().splitlines()[-1])
 
-def trainable(executor: str, placement: Placement, storage: Path, trial_of: TrialOf) -> Callable[..., Any]:
-    """A Tune function with its resources attached. `trial_of` makes the plain trial of a Tune configuration."""
+
+def trainable(executor: str, placement: Placement, storage: Path, work_of: WorkOf) -> Callable[..., Any]:
+    """A Tune function with its resources attached."""
     if executor == "inprocess":
         return tune.with_resources(
-            lambda config: _in_process(trial_of(config)), {k.lower(): v for k, v in placement.resources.items()}
+            lambda config: _in_process(work_of(config)), {k.lower(): v for k, v in placement.resources.items()}
         )
     # The driver of a nested trial must not hold a core that its worker waits for. Holding none, it is given one thread
     # by Ray, so the worker's count is settled here.
     head = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     threads = os.environ.get("OMP_NUM_THREADS", str(placement.cpus))
-    return tune.with_resources(lambda config: _nested(trial_of(config), placement, storage, threads), head)
+    return tune.with_resources(lambda config: _nested(work_of(config), placement, storage, threads), head)
 
 
 def run_trials(
@@ -68,46 +78,53 @@ def run_trials(
 
     Raises:
         ValueError: the resources of a trial are not there; before anything starts.
+        StoppedError: SIGTERM or Ctrl-C; what ran has been saved.
     """
-    with cluster(address) as resources:
-        placement = place(trials[0].race.device, resources)
+    with cluster(address) as resources, stoppable(folder) as ending:
+        placement = place(trials[0].race.device, resources, trials[0].race.workers)
         session = f"session-{time.time_ns()}"
         storage = (folder / "ray").resolve()
         tune.Tuner(
-            trainable(executor, placement, storage / session, lambda config: config["trial"]),
+            trainable(executor, placement, storage / session, lambda config: config),
             param_space={"trial": tune.grid_search([trial.to_plain() for trial in trials])},
             tune_config=tune.TuneConfig(max_concurrent_trials=placement.concurrent),
             run_config=tune.RunConfig(
                 name=session,
                 storage_path=str(storage),
                 verbose=0,
-                callbacks=[Rows(on_row)],
-                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES if executor == "inprocess" else 0),
+                callbacks=[Rows(on_row), ending],
+                stop=ending,
+                failure_config=failures(executor),
             ),
         ).fit()
     return [trial.trial_id for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()]
 
 
-def _in_process(trial: dict[str, Any]) -> None:
+def failures(executor: str) -> tune.FailureConfig:
+    """A trial that dies goes on from its checkpoint: Ray Train starts a nested one's worker again, Tune the others."""
+    return tune.FailureConfig(max_failures=MAX_FAILURES if executor == "inprocess" else 0)
+
+
+def _in_process(work: dict[str, Any]) -> None:
     ray.train.torch.TorchTrainer(
         train_in_process,
-        train_loop_config={"trial": trial},
+        train_loop_config=work,
         scaling_config=ray.train.ScalingConfig(num_workers=0),
     ).fit()
 
 
-def _nested(trial: dict[str, Any], placement: Placement, storage: Path, threads: str) -> None:
+def _nested(work: dict[str, Any], placement: Placement, storage: Path, threads: str) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     ray.train.torch.TorchTrainer(
         train_worker,
-        train_loop_config={"trial": trial},
+        train_loop_config=work,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=1, use_gpu=placement.gpus > 0, resources_per_worker=placement.resources
+            num_workers=placement.workers, use_gpu=placement.gpus > 0, resources_per_worker=placement.resources
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             # Train resumes a run of the same name: the name is unique to this session and trial.
-            name=trial["trial_id"],
+            name=work["trial"]["trial_id"],
             storage_path=str(storage),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),

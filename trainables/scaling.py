@@ -9,30 +9,53 @@ CPUS_BESIDE_A_GPU = 8
 
 @dataclass(frozen=True)
 class Placement:
-    """Resources of one trial, and how many trials run side by side."""
+    """Resources of one worker, how many trials run side by side, and how many workers each of these has."""
 
     cpus: int
-    gpus: int
+    gpus: float
     concurrent: int
+    workers: int = 1
 
     @property
     def resources(self) -> dict[str, float]:
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
-def place(device: str, cluster: dict[str, float]) -> Placement:
-    """One trial a GPU, never two; on a machine without one, a single trial on all cores, so that it is timed alone.
+def place(device: str, cluster: dict[str, float], workers: int = 1, share: float = 1.0) -> Placement:
+    """One worker a GPU; with a `share` of a GPU below 1, as many trials on one as it has such parts. Without a GPU, one
+    trial a machine, on all of its cores, so that it is timed alone; one trial alone if it has several workers. Machines
+    are taken to be alike.
 
     Args:
-        cluster: `ray.cluster_resources()`.
+        cluster: `ray.cluster_resources()`. workers: of a trial.
     Raises:
-        ValueError: a GPU is asked for and there is none, or there is no core to run on.
+        ValueError: a GPU is asked for and there is none; there are fewer GPUs, or cores, than a trial has workers; or
+            several workers would have a part of a GPU each.
     """
     cpus, gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
     if cpus < 1:
         raise ValueError(f"the cluster offers {cluster.get('CPU', 0):g} CPUs; accepted: at least 1")
     if device == "cuda" and gpus < 1:
         raise ValueError("device 'cuda', and the cluster offers no GPU; accepted: cpu, auto")
-    if device == "cpu" or gpus < 1:
-        return Placement(cpus=cpus, gpus=0, concurrent=1)
-    return Placement(cpus=max(1, min(CPUS_BESIDE_A_GPU, cpus // gpus)), gpus=1, concurrent=gpus)
+    if workers > 1 and share < 1:
+        raise ValueError(f"workers = {workers} with {share:g} of a GPU each; accepted: a whole GPU a worker")
+    on_cpu = device == "cpu" or gpus < 1
+    if workers > (cpus if on_cpu else gpus):
+        raise ValueError(f"workers = {workers}, and the cluster offers {cpus} CPUs and {gpus} GPUs; accepted: at most "
+                         f"one worker a {'CPU' if on_cpu else 'GPU'}")  # fmt: skip
+    if on_cpu:
+        machines = min(cpus, max(1, round(sum(n for name, n in cluster.items() if is_address(name)))))
+        concurrent = machines if workers == 1 else 1
+        return Placement(cpus // (concurrent * workers), 0, concurrent, workers)
+    places = gpus * int(1 / share)
+    return Placement(max(1, min(CPUS_BESIDE_A_GPU, cpus // places)), share, places // workers, workers)
+
+
+def place_growing(share: float, concurrent: int) -> Placement:
+    """`concurrent` trials with a GPU each, or a `share` of one, on a cluster that starts machines for what waits."""
+    return Placement(cpus=max(1, int(CPUS_BESIDE_A_GPU * share)), gpus=share, concurrent=concurrent)
+
+
+def is_address(name: str) -> bool:
+    """Whether a resource stands for a machine: there is one of it on each."""
+    return name.startswith("node:") and name != "node:__internal_head__"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from analysis.frames import Race
 from analysis.measures import FINISHED
@@ -122,7 +123,9 @@ def _milestone_metrics(race: Race) -> list[str]:
 
 
 def _is_measured(frame: pd.DataFrame, name: str) -> bool:
-    return name in frame.columns and frame[name].dtype != object and bool(np.isfinite(frame[name].astype(float)).any())
+    if name not in frame.columns or not is_numeric_dtype(frame[name]):
+        return False
+    return bool(np.isfinite(frame[name].astype(float)).any())
 
 
 def _has_histograms(frame: pd.DataFrame, name: str) -> bool:
@@ -132,14 +135,14 @@ def _has_histograms(frame: pd.DataFrame, name: str) -> bool:
 
 
 def _chart(race: Race, rows: pd.DataFrame, name: str, axes: Iterable[Axis], points: int) -> Chart:
-    unit, meaning = _described(name)
+    unit, meaning = described(name)
     known = rows.loc[np.isfinite(rows[name].astype(float)), ["trial_id", TRAIN_SECONDS, TOKENS_SEEN, name]]
     views = tuple(_view(race, known, axis, name, points) for axis in axes)
     group = name.split("/")[0]
     return Chart(name, unit, meaning, GROUPS[group], group == EVAL or name in FROM_ZERO, views)
 
 
-def _described(name: str) -> tuple[str, str]:
+def described(name: str) -> tuple[str, str]:
     """Unit and meaning, for a metric of one source or task those of the metric it belongs to."""
     for metric in METRICS:
         if name == metric.name:
@@ -160,7 +163,7 @@ def _view(race: Race, rows: pd.DataFrame, axis: Axis, name: str, points: int) ->
         own = by_trial[trial].sort_values(x)
         if len(own) > points:
             own = own.groupby(np.digitize(own[x], parts)).mean()
-        at, values = _rounded(own[x] * scale), _rounded(own[name])
+        at, values = rounded(own[x] * scale), rounded(own[name])
         curves.append(Curve(str(trial), str(recipe), status == FINISHED, at, values))
     return View(title, tuple(curves), _means(race, curves, points))
 
@@ -173,8 +176,8 @@ def _means(race: Race, curves: list[Curve], points: int) -> tuple[Mean, ...]:
         grid = _shared_grid(own, points)
         if len(grid):
             values = np.array([np.interp(grid, curve.x, curve.y) for curve in own])
-            middle = _rounded(values.mean(axis=0))
-            means.append(Mean(recipe, len(own), _rounded(grid), middle, _half_widths(values)))
+            middle = rounded(values.mean(axis=0))
+            means.append(Mean(recipe, len(own), rounded(grid), middle, _half_widths(values)))
     return tuple(means)
 
 
@@ -197,7 +200,7 @@ def _shared_grid(curves: list[Curve], points: int) -> np.ndarray:
 
 def _histogram(race: Race, name: str) -> Chart:
     """The last histogram of every run: the share of each bin over its middle."""
-    unit, meaning = _described(name)
+    unit, meaning = described(name)
     curves = []
     for trial, recipe, status in race.runs[["trial_id", "recipe", "status"]].itertuples(index=False):
         logged = race.steps[race.steps["trial_id"] == trial].dropna(subset=[name]).sort_values(STEP)
@@ -205,11 +208,11 @@ def _histogram(race: Race, name: str) -> Chart:
         if counts.sum() > 0:
             edges = np.array(logged[name].iloc[-1]["edges"], dtype=float)
             middles, shares = (edges[1:] + edges[:-1]) / 2, counts / counts.sum()
-            curves.append(Curve(str(trial), str(recipe), status == FINISHED, _rounded(middles), _rounded(shares)))
+            curves.append(Curve(str(trial), str(recipe), status == FINISHED, rounded(middles), rounded(shares)))
     view = View(unit, tuple(curves), _means(race, curves, POINTS))
     return Chart(name, "share", f"{meaning}; the last of every run", GROUPS[name.split("/")[0]], True, (view,))
 
 
-def _rounded(values: Iterable[float]) -> list[float]:
+def rounded(values: Iterable[float]) -> list[float]:
     """Five significant digits: more than a screen shows, and half the size."""
     return [float(f"{value:.{DIGITS}g}") for value in values]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from html import escape
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from analysis.frames import Race
 from analysis.html.curves import Chart, charts
-from analysis.html.markup import inline, to_html
+from analysis.html.markup import Image, inline, to_html
 from analysis.html.svg import picture
 from analysis.measures import FINISHED
 from analysis.plots import ZOOM_FRACTION, styles
@@ -52,23 +52,37 @@ def write_html(race: Race, path: Path | str) -> Path:
 
 def page(race: Race) -> str:
     """The whole page."""
-    header, *sections = re.split(r"^## ", render(race), flags=re.M)
+    drawn = charts(race)
+    plots = {file: plot for file, _, plot in LAYER_PLOTS}
+    data = {"recipes": race.recipes, "zoom": ZOOM_FRACTION, "charts": [asdict(chart) for chart in drawn]}
+    image = partial(embedded, lambda name, path: plots[name](race, path))
+    return document(render(race), image, {CURVES_TITLE: _curves(race, drawn)}, arm_style(race.recipes), data)
+
+
+def document(markdown: str, image: Image, instead: Mapping[str, str], more_style: str, data: object) -> str:
+    """A report's Markdown as a page of its own.
+
+    Args:
+        image: HTML of a picture by its name and caption.
+        instead: HTML of sections by their headings, for those that are more than their Markdown.
+        more_style: CSS of this page alone.
+        data: what the script reads: arms, `zoom`, charts.
+    """
+    header, *sections = re.split(r"^## ", markdown, flags=re.M)
     title, _, lead = header.partition("\n")
-    image = partial(_embedded, race)
-    drawn, pieces, links = charts(race), [], []
+    pieces, links = [], []
     for number, section in enumerate(sections):
         heading, _, body = section.partition("\n")
-        content = _curves(race, drawn) if heading == CURVES_TITLE else to_html(body, image)
+        content = instead[heading] if heading in instead else to_html(body, image)
         pieces.append(f'<section id="s{number}"><h2>{inline(heading)}</h2>{content}</section>')
         links.append(f'<li><a href="#s{number}">{inline(heading)}</a></li>')
     name = title.removeprefix("# ")
-    style = STYLE.read_text(encoding="utf-8") + _arm_style(race)
+    style = STYLE.read_text(encoding="utf-8") + more_style
     script = SCRIPT.read_text(encoding="utf-8")
     body = (
         f"<header><h1>{inline(name)}</h1>{to_html(lead, image)}"
         f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav></header><main>{"".join(pieces)}</main>'
     )
-    data = {"recipes": race.recipes, "zoom": ZOOM_FRACTION, "charts": [asdict(chart) for chart in drawn]}
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(style, script)}">'
@@ -94,10 +108,10 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _arm_style(race: Race) -> str:
-    """One class an arm, with its colour on light and dark and its dash."""
+def arm_style(arms: list[str]) -> str:
+    """One class an arm, the first of them the baseline, with its colour on light and dark and its dash."""
     lines = []
-    for number, (colour, dash) in enumerate(styles(race.recipes, race.baseline).values()):
+    for number, (colour, dash) in enumerate(styles(arms, arms[0]).values()):
         light, dark = ON_PAPER.get(colour, colour), IN_THE_DARK.get(colour, colour)
         lines.append(f".arm-{number}{{--arm:light-dark({light},{dark});--dash:{DASHES[dash]}}}")
     return "\n".join(lines) + "\n"
@@ -105,25 +119,36 @@ def _arm_style(race: Race) -> str:
 
 def _curves(race: Race, drawn: Sequence[Chart]) -> str:
     """The arms to toggle, then the charts by group."""
-    pieces = [f"<p>{escape(NOTE)}</p>", _arms(race)]
-    numbered = list(enumerate(drawn))
-    for group, members in groupby(numbered, key=lambda member: member[1].group):
-        figures = "".join(_figure(number, chart, race.recipes) for number, chart in members)
+    if not drawn:
+        return f"<p>{escape(NOTE)}</p>{_arms(race)}<p>No run measured anything.</p>"
+    return f"<p>{escape(NOTE)}</p>{_arms(race)}{chart_groups(drawn, race.recipes)}"
+
+
+def chart_groups(drawn: Sequence[Chart], arms: Sequence[str]) -> str:
+    """The charts under the headings of their groups."""
+    pieces = []
+    for group, members in groupby(enumerate(drawn), key=lambda member: member[1].group):
+        figures = "".join(_figure(number, chart, arms) for number, chart in members)
         pieces.append(f'<h3>{escape(group)}</h3><div class="charts">{figures}</div>')
-    return "".join(pieces) if drawn else "<p>No run measured anything.</p>"
+    return "".join(pieces)
 
 
 def _arms(race: Race) -> str:
-    """A checkbox an arm, which is also the legend; the script wakes the boxes."""
     labels = []
-    for number, recipe in enumerate(race.recipes):
+    for recipe in race.recipes:
         status = race.runs.loc[race.runs["recipe"] == recipe, "status"]
-        counts = f"{int((status == FINISHED).sum())}/{len(status)}"
-        labels.append(
-            f'<label class="arm-{number}"><input type="checkbox" checked disabled value="{escape(recipe)}">'
-            f'<b class="key">{number + 1}</b> {escape(recipe)} <small>{counts} finished</small></label>'
-        )
-    return f'<fieldset class="arms"><legend>Arms</legend><div>{"".join(labels)}</div></fieldset>'
+        labels.append((recipe, f"{int((status == FINISHED).sum())}/{len(status)} finished"))
+    return legend("Arms", labels)
+
+
+def legend(title: str, labels: Iterable[tuple[str, str]]) -> str:
+    """A checkbox an arm, by its name and a few words; the script wakes the boxes."""
+    boxes = [
+        f'<label class="arm-{number}"><input type="checkbox" checked disabled value="{escape(name)}">'
+        f'<b class="key">{number + 1}</b> {escape(name)} <small>{escape(words)}</small></label>'
+        for number, (name, words) in enumerate(labels)
+    ]
+    return f'<fieldset class="arms"><legend>{escape(title)}</legend><div>{"".join(boxes)}</div></fieldset>'
 
 
 def _figure(number: int, chart: Chart, recipes: Sequence[str]) -> str:
@@ -135,9 +160,8 @@ def _figure(number: int, chart: Chart, recipes: Sequence[str]) -> str:
     )
 
 
-def _embedded(race: Race, name: str, caption: str) -> str:
+def embedded(draw: Callable[[str, Path], Path], name: str, caption: str) -> str:
     """A picture of the Markdown report, drawn again and put into the page."""
-    plots = {file: plot for file, _, plot in LAYER_PLOTS}
     with tempfile.TemporaryDirectory() as folder:
-        data = base64.b64encode(plots[name](race, Path(folder) / name).read_bytes()).decode()
+        data = base64.b64encode(draw(name, Path(folder) / name).read_bytes()).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}">'

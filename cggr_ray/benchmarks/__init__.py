@@ -21,6 +21,7 @@ TESTS = {
     "memory": ("tests/sparse",),
     "head-stats": ("tests/kernels/test_head_stats.py", "tests/kernels/test_head_stats_kernel.py"),
     "logit-stats": ("tests/kernels/test_logit_stats.py",),
+    "workers": ("tests/workers",),
 }
 
 
@@ -33,7 +34,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     from rich.console import Console
     from rich.table import Table
 
-    from cggr_ray.benchmarks import head_stats, logit_stats, loop, memory, optimizer, step
+    from cggr_ray.benchmarks import head_stats, logit_stats, loop, memory, optimizer, step, workers
     from cggr_ray.benchmarks.rows import Shape, append
     from cggr_ray.loop import pick_device
 
@@ -44,6 +45,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
         "memory": (memory.bench_memory, memory.SHAPES),
         "head-stats": (head_stats.bench_head_stats, head_stats.SHAPES),
         "logit-stats": (logit_stats.bench_logit_stats, logit_stats.SHAPES),
+        "workers": (workers.bench_workers, workers.SHAPES),
     }
     if name not in benches:
         raise ValueError(f"benchmark {name!r}; {nearest(name, benches)}")

@@ -32,11 +32,11 @@ def bench_loop(shape: Shape, device: str, rounds: int, folder: Path) -> list[Ben
         micro = run.loader.next().micros[0]
         bare = Bare(run, micro)
         providers: dict[str, Callable[[], None]] = {
-            "ours": lambda: _ours(run),
+            "ours": lambda: train(run),
             "bare_blocks": lambda: bare.steps(bare.loss_by_blocks),
             "bare_whole": lambda: bare.steps(bare.loss_whole),
         }
-        times = {name: _per_step(t) for name, t in interleaved(providers, rounds, run.device).items()}
+        times = {name: per_step(t) for name, t in interleaved(providers, rounds, run.device).items()}
         ledgers = run.clock.ledgers
     rows = []
     dtype = run.learner.adapter.head_VD.dtype
@@ -48,14 +48,15 @@ def bench_loop(shape: Shape, device: str, rounds: int, folder: Path) -> list[Ben
     return rows
 
 
-def _ours(run: Run) -> None:
+def train(run: Run) -> None:
+    """The steps of a timed call."""
     used = run.clock.train_seconds
     for _ in range(STEPS_A_CALL):
         used = run.advance(used)
     run.clock.switch("idle")
 
 
-def _per_step(timing: Timing) -> Timing:
+def per_step(timing: Timing) -> Timing:
     return Timing(timing.p20 / STEPS_A_CALL, timing.p50 / STEPS_A_CALL, timing.p80 / STEPS_A_CALL, timing.peak_mib)
 
 

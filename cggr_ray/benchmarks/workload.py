@@ -11,6 +11,7 @@ from cggr_ray.loop import Run
 from cggr_ray.models.presets import PRESETS, ModelSpec
 from cggr_ray.progress import Progress
 from cggr_ray.race import RaceSpec, plan_trials
+from cggr_ray.workers import ALONE, Workers
 
 # Long enough that no schedule ends and no milestone comes while a benchmark runs.
 BUDGET_SECONDS = 1e6
@@ -18,25 +19,35 @@ BUDGET_SECONDS = 1e6
 NOW = Progress(step=1, train_seconds=1.0, budget_seconds=BUDGET_SECONDS, tokens_seen=10**9)
 
 
-def prepared_run(shape: Shape, device: str, folder: Path, recipe: str = "baseline") -> Run:
-    """A run of `recipe` at its first step: model with the preset's own vocabulary, loader running, warm."""
+def prepared_data(shape: Shape, folder: Path) -> tuple[DataSpec, Path]:
+    """Generated problems in rows of the shape, and the folder where they are."""
+    spec = DataSpec(sources=(Problems(count=20_000),), row_tokens=shape.positions, val_documents=50)
+    where = folder / f"data-{shape.positions}"
+    prepare(spec, where)
+    return spec, where
+
+
+def prepared_run(shape: Shape, device: str, folder: Path, recipe: str = "baseline", workers: Workers = ALONE) -> Run:
+    """A run of `recipe` at its first step: model with the preset's own vocabulary, loader running, warm. Every worker
+    trains the rows of the shape."""
+    data, data_folder = prepared_data(shape, folder)
     spec = RaceSpec(
         name="bench",
         recipes=(recipe,),
         budget_seconds=BUDGET_SECONDS,
-        global_rows=shape.rows,
+        global_rows=workers.size * shape.rows,
         micro_rows=shape.rows,
+        workers=workers.size,
         milestones=(1.0,),
         model=ModelSpec(
             preset=shape.model, vocab_size=PRESETS[shape.model].vocabulary if shape.model in PRESETS else None
         ),
-        data=DataSpec(sources=(Problems(count=20_000),), row_tokens=shape.positions, val_documents=50),
+        data=data,
         device="cpu" if device == "cpu" else "auto",
         checkpoint_every_seconds=BUDGET_SECONDS,
     )
-    prepare(spec.data, folder / f"data-{shape.positions}")
     trial = plan_trials(spec, folder)[0]
-    where = folder / f"runs/{shape}-{recipe}".replace("/", "-")
-    run = Run(trial.placed(where, folder / f"data-{shape.positions}"), lambda row: None)
+    where = folder / f"runs/{shape}-{recipe}-{workers.size}".replace("/", "-")
+    run = Run(trial.placed(where, data_folder), lambda row: None, workers=workers)
     run.prepare()
     return run

@@ -29,8 +29,11 @@ class MicroBatch:
     labelled_B: np.ndarray
     """Labelled positions of each row as it was read, on the host."""
     index: int
+    """Among the micro-batches of the step, those of all workers counted."""
     ids_BT: np.ndarray | None = None
     """`position_ids_BT` on the host, of rows as the loader read them."""
+    first: bool = False
+    """Whether it is the first micro-batch that this worker has of a step."""
 
     @property
     def documents_BT(self) -> Tensor:
@@ -48,7 +51,7 @@ class Batch:
 
     micros: tuple[MicroBatch, ...]
     tokens: int
-    """Positions read from the stream, padding left out."""
+    """Positions read from the stream for the step, those of all workers, padding left out."""
 
     @property
     def rows(self) -> int:

@@ -19,6 +19,7 @@ import torch
 from cggr_ray.data.batch import Batch, MicroBatch
 from cggr_ray.data.packing import OrderState, PackedRow, RowOrder, RowShape
 from cggr_ray.transfer import to_device
+from cggr_ray.workers import ALONE, Workers
 
 # How often a step that waits for data looks whether the thread is still there.
 ALIVE_SECONDS = 1.0
@@ -27,9 +28,10 @@ ORDER_MARK_ROWS = 64
 
 
 def micro_batches(
-    rows: Sequence[PackedRow], micro_rows: int, shape: RowShape, device: torch.device
+    rows: Sequence[PackedRow], micro_rows: int, shape: RowShape, device: torch.device, before: int = 0
 ) -> list[MicroBatch]:
-    """Rows as micro-batches on `device`. Pinned memory does not block; shapes do not depend on data."""
+    """Rows as micro-batches on `device`, `before` of the step before them. Pinned memory does not block; shapes do not
+    depend on data."""
     micros = []
     for index, at in enumerate(range(0, len(rows), micro_rows)):
         group = rows[at : at + micro_rows]
@@ -47,8 +49,9 @@ def micro_batches(
                 document_starts=to_device(torch.from_numpy(starts), device),
                 longest_document=shape.longest,
                 labelled_B=np.array([r.labelled for r in group]),
-                index=index,
+                index=before + index,
                 ids_BT=fields[3],
+                first=index == 0,
             )
         )
     return micros
@@ -71,9 +74,12 @@ class _Packed(NamedTuple):
 class Loader:
     """Hands out one batch a step. Use as a context manager, or call `close`: it owns a thread.
 
+    Every worker packs all rows of a step, so that the order and its hash are those of one worker, and hands out its
+    share of them: as many as the others', next to each other, so that micro-batches are those of one worker too.
+
     Args:
-        rows: rows a step. micro_rows: rows a forward. state: from `state_dict`, to go on from there. prefetch: batches
-            that wait on the device, beside the one that is being packed.
+        rows: rows a step, of all workers. micro_rows: rows a forward. state: from `state_dict`, to go on from there.
+            prefetch: batches that wait on the device, beside the one that is being packed.
     """
 
     def __init__(
@@ -84,7 +90,10 @@ class Loader:
         device: torch.device,
         state: dict[str, Any] | None = None,
         prefetch: int = 3,
+        workers: Workers = ALONE,
     ) -> None:
+        own = rows // workers.size
+        self._share, self._rank = slice(workers.rank * own, (workers.rank + 1) * own), workers.rank
         self._order, self._count, self._micro_rows, self._device = order, rows, micro_rows, device
         self._rows: list[PackedRow] = []
         self._state = order.start()
@@ -136,6 +145,11 @@ class Loader:
         return batch
 
     @property
+    def labelled(self) -> int:
+        """Labelled positions of the last batch, those of all workers."""
+        return sum(row.labelled for row in self._rows)
+
+    @property
     def at(self) -> OrderState:
         """Where the order stands after the last batch handed out."""
         return self._state
@@ -180,12 +194,12 @@ class Loader:
             return None
 
     def _move(self, rows: list[PackedRow], micro_rows: int) -> Moved:
-        pack = (micro_rows, self._order.shape, self._device)
-        tokens = sum(row.real for row in rows)
+        own, tokens = rows[self._share], sum(row.real for row in rows)
+        pack = (micro_rows, self._order.shape, self._device, self._rank * -(-len(own) // micro_rows))
         if self._stream is None:
-            return Batch(tuple(micro_batches(rows, *pack)), tokens), None
+            return Batch(tuple(micro_batches(own, *pack)), tokens), None
         with torch.cuda.stream(self._stream):
-            batch = Batch(tuple(micro_batches(rows, *pack)), tokens)
+            batch = Batch(tuple(micro_batches(own, *pack)), tokens)
             ready = torch.cuda.Event()
             ready.record(self._stream)
         return batch, ready

@@ -48,9 +48,10 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a tokenizer.json, a local folder, or a Hugging Face name (`owner/name@revision` pins one).
 
     Raises:
-        ValueError: it cannot be read, or declares no end-of-text token, which separates packed documents.
+        ValueError: it cannot be read, names code, or declares no end-of-text token, which separates packed documents.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     if str(where).endswith(".json"):
         if not Path(where).is_file():
@@ -60,6 +61,7 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
         return PreTrainedTokenizerFast(tokenizer_file=str(where), eos_token=END_OF_TEXT)
     repo, revision = (str(where), None) if Path(where).is_dir() else hub.parse(str(where))
     with hub.reading(f"tokenizer {str(where)!r}"):
+        hub.refuse_code(get_tokenizer_config(repo, revision=revision), f"tokenizer_config.json of {str(where)!r}")
         tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {str(where)!r} has no end-of-text token; accepted: one that sets eos_token")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from cggr_ray.codec import nearest
-from cggr_ray.hub import HubName, is_cached, parse, reading
+from cggr_ray.hub import HubName, is_cached, parse, reading, refuse_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,8 +46,6 @@ PRESETS: dict[str, Preset] = {
 }
 # Gemma 3's heads are wider than width / heads; one layer in six sees the whole document.
 GEMMA_HEAD, GEMMA_WINDOW = 256, 1024
-# Keys of a config.json that name code to be imported; a model with one of them is refused.
-CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Where the text model of a checkpoint stands that reads images too: as published, and as newer versions write it.
 TEXT_OF_MULTIMODAL = {r"^(model\.)?language_model\.(model\.)?": "model."}
@@ -244,11 +242,3 @@ def check_folder(folder: Path) -> None:
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}; accepted: JSON") from None
     refuse_code(config, str(folder / "config.json"))
-
-
-def refuse_code(config: dict[str, Any], where: str) -> None:
-    """Raises ValueError where a configuration names code."""
-    for table in (config, *(value for value in config.values() if isinstance(value, dict))):
-        named = [key for key in CODE_KEYS if key in table]
-        if named:
-            raise ValueError(f"{where} sets {named[0]!r}, which names code; accepted: a config without it")

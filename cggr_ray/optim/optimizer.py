@@ -8,7 +8,7 @@ master copy here; a float32 model is its own master.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -25,6 +25,7 @@ from cggr_ray.optim.partition import Named, by_shape, partition
 from cggr_ray.optim.schedules import WSD, Linear
 from cggr_ray.optim.stack import REWARM_STEPS, Part, Stack, parts
 from cggr_ray.progress import Progress
+from cggr_ray.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ class Optimizer:
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm = {self.clip_norm}; accepted: a positive number (inf clips nothing)")
 
-    def build(self, named: Iterable[Named], hidden: Iterable[str], device: torch.device) -> StackedOptimizer:
-        return StackedOptimizer(self, list(named), list(hidden), device)
+    def build(
+        self, named: Iterable[Named], hidden: Iterable[str], device: torch.device, workers: Workers = ALONE
+    ) -> StackedOptimizer:
+        return StackedOptimizer(self, list(named), list(hidden), device, workers)
 
 
 def apply_rule(
@@ -94,7 +97,9 @@ def own_update(stack: Stack | Part, gradient: Tensor, rate: Tensor) -> Tensor:
 class StackedOptimizer:
     """The running optimizer of a recipe. No host synchronisation in `step`."""
 
-    def __init__(self, config: Optimizer, named: list[Named], hidden: list[str], device: torch.device) -> None:
+    def __init__(
+        self, config: Optimizer, named: list[Named], hidden: list[str], device: torch.device, workers: Workers
+    ) -> None:
         self.config = config
         matrix, rest = partition(named, hidden)
         self.stacks: dict[str, Stack] = {}
@@ -104,7 +109,7 @@ class StackedOptimizer:
                 for part, some in enumerate(split):
                     name = f"{group}.{'x'.join(map(str, shape))}"
                     name = f"{name}.{part}" if part else name
-                    self.stacks[name] = Stack(name, rule, some, one_of_several=len(split) > 1)
+                    self.stacks[name] = Stack(name, rule, some, len(split) > 1, workers)
         for stack in self.stacks.values() if config.project_early else ():
             stack.project_early()
         self._begun: int | None = None
@@ -198,7 +203,7 @@ class StackedOptimizer:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         mine = self.state_dict()
         if mine.keys() != state.keys():
             raise ValueError(f"optimizer state holds {sorted(state)[:3]}..., expected {sorted(mine)[:3]}...")

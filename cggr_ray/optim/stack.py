@@ -14,6 +14,7 @@ from cggr_ray.optim.partition import Named
 from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.state_formats import State
 from cggr_ray.transfer import to_device, to_host
+from cggr_ray.workers import ALONE, Workers
 
 # Steps over which the learning rate of a parameter that learns again rises to that of the others.
 REWARM_STEPS = 10
@@ -27,8 +28,10 @@ class Stack:
     A parameter that requires no gradient rests: nothing of it moves, and nothing of its state.
     """
 
-    def __init__(self, name: str, rule: Rule, named: list[Named], one_of_several: bool = False) -> None:
-        self._one_of_several = one_of_several
+    def __init__(
+        self, name: str, rule: Rule, named: list[Named], one_of_several: bool = False, workers: Workers = ALONE
+    ) -> None:
+        self._one_of_several, self._workers = one_of_several, workers
         self.name, self.rule, self.parameters = name, rule, [p for _, p in named]
         shape = self.parameters[0].shape
         self.weights = torch.stack([p.detach() for p in self.parameters])
@@ -99,22 +102,35 @@ class Stack:
     def accumulate(self) -> None:
         """Moves the parameters' gradients into a float32 sum: one micro-batch of several."""
         if not self._early:
-            gradient = self._take(rewinds=True)
+            gradient = self._take()
+            # Bases follow the gradient of all workers, so that theirs are added up before they are projected.
+            if self._workers.size == 1:
+                gradient = self._project(gradient, rewinds=True)
             self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
 
     def gradient(self) -> Tensor:
-        """What the rule uses of the step's gradients, stacked; the parameters' own are gone afterwards."""
+        """What the rule uses of the step's gradients, stacked; the parameters' own are gone afterwards.
+
+        Those of several workers are added up here, a stack at a time, in the dtype that they have: the model's, or
+        float32 after several micro-batches.
+        """
         assert len({self._arrived[i] for i in self.learning}) == 1, "a parameter of an active layer has no gradient"
-        gradient, self._sum = self._take(rewinds=False) if self._sum is None else self._sum, None
+        whole = self._sum is None or self._workers.size > 1
+        gradient, self._sum = self._take() if self._sum is None else self._sum, None
+        if whole:
+            self._workers.sum(gradient)
+            gradient = self._project(gradient, rewinds=False)
         self._refreshed = {}
         return gradient[rows_of(self.learning, gradient.device)] if self._early else gradient
 
-    def _take(self, rewinds: bool) -> Tensor:
+    def _take(self) -> Tensor:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         assert len(gradients) == len(self.learning), "a parameter of an active layer has no gradient"
         for parameter in self.parameters:
             parameter.grad = None
-        stacked = torch.stack(gradients) if len(gradients) > 1 else gradients[0].unsqueeze(0)
+        return torch.stack(gradients) if len(gradients) > 1 else gradients[0].unsqueeze(0)
+
+    def _project(self, stacked: Tensor, rewinds: bool) -> Tensor:
         if not self.rule.projects(self.state):
             return stacked
         for at, i in enumerate(self.learning):

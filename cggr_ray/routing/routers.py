@@ -31,6 +31,7 @@ from cggr_ray.schema import (
     ROUTER_USAGE,
 )
 from cggr_ray.sparse.plan import Seen
+from cggr_ray.workers import Workers
 
 if TYPE_CHECKING:
     from cggr_ray.routing.tokens import SelectedTokens
@@ -54,6 +55,10 @@ class Router(Protocol):
 
     def rewind(self) -> None:
         """Puts back what `learn` has changed since `begin` of the step's first micro-batch."""
+        ...
+
+    def share(self, workers: Workers) -> None:
+        """After the last micro-batch of a step: what all workers have learned in it becomes known to all."""
         ...
 
     def generators(self) -> list[torch.Generator]: ...
@@ -103,6 +108,9 @@ class RatioRouter:
         self._generator.manual_seed(seed_of(self._seed, TOKENS, progress.step, micro.index))
 
     def rewind(self) -> None:
+        """Chance learns nothing."""
+
+    def share(self, workers: Workers) -> None:
         """Chance learns nothing."""
 
     def generators(self) -> list[torch.Generator]:
@@ -181,6 +189,9 @@ class ScoreRouter(RatioRouter):
 
     def rewind(self) -> None:
         self.scorer.rewind()
+
+    def share(self, workers: Workers) -> None:
+        self.scorer.share(workers)
 
     def reads(self, ratio: float) -> int:
         return self.scorer.reads if ratio < 1 or self.scorer.learns else 0

@@ -22,6 +22,7 @@ from cggr_ray.data.batch import MicroBatch
 from cggr_ray.kernels.head_stats.op import HeadStats, head_stats
 from cggr_ray.routing.scores import ScoreName, score
 from cggr_ray.sparse.plan import Seen
+from cggr_ray.workers import Workers
 
 
 class Setting(NamedTuple):
@@ -54,6 +55,10 @@ class Scorer(Protocol):
         ...
 
     def rewind(self) -> None: ...
+    def share(self, workers: Workers) -> None:
+        """After the last micro-batch of a step: what all workers have learned in it becomes known to all."""
+        ...
+
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored: ...
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None: ...
     def tensors(self) -> dict[str, Tensor]: ...
@@ -181,6 +186,9 @@ class HeadScorer:
     def rewind(self) -> None:
         """Nothing has changed."""
 
+    def share(self, workers: Workers) -> None:
+        """Nothing is learned."""
+
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         assert seen is not None
         return own_scores(self.name, seen, micro, self.reference, generator)
@@ -220,13 +228,24 @@ class ProbeScorer:
 
     @torch.no_grad()
     def begin(self, micro: MicroBatch) -> None:
-        if micro.index == 0:
+        if micro.first:
             torch._foreach_copy_(self._before, self._mine)
 
     @torch.no_grad()
     def rewind(self) -> None:
         torch._foreach_copy_(self._mine, self._before)
         self._hidden_ND = None
+
+    @torch.no_grad()
+    def share(self, workers: Workers) -> None:
+        """The mean of all workers' probes. Differs from one worker, whose probe learns from one micro-batch after the
+        other: here each learns from its own, all at the same time."""
+        if workers.size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in self._mine])
+        workers.sum(flat)
+        pieces = (flat / workers.size).split([tensor.numel() for tensor in self._mine])
+        torch._foreach_copy_(self._mine, [new.view_as(old) for new, old in zip(pieces, self._mine, strict=True)])
 
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         assert seen is not None
@@ -282,12 +301,18 @@ class StaleScorer:
 
     def begin(self, micro: MicroBatch) -> None:
         ids = micro.position_ids_BT
-        self._before = [*(self._before if micro.index else []), (ids, self._losses[ids])]
+        self._before = [*([] if micro.first else self._before), (ids, self._losses[ids])]
 
     def rewind(self) -> None:
         for ids, losses in reversed(self._before):
             self._losses[ids] = losses
         self._before = []
+
+    def share(self, workers: Workers) -> None:
+        if workers.size > 1:
+            ids = torch.cat([ids.flatten() for ids, _ in self._before])
+            losses = workers.gather(self._losses[ids])
+            self._losses[workers.gather(ids)] = losses
 
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         losses = self._losses[micro.position_ids_BT]

@@ -1,7 +1,8 @@
-"""Where rows go: JSONL always; W&B and TensorBoard when asked. One that fails to start is left out, and says so."""
+"""Where rows go: JSONL always; W&B and TensorBoard when asked. A run does not notice when one of these two fails."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,16 +24,24 @@ class Tracker(Protocol):
 
 def open_trackers(folder: Path, run: Row, wandb: str, wandb_project: str, tensorboard: bool) -> list[Tracker]:
     """The trackers of a run; `wandb` is off, offline or online."""
+    from cggr_ray.telemetry.guarded import Guarded
     from cggr_ray.telemetry.jsonl import JsonlTracker
 
     trackers: list[Tracker] = [JsonlTracker(folder)]
     if wandb != "off":
-        from cggr_ray.telemetry.wandb import open_wandb
-
-        opened = open_wandb(folder, run, wandb, wandb_project)
-        trackers += [opened] if opened else []
+        trackers.append(Guarded("W&B", partial(_wandb, folder, run, wandb, wandb_project)))
     if tensorboard:
-        from cggr_ray.telemetry.tensorboard import TensorBoardTracker
-
-        trackers.append(TensorBoardTracker(folder))
+        trackers.append(Guarded("TensorBoard", partial(_tensorboard, folder)))
     return trackers
+
+
+def _wandb(folder: Path, run: Row, mode: str, project: str) -> Tracker:
+    from cggr_ray.telemetry.wandb import open_wandb
+
+    return open_wandb(folder, run, mode, project)
+
+
+def _tensorboard(folder: Path) -> Tracker:
+    from cggr_ray.telemetry.tensorboard import TensorBoardTracker
+
+    return TensorBoardTracker(folder)

@@ -1,9 +1,9 @@
-"""Weights & Biases, real client. A run never waits for it longer than ten seconds and never stops because of it."""
+"""Weights & Biases, real client. A run never waits for it longer than ten seconds."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +15,60 @@ from cggr_ray.telemetry.tracker import Row, scalars
 
 # The longest wait for the server, at the start and again at the end.
 WAIT_SECONDS = 10
-# What the client raises when its server or its background process is gone; these have no common ancestor.
-FAILURES = (wandb.errors.Error, OSError, HandleAbandonedError, MailboxClosedError)
-log = logging.getLogger(__name__)
+# Of its own, when its server or its background process is gone; these have no common ancestor.
+FAILURES = (wandb.errors.Error, HandleAbandonedError, MailboxClosedError)
+
+
+@contextmanager
+def runtime_errors() -> Iterator[None]:
+    """Inside, or in a function under it, what the client raises of its own is a RuntimeError."""
+    try:
+        yield
+    except FAILURES as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 class WandbTracker:
-    """A W&B run, until it fails: from then on rows are dropped, with one warning."""
+    """A W&B run."""
 
     def __init__(self, run: Any) -> None:
-        self._run, self._failed = run, False
+        self._run = run
         run.define_metric("*", step_metric=TRAIN_SECONDS)
 
+    @runtime_errors()
     def log(self, row: Row) -> None:
         kept = ((k, v) for k, v in scalars(row).items() if k not in (KIND, STEP))
         values = {k: v for k, v in kept if v is not None and not isinstance(v, str)}
         for name in values.keys() & set(HISTOGRAMS):
             histogram = values[name]
             values[name] = wandb.Histogram(np_histogram=(histogram["counts"], histogram["edges"]))
-        self._attempt(lambda: self._run.log(values | {STEP: row[STEP]}))
+        self._run.log(values | {STEP: row[STEP]})
 
+    @runtime_errors()
     def finish(self, summary: Row) -> None:
-        values = {k: v for k, v in summary.items() if isinstance(v, int | float | str)}
-        self._attempt(lambda: self._run.summary.update(values))
-        self._attempt(lambda: self._run.finish())
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        if self._failed:
-            return
-        try:
-            action()
-        except FAILURES as error:
-            self._failed = True
-            log.warning("W&B has stopped, the run goes on without it: %r", error)
+        self._run.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+        self._run.finish()
 
 
-def open_wandb(folder: Path, run: Row, mode: str, project: str) -> WandbTracker | None:
-    """A W&B run in `<folder>/wandb`, or None with a warning when W&B cannot be reached in time."""
-    try:
-        settings = wandb.Settings(
-            init_timeout=WAIT_SECONDS,
-            login_timeout=WAIT_SECONDS,
-            finish_timeout=WAIT_SECONDS,
-            silent=True,
-            console="off",
-        )
-        opened = wandb.init(
-            project=project,
-            id=f"{run['race']}-{run['trial_id']}".replace("/", "-"),
-            name=run["trial_id"],
-            group=run["race"],
-            config=run,
-            dir=str(folder),
-            mode="online" if mode == "online" else "offline",
-            resume="allow" if mode == "online" else None,
-            settings=settings,
-        )
-        return WandbTracker(opened)
-    except (*FAILURES, ValueError) as error:
-        log.warning("W&B does not answer, the run goes on without it: %s", error)
-        return None
+@runtime_errors()
+def open_wandb(folder: Path, run: Row, mode: str, project: str) -> WandbTracker:
+    """A W&B run in `<folder>/wandb`; raises what the client does when W&B cannot be reached in time."""
+    settings = wandb.Settings(
+        init_timeout=WAIT_SECONDS,
+        login_timeout=WAIT_SECONDS,
+        finish_timeout=WAIT_SECONDS,
+        silent=True,
+        console="off",
+    )
+    opened = wandb.init(
+        project=project,
+        id=f"{run['race']}-{run['trial_id']}".replace("/", "-"),
+        name=run["trial_id"],
+        group=run["race"],
+        config=run,
+        dir=str(folder),
+        mode="online" if mode == "online" else "offline",
+        resume="allow" if mode == "online" else None,
+        settings=settings,
+    )
+    return WandbTracker(opened)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cggr_ray.progress import Progress
-from cggr_ray.schema import KEPT_LOSS, RELEVANCE, SKIP_LOSS, TRAIN_LOSS
+from cggr_ray.schema import RELEVANCE, STEP_LOSSES
 from cggr_ray.updates.relevance import RelevanceName
 from cggr_ray.updates.schedule import (
     Learning,
@@ -189,7 +189,7 @@ class SuffixSchedule:
         return [Learning(every, probe=True), *(Learning(active) for active in dict.fromkeys((every, *suffixes)))]
 
     def observe(self, values: Mapping[str, Any], progress: Progress) -> None:
-        loss = next(values[name] for name in (TRAIN_LOSS, KEPT_LOSS, SKIP_LOSS) if name in values)
+        loss = next(values[name] for name in STEP_LOSSES if name in values)
         if self.config.stability is not None and is_finite(loss):
             self.memory.losses = [*self.memory.losses, loss][-2 * self.config.stability.window :]
         if RELEVANCE in values and is_finite(loss) and all(map(is_finite, values[RELEVANCE])):

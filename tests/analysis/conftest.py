@@ -8,22 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from written_rows import lines, milestone, step_row
 
 LEDGERS = ("train", "data_wait", "evaluation", "checkpoint", "reporting", "warm_up", "set_up", "idle")
-
-
-def milestone(step: int, seconds: float, tokens: int, loss: float | None, budget: float = 20.0) -> dict[str, Any]:
-    position = {"step": step, "fraction": seconds / budget, "train_seconds": seconds, "wall_seconds": 2 * seconds}
-    return {"kind": "milestone", **position, "tokens_seen": tokens, "val/loss": loss}
-
-
-def step_row(step: int, **metrics: Any) -> dict[str, Any]:
-    position = {"step": step, "fraction": step / 20, "train_seconds": float(step), "wall_seconds": 2.0 * step}
-    return {"kind": "step", **position, "tokens_seen": 100 * step, **metrics}
-
-
-def lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def write_run(

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.cautions import caveats
 from analysis.frames import Race, read_race
 from analysis.output import write_report
 from analysis.plots import BASELINE_COLOUR, plot_memory, styles
@@ -333,3 +334,12 @@ def test_what_a_ratio_could_have_shown_is_a_factor_both_ways(
     up = math.exp(detectable(np.log([1.0, 0.9, 1.2]), 0.05 / 2))
     cells = cells_of(render(read_race(tmp_path)), "Verdicts", "tokens/s (ratio)", "other")
     assert cells[-2] == f"beyond {up:.4g}x or {1 / up:.3g}x" and up > 1
+
+
+def test_runs_that_shared_a_gpu_are_not_compared_by_speed(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
+    for recipe, share in (("baseline", 1.0), ("quick", 0.5)):
+        run_writer(tmp_path, recipe, 0, [], {}, gpu_share=share)
+    assert any("shared a GPU" in line for line in caveats(read_race(tmp_path)))
+    quick = tmp_path / "runs" / "quick-0" / "run.json"
+    quick.write_text(quick.read_text().replace('"gpu_share": 0.5', '"gpu_share": 1.0'))
+    assert not any("shared a GPU" in line for line in caveats(read_race(tmp_path)))

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from browser import Page, find_browser, headless
+from sweep_folders import planted
 
 from analysis.frames import read_race
 from analysis.html import write_html
+from analysis.html.sweep import write_sweep_html
+from analysis.sweeps import read_sweep
 
 EXECUTABLE = find_browser()
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium or Chrome is installed")
@@ -35,6 +38,31 @@ def report(pair_race: Path, tmp_path: Path) -> Path:
     message = "</script><script>console.error(1)</script>" + "w" * 300
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "failed", "message": message}))
     return write_html(read_race(pair_race), tmp_path / "report.html")
+
+
+@pytest.fixture(scope="module")
+def sweep_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweeps")
+    return write_sweep_html(read_sweep(planted(folder / "planted")), folder / "report.html")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_of_a_sweep_is_whole_at_every_width(tab: Page, sweep_report: Path, width: int) -> None:
+    tab.messages.clear()
+    tab.requests.clear()
+    tab.open(sweep_report, width, dark=width == WIDTHS[0])
+    assert tab.messages == []
+    assert [url for url in tab.requests if not url.startswith("data:")] == [sweep_report.as_uri()]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    # Pictures are decoded, the best trials' curves drawn, and a trial's line has the colour of its shade.
+    assert tab.evaluate("[...document.images].every((i) => i.naturalWidth > 0)") and tab.evaluate(MEANS) == 8
+    stroke = "getComputedStyle([...document.querySelectorAll('.coordinates .trial')].at(-1)).stroke"
+    assert tab.evaluate(stroke).startswith("rgb(")
+    assert tab.evaluate("document.querySelectorAll('.coordinates .trial').length") == 38
+    # The box of the coordinates scrolls by itself where it is wider than the page.
+    box = tab.evaluate("(() => { const b = document.querySelector('.coordinates').parentElement;"
+                       " return [b.scrollWidth, b.clientWidth]; })()")  # fmt: skip
+    assert box[1] <= width and (width == WIDTHS[1] or box[0] > box[1])
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -15,8 +15,8 @@ from scipy import stats
 from simulated import simulated_race
 
 from analysis.frames import Race, read_race
+from analysis.judging import LOSS, SPEED, TIME, Quantity, claims, controls_of, differences, judge
 from analysis.stats import SIGNS, STUDENT
-from analysis.verdicts import LOSS, SPEED, TIME, Quantity, claims, controls_of, differences, judge
 
 Writer = Callable[..., Path]
 RowMaker = Callable[..., dict[str, Any]]

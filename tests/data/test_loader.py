@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from cggr_ray.data.batch import Batch
 from cggr_ray.data.loader import ORDER_MARK_ROWS, Loader
 from cggr_ray.data.packing import OrderState, PackedRow, RowOrder
 from cggr_ray.data.store import TokenStore
+from cggr_ray.workers import Workers
 
 ROW_TOKENS = 32
 CPU = torch.device("cpu")
@@ -61,6 +63,30 @@ def test_batches_are_the_rows_of_the_order(order: RowOrder, rows: int, micro_row
                 stacked = torch.cat([getattr(m, f"{name}_BT") for m in batch.micros])
                 assert np.array_equal(stacked, np.stack([getattr(r, name) for r in wanted]))
         assert loader.tokens_seen == sum(r.real for r in expected)
+
+
+class One(Workers):
+    """One of several workers, of which no other is there."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_workers_share_the_micro_batches_of_one(order: RowOrder, size: int) -> None:
+    with ExitStack() as stack:
+        whole = stack.enter_context(Loader(order, 12, 2, CPU))
+        shares = [stack.enter_context(Loader(order, 12, 2, CPU, workers=One(rank, size))) for rank in range(size)]
+        for _ in range(10):
+            batch, parts = whole.next(), [loader.next() for loader in shares]
+            assert same(batch, Batch(tuple(micro for part in parts for micro in part.micros), batch.tokens))
+            assert [micro.index for part in parts for micro in part.micros] == list(range(6))
+            assert all([micro.first for micro in part.micros] == [True] + [False] * (6 // size - 1) for part in parts)
+            assert {part.tokens for part in parts} == {batch.tokens}
+            assert {loader.labelled for loader in shares} == {batch.labelled}
+        assert len({json.dumps(loader.state_dict()) for loader in (whole, *shares)}) == 1
+        smaller = [loader.smaller(1) for loader in shares]
+        assert [micro.index for part in smaller for micro in part.micros] == list(range(12))
 
 
 def test_what_a_micro_batch_says_about_its_rows(order: RowOrder) -> None:

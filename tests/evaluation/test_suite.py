@@ -257,9 +257,9 @@ def test_milestones_that_find_no_memory_ask_fewer_rows_at_once(
     summed, batch, ask = heldout.summed_nll, generate._batch, Milestones.ask
     warm: list[float] = []
 
-    def at_milestones(milestones: Milestones, fraction: float) -> Any:
+    def at_milestones(milestones: Milestones, name: str, fraction: float) -> Any:
         warm.append(fraction)
-        return ask(milestones, fraction)
+        return ask(milestones, name, fraction)
 
     def narrow_validation(adapter: Any, micro: Any) -> Any:
         if warm and len(micro.tokens_BT) > 1:

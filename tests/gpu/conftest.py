@@ -1,4 +1,4 @@
-"""What the GPU tests compare with: the oracles of the plans, made importable; and rows of documents made by hand."""
+"""What the GPU tests use of others: oracles of the plans, pairs of workers; and rows of documents made by hand."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from cggr_ray.data.packing import RowOrder
     from cggr_ray.data.store import TokenStore
 
-ORACLES = str(Path(__file__).parents[1] / "sparse")
-if ORACLES not in sys.path:
-    sys.path.append(ORACLES)
+for folder in ("sparse", "workers"):
+    where = str(Path(__file__).parents[1] / folder)
+    if where not in sys.path:
+        sys.path.append(where)
 
 
 @pytest.fixture

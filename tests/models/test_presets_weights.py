@@ -173,6 +173,56 @@ def test_code_in_a_hub_s_config_and_pickles_are_refused(tmp_path: Path, monkeypa
         ModelSpec(hub="someone/m").build(None, 0, CPU, torch.float32)
 
 
+CODE: tuple[dict[str, Any], ...] = (
+    {"auto_map": {"AutoModelForCausalLM": "evil.Model"}},
+    {"auto_map": {"AutoModelForCausalLM": "someone/else--evil.Model"}},
+    {"trust_remote_code": True},
+    {"custom_pipelines": {"text-generation": {"impl": "evil.Pipe"}}},
+    {"_attn_implementation_internal": "someone/evil"},
+    {"attn_implementation": "someone/evil@main"},
+    {"_attn_implementation": {"text_config": "paged|someone/evil"}},
+    {"vision_config": {"layers": [{"auto_map": {"AutoConfig": "evil.Config"}}]}},
+)
+
+
+@pytest.mark.parametrize("named", CODE)
+def test_a_folder_that_names_code_is_refused_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: dict[str, Any]
+) -> None:
+    small_model("llama").save_pretrained(tmp_path / "m")
+    # Would say so if it were imported, from the folder or from the working directory.
+    (tmp_path / "m" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "m"))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    spec = ModelSpec(folder=str(tmp_path / "m"))
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | named))
+    for read in (
+        lambda: ModelSpec(folder=str(tmp_path / "m")),
+        spec.config,
+        lambda: spec.build(None, 0, CPU, torch.float32),
+    ):
+        with pytest.raises(ValueError, match=r"sets '\w+', which names code; accepted: a config without it"):
+            read()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_plain_implementation_in_a_config_is_no_code(tmp_path: Path) -> None:
+    small_model("llama").save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"attn_implementation": "sdpa"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert ModelSpec(folder=str(tmp_path / "m")).config().num_hidden_layers > 0
+
+
+def test_a_tokenizer_that_names_code_is_refused(tmp_path: Path) -> None:
+    load_tokenizer(SHIPPED).save_pretrained(tmp_path / "t")
+    assert len(load_tokenizer(tmp_path / "t")) == len(load_tokenizer(SHIPPED))
+    path = tmp_path / "t" / "tokenizer_config.json"
+    named = {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json of '.*' sets 'auto_map', which names code; accepted"):
+        load_tokenizer(tmp_path / "t")
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-import trainables  # noqa: F401 - settles Ray's settings before Ray is imported
+from cggr_ray.models.presets import ModelSpec
 from cggr_ray.optim.galore import GaLore
-from cggr_ray.race import RaceSpec
+from cggr_ray.race import RaceSpec, Trial
 from search_spaces import SPACES
-from trainables.sweep import sweep_spec, sweep_trial
+from trainables.schedulers import Asha, Unstopped
+from trainables.settings import Search, SweepSpec
+from trainables.sweep import sweep_race, sweep_trial
+
+
+def drawn(name: str, count: int, seed: int) -> Iterator[tuple[dict[str, Any], Trial]]:
+    """Values and trials of a space at random."""
+    random, space = np.random.default_rng(seed), SPACES[name]
+    race = RaceSpec(recipes=(space.recipe,), model=ModelSpec(preset="smollm-135m"))
+    spec = SweepSpec(name, space.recipe, space.domains(), race, Search())
+    for number in range(count):
+        values = {key: domain.sample(random) for key, domain in spec.domains.items()}
+        yield values, sweep_trial(spec, spec.race, values, f"t{number:04d}", Path("sweep"))
 
 
 @pytest.mark.parametrize("name", sorted(SPACES))
-def test_every_draw_is_a_valid_trial(name: str, tmp_path: Path) -> None:
-    np.random.seed(0)
-    space, spec, seen = SPACES[name], sweep_spec(RaceSpec()), set()
-    for number in range(200):
-        values = {key: domain.sample() for key, domain in space.domains().items()}
-        trial = sweep_trial(spec, space.recipe, values, f"t{number}", tmp_path)
+def test_every_draw_is_a_valid_trial(name: str) -> None:
+    seen = set()
+    for values, trial in drawn(name, 200, 0):
         rates = {"optimizer.matrix.lr": trial.recipe.optimizer.matrix.lr,
                  "optimizer.lr_scale": trial.recipe.optimizer.lr_scale}  # fmt: skip
-        drawn = values.keys() & rates.keys()
-        assert drawn and all(rates[key] == values[key] for key in drawn)
+        known = values.keys() & rates.keys()
+        assert known and all(rates[key] == values[key] for key in known)
         seen.add(repr(trial.recipe))
     assert len(seen) == 200
 
 
-def test_the_cggr_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
-    np.random.seed(1)
-    draws = []
-    for number in range(800):
-        values = {key: domain.sample() for key, domain in SPACES["cggr"].domains().items()}
-        draws.append(sweep_trial(RaceSpec(), "cggr_loss", values, str(number), tmp_path).recipe.tokens)
+def test_the_cggr_space_reaches_every_setting_it_promises() -> None:
+    draws = [trial.recipe.tokens for _, trial in drawn("cggr", 800, 1)]
     scores = {"entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise"}
     assert {t.score for t in draws} == scores
     assert {t.selection for t in draws} == {"topk", "stratified", "sequence_aware", "importance"}
@@ -49,12 +56,8 @@ def test_the_cggr_space_reaches_every_setting_it_promises(tmp_path: Path) -> Non
     assert min(t.keep for t in draws) >= 0.25 and max(t.keep for t in draws) <= 0.75
 
 
-def test_the_e3_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
-    np.random.seed(2)
-    draws = []
-    for number in range(400):
-        values = {key: domain.sample() for key, domain in SPACES["e3"].domains().items()}
-        draws.append(sweep_trial(RaceSpec(), "e3/full", values, str(number), tmp_path).recipe)
+def test_the_e3_space_reaches_every_setting_it_promises() -> None:
+    draws = [trial.recipe for _, trial in drawn("e3", 400, 2)]
     matrices = [d.optimizer.matrix for d in draws]
     assert {type(m).__name__ for m in matrices} == {"Muon", "GaLore"}
     assert {m.rank for m in matrices if isinstance(m, GaLore)} == {64, 128, 256}
@@ -68,12 +71,8 @@ def test_the_e3_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
     assert min(d.tokens.keep for d in draws) < 0.5 and max(d.tokens.keep for d in draws) > 0.8
 
 
-def test_the_suffix_space_reaches_every_setting_it_promises(tmp_path: Path) -> None:
-    np.random.seed(3)
-    draws = []
-    for number in range(400):
-        values = {key: domain.sample() for key, domain in SPACES["suffix"].domains().items()}
-        draws.append(sweep_trial(RaceSpec(), "dynamic_suffix", values, str(number), tmp_path).recipe.updates)
+def test_the_suffix_space_reaches_every_setting_it_promises() -> None:
+    draws = [trial.recipe.updates for _, trial in drawn("suffix", 400, 3)]
     for draw in draws:
         reachable = draw.build(12, 0).reachable()
         assert reachable[0].probe and min(sum(learning.active) for learning in reachable) >= 1
@@ -89,4 +88,7 @@ def test_the_suffix_space_reaches_every_setting_it_promises(tmp_path: Path) -> N
 
 
 def test_a_sweep_validates_at_every_rung_of_successive_halving() -> None:
-    assert sweep_spec(RaceSpec(milestones=(0.9,))).milestones == (0.125, 0.25, 0.5)
+    race, domains = RaceSpec(recipes=("baseline",), milestones=(0.9,)), SPACES["baseline"].domains()
+    rungs = {scheduler: sweep_race(SweepSpec("mine", "baseline", domains, race, Search(scheduler=scheduler))).milestones
+             for scheduler in (Asha(), Asha(first_rung=0.3, reduction=3), Unstopped())}  # fmt: skip
+    assert list(rungs.values()) == [(0.125, 0.25, 0.5), (0.3, pytest.approx(0.9)), (0.9,)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cggr_ray.telemetry.guarded import Guarded
 from cggr_ray.telemetry.jsonl import JsonlTracker, plain
 from cggr_ray.telemetry.tracker import open_trackers, scalars
 
@@ -94,7 +95,10 @@ def test_tensorboard_files_can_be_read_back(tmp_path: Path) -> None:
 def with_wandb(folder: Path, script: str, **environment: str) -> str:
     """Runs a script with a W&B client of its own, without any of this machine's credentials; returns what it prints."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(folder)}
-    header = "import json, os, sys, time\nfrom pathlib import Path\nfrom cggr_ray.telemetry import wandb as ours\n"
+    header = (
+        "import json, logging, os, sys, time\nfrom pathlib import Path\nlogging.basicConfig(stream=sys.stdout)\n"
+        "from cggr_ray.telemetry import wandb as ours\nfrom cggr_ray.telemetry.tracker import open_trackers\n"
+    )
     given = f"FOLDER, RUN, ROWS = Path({str(folder)!r}), {RUN!r}, {ROWS[:2]!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", header + given + script],
@@ -113,7 +117,7 @@ def test_wandb_offline_writes_a_run_folder(tmp_path: Path) -> None:
     with_wandb(
         tmp_path,
         """
-tracker = ours.open_wandb(FOLDER, RUN, "offline", "p")
+_, tracker = open_trackers(FOLDER, RUN, "offline", "p", False)
 tracker.log({"kind": "resumed", "step": 0})
 for row in ROWS:
     tracker.log(row)
@@ -132,8 +136,10 @@ tracker.finish({"steps": 2, "val/loss": 1.25})
 ONLINE = """
 ours.WAIT_SECONDS = 1
 start = time.monotonic()
-tracker = ours.open_wandb(FOLDER, RUN, "online", "p")
-print(json.dumps([tracker is None, time.monotonic() - start]))
+_, tracker = open_trackers(FOLDER, RUN, "online", "p", False)
+print(json.dumps(time.monotonic() - start))
+tracker.log(ROWS[0])
+tracker.finish({})
 """
 
 
@@ -147,9 +153,9 @@ print(json.dumps([tracker is None, time.monotonic() - start]))
     ids=["no_server", "no_key", "no_address"],
 )
 def test_a_run_goes_on_when_wandb_cannot_be_reached(tmp_path: Path, environment: dict[str, str]) -> None:
-    absent, seconds = json.loads(with_wandb(tmp_path, ONLINE, **environment))
-    assert absent
-    assert seconds < 8
+    *said, seconds = with_wandb(tmp_path, ONLINE, **environment).splitlines()
+    assert len([line for line in said if "W&B has failed" in line]) == 1
+    assert json.loads(seconds) < 8
 
 
 SERVER = """
@@ -177,8 +183,7 @@ server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": "x" * 40}
 ours.WAIT_SECONDS = 2
-tracker = ours.open_wandb(FOLDER, RUN, "online", "p")
-assert tracker is not None
+_, tracker = open_trackers(FOLDER, RUN, "online", "p", False)
 tracker.log(ROWS[0])
 """
 STALLED = "Server.stalled = True\n"
@@ -203,4 +208,52 @@ os._exit(0)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the client's process in /proc")
 @pytest.mark.parametrize("failure", [STALLED, GONE], ids=["server_stalls", "client_process_dies"])
 def test_a_run_goes_on_when_wandb_fails_later(tmp_path: Path, failure: str) -> None:
-    assert json.loads(with_wandb(tmp_path, SERVER + failure + END).splitlines()[-1]) < 8
+    *said, seconds = with_wandb(tmp_path, SERVER + failure + END).splitlines()
+    assert len([line for line in said if "W&B has failed" in line]) <= 1
+    assert json.loads(seconds) < 8
+
+
+FOREIGN = [OSError(28, "No space left on device"), RuntimeError("x"), KeyError("x"), TypeError("x"), AssertionError()]
+
+
+class Failing:
+    """A tracker that counts how often it is asked, and raises from one of its methods."""
+
+    def __init__(self, where: str, error: BaseException) -> None:
+        self.where, self.error, self.asked = where, error, 0
+
+    def opened(self) -> Failing:
+        self._ask("open")
+        return self
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._ask("log")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._ask("finish")
+
+    def _ask(self, method: str) -> None:
+        self.asked += 1
+        if method == self.where:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", FOREIGN, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(("where", "asked"), [("open", 1), ("log", 2), ("finish", 4)])
+def test_what_a_foreign_tracker_raises_is_said_once_and_it_is_asked_nothing_more(
+    where: str, asked: int, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Failing(where, error)
+    guarded = Guarded("X", tracker.opened)
+    guarded.log(ROWS[0])
+    guarded.log(ROWS[1])
+    guarded.finish({})
+    guarded.finish({})
+    assert tracker.asked == asked
+    assert [record.message for record in caplog.records] == [f"X has failed, the run goes on without it: {error!r}"]
+
+
+def test_memory_that_runs_out_and_ctrl_c_are_not_kept_from_a_run() -> None:
+    for error in (MemoryError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(error):
+            Guarded("X", Failing("open", error()).opened)

@@ -47,7 +47,7 @@ def cggr_ray(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         env=environment,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_races import cggr_ray, losses, write_race
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,22 @@ def test_a_race_of_an_older_version_goes_on(raced: Path) -> None:
     (raced / "race" / "race.json").write_text(json.dumps(older))
     cggr_ray("race", "--resume", raced / "race", "--executor", "inprocess")
     (raced / "race" / "race.json").write_text(json.dumps(record))
+
+
+def test_two_workers_train_as_one_does(raced: Path) -> None:
+    arguments = ("--recipes", "baseline", "--workers", 2, "--out", raced / "pair")
+    cggr_ray("race", raced / "small.toml", *arguments)
+    found, expected = losses(raced / "pair")["baseline-s0"], losses(raced / "race")["baseline-s0"]
+    assert found == pytest.approx(expected, rel=2e-4) and len(found) == 20
+    summaries = [json.loads((raced / way / "runs/baseline-s0/summary.json").read_text()) for way in ("race", "pair")]
+    assert summaries[0]["order"] == summaries[1]["order"] and summaries[0]["tokens_seen"] == summaries[1]["tokens_seen"]
+
+
+def test_workers_need_an_executor_that_has_some(raced: Path) -> None:
+    arguments = ("--executor", "inprocess", "--workers", 2, "--out", raced / "none")
+    done = cggr_ray("race", raced / "small.toml", *arguments, expect=2)
+    assert "executor 'inprocess' with workers = 2; accepted: executor train, or workers = 1" in done.stderr
+    assert not (raced / "none").exists()
 
 
 def test_another_races_folder_is_refused_and_left_alone(raced: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainables.scaling import Placement, place
+from trainables.scaling import Placement, place, place_growing
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,49 @@ from trainables.scaling import Placement, place
 )
 def test_place(device: str, cluster: dict[str, float], expected: Placement) -> None:
     assert place(device, cluster) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "cluster", "expected"),
+    [
+        ("auto", {"CPU": 2.0}, Placement(cpus=1, gpus=0, concurrent=1, workers=2)),
+        ("cuda", {"CPU": 32.0, "GPU": 8.0}, Placement(cpus=4, gpus=1, concurrent=4, workers=2)),
+        ("auto", {"CPU": 64.0, "GPU": 3.0}, Placement(cpus=8, gpus=1, concurrent=1, workers=2)),
+    ],
+)
+def test_place_of_two_workers_a_trial(device: str, cluster: dict[str, float], expected: Placement) -> None:
+    assert place(device, cluster, workers=2) == expected
+
+
+@pytest.mark.parametrize(("cluster", "of"), [({"CPU": 1.0}, "CPU"), ({"CPU": 8.0, "GPU": 1.0}, "GPU")])
+def test_more_workers_than_there_is_room_for_are_refused(cluster: dict[str, float], of: str) -> None:
+    with pytest.raises(ValueError, match=f"workers = 2, .* accepted: at most one worker a {of}"):
+        place("auto", cluster, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "share", "expected"),
+    [
+        ({"CPU": 16.0, "GPU": 2.0}, 0.5, Placement(cpus=4, gpus=0.5, concurrent=4)),
+        ({"CPU": 16.0, "GPU": 1.0}, 0.3, Placement(cpus=5, gpus=0.3, concurrent=3)),
+        ({"CPU": 2.0}, 0.5, Placement(cpus=2, gpus=0, concurrent=1)),
+    ],
+)
+def test_trials_share_a_gpu_as_often_as_their_part_fits(
+    cluster: dict[str, float], share: float, expected: Placement
+) -> None:
+    assert place("auto", cluster, share=share) == expected
+
+
+def test_a_cluster_that_grows_is_not_asked_what_it_has() -> None:
+    assert place_growing(1.0, 6) == Placement(cpus=8, gpus=1, concurrent=6)
+    assert place_growing(0.25, 6) == Placement(cpus=2, gpus=0.25, concurrent=6)
+
+
+def test_without_gpus_every_machine_runs_a_trial_on_all_its_cores() -> None:
+    machines = {"CPU": 12.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0, "node:10.0.0.3": 1.0}
+    expected = Placement(cpus=4, gpus=0, concurrent=3)
+    assert place("auto", machines | {"node:__internal_head__": 1.0}) == expected
 
 
 def test_a_gpu_that_the_cluster_lacks_is_refused() -> None:

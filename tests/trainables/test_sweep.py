@@ -1,22 +1,92 @@
-"""A sweep through real Ray Tune, on the CPU, small."""
+"""A sweep through real Ray Tune, on the CPU, small: killed, taken up again, and raced."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from small_races import cggr_ray, write_race
 
-pytestmark = pytest.mark.slow
+import trainables  # noqa: F401 - settles Ray's settings before Ray is imported
+from cggr_ray.race import load_race, plan_trials
+from cggr_ray.recipe import load_recipe
+from trainables.history import read_events
+from trainables.schedulers import Asha, replay
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+BUDGET = 3.0
 
 
-def test_a_sweep_stops_the_worse_half_and_writes_its_rows(tmp_path: Path) -> None:
-    spec = write_race(tmp_path, budget=3)
-    done = cggr_ray("sweep", "baseline", "--race", spec, "--out", tmp_path / "sweep", "--trials", 4)
-    rows = [json.loads(line) for line in (tmp_path / "sweep" / "sweep.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and {row["status"] for row in rows} <= {"finished", "stopped"}
-    assert any(row["status"] == "finished" for row in rows)
-    assert all(row["train_seconds"] <= 3.5 and row["val/loss"] > 0 for row in rows)
-    assert len({row["values"]["optimizer.matrix.lr"] for row in rows}) == 4
-    assert "best trials" in done.stdout
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    path = folder / "sweep.jsonl"
+    return [event for event in read_events(path)[0] if event["kind"] == kind] if path.is_file() else []
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep whose process was killed after its first trial had ended and while its second ran."""
+    folder = tmp_path_factory.mktemp("killed")
+    write_race(folder, budget=BUDGET, more="step_seconds = 0.05\ncheckpoint_every_seconds = 0.2")
+    file = folder / "mine.toml"
+    file.write_text('race = "small.toml"\nspace = "baseline"\n[search]\ntrials = 3\nseed = 1\n')
+    arguments = [sys.executable, "-m", "cggr_ray.cli", "sweep", str(file), "--out", str(folder / "sweep")]
+    sweep = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    second = folder / "sweep" / "runs" / "t0001"
+    deadline = time.time() + 250
+    while not list(second.glob("checkpoints/step_*")):
+        assert time.time() < deadline and sweep.poll() is None
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+    return folder / "sweep"
+
+
+def test_a_killed_sweep_goes_on_where_it_stood(killed: Path) -> None:
+    first = {path: path.read_bytes() for path in (killed / "runs" / "t0000").rglob("*") if path.is_file()}
+    known = (killed / "sweep.jsonl").read_bytes()
+    assert [event["trial_id"] for event in events(killed, "end")] == ["t0000"]
+    with (killed / "sweep.jsonl").open("ab") as file:
+        file.write(b'{"kind": "resu')
+    done = cggr_ray("sweep", "--resume", killed)
+
+    assert (killed / "sweep.jsonl").read_bytes().startswith(known)
+    assert {path: path.read_bytes() for path in first} == first
+    resumed = [json.loads(line) for line in (killed / "runs" / "t0001" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row["kind"] == "resumed" and row["step"] > 0 for row in resumed)
+
+    ends = {event["trial_id"]: event["status"] for event in events(killed, "end")}
+    assert len(events(killed, "end")) == 3 and set(ends.values()) <= {"finished", "stopped"}
+    stopped = replay(Asha().build(BUDGET), read_events(killed / "sweep.jsonl")[0])
+    assert stopped == {trial_id for trial_id, status in ends.items() if status == "stopped"}
+    seen = [(event["trial_id"], round(8 * event["train_seconds"] / BUDGET)) for event in events(killed, "result")]
+    assert len(set(seen)) == len(seen)
+    assert "best recipe" in done.stdout and "race it: cggr-ray race" in done.stdout
+
+
+def test_its_draws_are_those_of_a_sweep_that_was_not_killed(killed: Path) -> None:
+    rates = np.array([event["values"]["optimizer.matrix.lr"] for event in events(killed, "trial")])
+    assert len(set(rates)) == 3
+    generators = [np.random.default_rng((1, number, 0)) for number in range(3)]
+    again = [np.exp(generator.uniform(np.log(5e-4), np.log(2e-2))) for generator in generators]
+    np.testing.assert_allclose(rates, again, rtol=1e-12)
+
+
+def test_its_best_recipe_can_be_raced_against_what_it_started_from(killed: Path) -> None:
+    best = load_recipe(str(killed / "best" / "baseline.toml"))
+    finished = {e["trial_id"]: e["val/loss"] for e in events(killed, "end") if e["status"] == "finished"}
+    values = {event["trial_id"]: event["values"] for event in events(killed, "trial")}
+    lowest = values[min(finished, key=lambda trial_id: finished[trial_id])]
+    assert best.name == "baseline-best"
+    assert best.optimizer.matrix.lr == lowest["optimizer.matrix.lr"]
+    assert best.optimizer.schedule.warmup_tokens == 1000
+    race = load_race(str(killed / "best" / "race.toml"))
+    race.check()
+    default, raced = (trial.recipe for trial in plan_trials(race, killed))
+    assert raced == best and default == load_recipe("baseline").with_values(race.values)

@@ -1,0 +1,41 @@
+"""A run that goes on with the weights of another one of the same race: population-based training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from cggr_ray import checkpoint
+from cggr_ray.schema import METRICS_FILE, PROGRESS_FILE
+
+# What stays the run's own: its clocks.
+OWN = ("ledgers", "wall_seconds")
+STATE_FILE = "state.json"
+
+
+def adopt(donor: Path, receiver: Path) -> None:
+    """Makes the last checkpoint of a run's folder that of another's, at the receiver's own place in the budget.
+
+    Weights, optimizer, parts, place in the data and the rows that led there become the donor's. Neither may run, and
+    both have a checkpoint; done again, it does the same.
+    """
+    theirs, own = checkpoint.newest(donor)[0], checkpoint.newest(receiver)[0]
+    assert theirs is not None, f"{donor} has no checkpoint"
+    state = json.loads((theirs / STATE_FILE).read_text())
+    if own is not None:
+        before = json.loads((own / STATE_FILE).read_text())
+        state |= {key: before[key] for key in OWN}
+    final = receiver / checkpoint.FOLDER / theirs.name
+    with checkpoint.whole(final) as aside:
+        for file in theirs.iterdir():
+            shutil.copyfile(file, aside / file.name)
+        (aside / STATE_FILE).write_text(json.dumps(state))
+        checkpoint.seal(aside)
+    for other in final.parent.iterdir():
+        if other != final:
+            shutil.rmtree(other)
+    for name in (METRICS_FILE, PROGRESS_FILE):
+        aside = receiver / f".{name}.partial"
+        shutil.copyfile(donor / name, aside)
+        aside.replace(receiver / name)

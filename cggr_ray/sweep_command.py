@@ -1,0 +1,185 @@
+"""cggr-ray sweep: searches a space, or takes a sweep up again, says what was best and writes it as a recipe."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cggr_ray.codec import to_plain
+from cggr_ray.commands import check, check_tokens, claim, new_folder, refuse_changes, specify
+from cggr_ray.data.dataset import prepare
+from cggr_ray.environment import fingerprint
+from cggr_ray.schema import SWEEP_FILE, VAL_LOSS
+from cggr_ray.telemetry.console import RaceConsole
+
+if TYPE_CHECKING:
+    from trainables.history import History
+    from trainables.settings import SweepSpec
+
+# Draws that are tried on the recipe before anything starts.
+TRIED = 20
+
+
+def sweep(
+    name: str | None,
+    race_name: str | None,
+    out: Path | None,
+    changes: Mapping[str, Any],
+    values: Mapping[str, Any],
+    search: Mapping[str, Any],
+    executor: str,
+    address: str | None,
+    growing: int | None,
+    resume: Path | None,
+    dry_run: bool,
+) -> None:
+    """Plans a sweep, or takes one up again, runs what is left of it and writes the best recipe."""
+    # Its settings are read when Ray is first imported, which the schedulers do.
+    import trainables  # noqa: F401
+
+    if resume is not None:
+        refuse_changes(name or race_name or out or changes or values or search)
+        spec, folder = read_sweep(resume), resume
+    else:
+        spec = specify_sweep(name, race_name, changes, values, search)
+        folder = out or new_folder(spec.race.name)
+    check(spec.race, executor, address)
+    check_sweep(spec, executor, folder)
+    check_growing(growing, spec.race.device, address)
+    if dry_run:
+        show_sweep(spec)
+        return
+    if resume is None:
+        begin_sweep(spec, folder)
+    console = Console()
+    prepare(spec.race.data, folder / "data", lambda text: console.print(text, style="dim"))
+    check_tokens(spec.race, map(spec.race.recipe, spec.race.recipes), folder / "data")
+    from trainables.history import History
+    from trainables.sweep_driver import run_sweep
+
+    with History(folder) as history:
+        with RaceConsole(spec.race.budget_seconds, console=console) as live:
+            run_sweep(spec, folder, history, executor, address, growing, live.show)
+        finish_sweep(spec, history, folder, console)
+
+
+def specify_sweep(
+    name: str | None,
+    race_name: str | None,
+    changes: Mapping[str, Any],
+    values: Mapping[str, Any],
+    search: Mapping[str, Any],
+) -> SweepSpec:
+    """The sweep of a space or a file, with the command line's changes."""
+    from trainables.settings import Search, SweepSpec, load_parts
+
+    if name is None:
+        raise ValueError("no space; accepted: a search space, a sweep's .toml file, or --resume FOLDER")
+    parts = load_parts(name)
+    if race_name is not None and parts.race is not None:
+        raise ValueError(f"--race {race_name!r} with a file that has a race; accepted: one of the two")
+    changes = {**changes, "recipes": [parts.recipe], "name": f"sweep-{Path(name).stem}", "evaluation": None}
+    race = specify(parts.race or race_name, changes, values)
+    settings = Search.from_plain({**parts.search, **search})
+    plain = {"space": parts.space, "recipe": race.recipes[0], "domains": to_plain(parts.domains)}
+    return SweepSpec.from_plain({**plain, "race": race.to_plain(), "search": settings.to_plain()})
+
+
+def read_sweep(folder: Path) -> SweepSpec:
+    """The sweep of a folder."""
+    from trainables.settings import SweepSpec
+
+    if not (folder / SWEEP_FILE).is_file():
+        raise ValueError(f"{str(folder)!r} holds no sweep; accepted: a folder with {SWEEP_FILE}")
+    record = json.loads((folder / SWEEP_FILE).read_text())
+    known = {key: record[key] for key in ("space", "recipe", "domains", "search")}
+    return SweepSpec.from_plain({**known, "race": record["spec"]})
+
+
+def begin_sweep(spec: SweepSpec, folder: Path) -> None:
+    """Makes a new folder the sweep's own."""
+    if (folder / SWEEP_FILE).is_file():
+        raise ValueError(f"{str(folder)!r} holds a sweep; accepted: a new folder, or --resume {folder}")
+    plain = spec.to_plain()
+    record = {
+        "name": spec.race.name,
+        **{key: plain[key] for key in ("space", "recipe", "domains")},
+        "spec": plain["race"],
+        "search": plain["search"],
+        "versions": fingerprint(),
+        "command": shlex.join(["cggr-ray", *sys.argv[1:]]),
+    }
+    claim(folder, SWEEP_FILE, record)
+
+
+def check_sweep(spec: SweepSpec, executor: str, folder: Path) -> None:
+    """Whether the scheduler fits the executor, and draws at random make trials of the race, of one worker each.
+
+    Raises:
+        ValueError: they do not; the draw is named.
+    """
+    from trainables.sweep import sweep_race, sweep_trial
+
+    if spec.race.workers > 1:
+        raise ValueError(f"workers = {spec.race.workers} in a sweep; accepted: workers = 1, and trials side by side")
+    if spec.search.scheduler.parks and executor != "inprocess":
+        raise ValueError(f"scheduler 'pbt' with executor {executor!r}; accepted: inprocess")
+    race, random = sweep_race(spec), np.random.default_rng(spec.search.seed)
+    for _ in range(TRIED):
+        values = {key: domain.sample(random) for key, domain in spec.domains.items()}
+        try:
+            sweep_trial(spec, race, values, "t", folder)
+        except ValueError as error:
+            raise ValueError(f"draw {json.dumps(values)}: {error}") from None
+
+
+def check_growing(growing: int | None, device: str, address: str | None) -> None:
+    """Whether there is a cluster that could grow, and for what."""
+    if growing is None:
+        return
+    if growing < 1 or address is None or device != "cuda":
+        raise ValueError(f"--growing {growing} with address {address!r}, device {device!r}; accepted: at least 1 trial "
+                         "on the GPUs of a cluster, with --address and --device cuda")  # fmt: skip
+
+
+def show_sweep(spec: SweepSpec) -> None:
+    """The plan: how much there is to run, how it is searched, and what."""
+    console, search = Console(), spec.search
+    seconds = search.trials * spec.race.budget_seconds
+    most = min(seconds, search.total_seconds or seconds)
+    console.print(f"{search.trials} trials of {spec.recipe}, at most {most:g} train seconds")
+    for name in ("algorithm", "scheduler"):
+        console.print(f"{name:12} {to_plain(getattr(search, name))}", highlight=False, soft_wrap=True)
+    for key, domain in spec.domains.items():
+        console.print(f"  {key:36} {to_plain(domain)}", highlight=False, soft_wrap=True)
+
+
+def finish_sweep(spec: SweepSpec, history: History, folder: Path, console: Console) -> None:
+    """Prints how the trials ended and the best of them, and writes the best recipe; exit code 1 where a trial was
+    interrupted or none finished."""
+    from trainables.best import best_trials, write_best
+
+    trials = list(history.trials.values())
+    ends = [trial.status or "interrupted" for trial in trials]
+    console.print(", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends)), highlight=False)
+    best = best_trials(trials)
+    table = Table("trial", "val/loss", "values", title="best trials")
+    for trial in best:
+        table.add_row(trial.trial_id, f"{(trial.end or {})[VAL_LOSS]:.4f}", json.dumps(trial.values))
+    if best:
+        console.print(table)
+        recipe, race = write_best(spec, best[0], folder)
+        console.print(f"best recipe: {recipe}", soft_wrap=True)
+        console.print(f"race it: cggr-ray race {race} --seeds 1,2,3", soft_wrap=True, highlight=False)
+    if "interrupted" in ends:
+        console.print(f"go on with: cggr-ray sweep --resume {folder}", soft_wrap=True, highlight=False)
+    if "interrupted" in ends or not best:
+        sys.exit(1)

@@ -1,0 +1,92 @@
+"""A run that goes on with another's weights, at its own place in the budget."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cggr_ray import checkpoint
+from cggr_ray.adoption import adopt
+from cggr_ray.data.dataset import DataSpec, prepare
+from cggr_ray.data.sources import Problems
+from cggr_ray.loop import run_race
+from cggr_ray.models.presets import ModelSpec
+from cggr_ray.race import RaceSpec, Trial, plan_trials
+
+
+class Stopped(Exception):
+    """As a scheduler stops a run: inside its report."""
+
+
+def trial_of(folder: Path, name: str, step_seconds: float, rate: float) -> Trial:
+    spec = RaceSpec(
+        recipes=("baseline",),
+        budget_seconds=6.0,
+        step_seconds=step_seconds,
+        global_rows=4,
+        micro_rows=4,
+        milestones=(0.5,),
+        model=ModelSpec(preset="tiny"),
+        data=DataSpec(sources=(Problems(count=600),), row_tokens=64, val_documents=8),
+        values={"optimizer.schedule.warmup_tokens": 1000, "optimizer.matrix.lr": rate},
+        device="cpu",
+    )
+    prepare(spec.data, folder / "data")
+    return replace(plan_trials(spec, folder)[0], trial_id=name).placed(folder / name, folder / "data")
+
+
+def to_the_milestone(trial: Trial) -> None:
+    def report(row: dict[str, Any]) -> None:
+        if row["kind"] == "milestone":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run_race(trial, report, saved=True)
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def test_the_next_step_is_the_donors_and_the_clock_its_own(tmp_path: Path) -> None:
+    donor, receiver = trial_of(tmp_path, "donor", 0.5, 0.002), trial_of(tmp_path, "receiver", 0.7, 0.01)
+    to_the_milestone(donor)
+    to_the_milestone(receiver)
+    for _ in range(2):
+        adopt(Path(donor.folder), Path(receiver.folder))
+    assert [path.name for path in (tmp_path / "receiver" / "checkpoints").iterdir()] == ["step_00000006"]
+    summary = run_race(receiver)
+
+    whole = trial_of(tmp_path, "whole", 0.5, 0.002)
+    truth = {row["step"]: row["train/loss"] for row in (run_race(whole), rows(tmp_path / "whole", "step"))[1]}
+    found = {row["step"]: row["train/loss"] for row in rows(tmp_path / "receiver", "step")}
+    # Six steps of the donor are its own now; the seventh reads the donor's weights and data; then its own rate tells.
+    assert [found[step] for step in range(1, 8)] == [truth[step] for step in range(1, 8)]
+    assert found[9] != truth[9]
+    # Five steps of 0.7 s on its own clock, then four to the end of its budget.
+    assert summary["steps"] == 10 and summary["train_seconds"] == pytest.approx(9 * 0.7)
+    later = [row["train_seconds"] for row in rows(tmp_path / "receiver", "step") if row["step"] == 7]
+    assert later == [pytest.approx(6 * 0.7)]
+    kept = json.loads((tmp_path / "whole" / "summary.json").read_text())["order"]
+    assert all(kept[mark] == value for mark, value in summary["order"].items() if mark in kept)
+
+
+def test_a_milestone_is_reported_once_there_is_a_checkpoint_of_it(tmp_path: Path) -> None:
+    trial = replace(trial_of(tmp_path, "run", 0.5, 0.002), gpu_share=0.5)
+    seen = []
+
+    def report(row: dict[str, Any]) -> None:
+        saved = checkpoint.newest(Path(trial.folder))[0]
+        seen.append((row["kind"], row["step"], saved.name if saved else None))
+
+    run_race(trial, report, saved=True)
+    assert [entry for entry in seen if entry[0] == "milestone"] == [
+        ("milestone", 6, "step_00000006"),
+        ("milestone", 12, "step_00000006"),
+    ]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["gpu_share"] == 0.5

@@ -1,0 +1,70 @@
+"""What a local Ray session offers to others: nothing beyond this machine, and nothing without its token."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trainables
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import urllib.error, urllib.request
+from trainables.cluster import cluster
+import psutil
+from ray._private import worker
+
+with cluster(None, dashboard=True):
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        for socket in process.net_connections("inet"):
+            if socket.status == psutil.CONN_LISTEN:
+                print("listens", socket.laddr.ip.removeprefix("::ffff:"))
+    try:
+        urllib.request.urlopen(f"http://{worker._global_node.webui_url}/api/v0/actors", timeout=20)
+        print("open")
+    except urllib.error.HTTPError as error:
+        print("dashboard says", error.code)
+"""
+
+
+def test_the_authentication_mode_is_set_and_not_left_to_ray() -> None:
+    assert trainables.SETTINGS["RAY_AUTH_MODE"] == "token"
+    assert trainables.SETTINGS["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    script = "import trainables, os; print(os.environ['RAY_AUTH_MODE'])"
+    for before, after in (({}, "token"), ({"RAY_AUTH_MODE": "disabled"}, "disabled")):
+        plain = {name: value for name, value in os.environ.items() if name not in trainables.SETTINGS}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=plain | before, cwd=ROOT
+        )
+        assert done.stdout.strip() == after, done.stderr
+
+
+def test_ray_is_started_in_one_place_which_says_where() -> None:
+    starts = []
+    for package in ("cggr_ray", "trainables", "search_spaces", "analysis"):
+        for path in (ROOT / package).rglob("*.py"):
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            starts += [(path.name, call) for call in calls if ast.unparse(call.func) in ("ray.init", "init")]
+    assert {name for name, _ in starts} == {"cluster.py"}
+    assert all("address" in {keyword.arg for keyword in call.keywords} for _, call in starts)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_local_session_listens_on_loopback_alone_and_asks_for_its_token(tmp_path: Path) -> None:
+    own = {name: value for name, value in os.environ.items() if name not in trainables.SETTINGS}
+    # An address in the environment is another's cluster: without --address none is joined.
+    environment = own | {"HOME": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    lines = done.stdout.splitlines()
+    assert "dashboard says 401" in lines, done.stdout + done.stderr[-2000:]
+    listens = [line.split()[1] for line in lines if line.startswith("listens")]
+    assert len(listens) >= 5 and set(listens) <= {"127.0.0.1", "::1"}

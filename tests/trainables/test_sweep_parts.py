@@ -1,0 +1,209 @@
+"""Files, settings and edges of a sweep; what a worker tells of memory that ran out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cggr_ray.out_of_memory import asked_mib
+from cggr_ray.race import RaceSpec, load_race
+from cggr_ray.sweep_command import check_sweep, specify_sweep
+from search_spaces.domains import LogUniform
+from trainables.best import write_best
+from trainables.history import Drawn, History
+from trainables.population import Population
+from trainables.settings import Search, SweepSpec, load_parts
+from trainables.sweep import Sweep, sweep_race, sweep_trial
+from trainables.worker import out_of_memory
+
+MINE = """
+recipe = "cggr_loss"
+[domains]
+"tokens.keep" = {kind = "uniform", low = 0.25, high = 0.75}
+"tokens.score" = {kind = "choice", of = ["entropy", "margin"]}
+[search]
+trials = 5
+algorithm = {kind = "tpe", startup = 3}
+scheduler = "hyperband"
+[race]
+budget_seconds = 7
+device = "cpu"
+"""
+
+
+def test_a_file_says_space_search_and_race_and_the_command_line_has_the_last_word(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(MINE)
+    spec = specify_sweep(str(tmp_path / "mine.toml"), None, {}, {"tokens.keep": 0.5}, {"trials": 6, "scheduler": "pbt"})
+    assert spec.recipe == "cggr_loss" and spec.race.recipes == ("cggr_loss",) and spec.race.budget_seconds == 7
+    assert set(spec.domains) == {"tokens.keep", "tokens.score"} and spec.race.values == {"tokens.keep": 0.5}
+    assert (spec.search.trials, spec.search.algorithm.startup) == (6, 3)  # type: ignore[union-attr]
+    assert spec.search.scheduler.milestones(()) == tuple(n / 8 for n in range(1, 8))
+    assert type(spec).from_plain(json.loads(json.dumps(spec.to_plain()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('recipe = "cggr_loss"', 'space = "cggr"', "accepted: space, or domains, and not both"),
+        ('recipe = "cggr_loss"', 'recipes = "cggr_loss"', "unknown key 'recipes'; did you mean 'recipe'?"),
+        ('"uniform"', '"unifrom"', "did you mean 'uniform'?"),
+        ("low = 0.25", "low = 0.75", "low = 0.75, high = 0.75; accepted: two finite numbers"),
+        ("of = [", "off = [", "unknown key 'domains.tokens.score.off'"),
+        ("trials = 5", "trials = 0", "trials = 0; accepted: at least 1"),
+        ("startup = 3", "startup = 0", "startup = 0; accepted: at least 1 trial"),
+        ('"hyperband"', '"ahsa"', "did you mean 'asha'?"),
+        ('"hyperband"', '{kind = "asha", first_rung = 1.0}', "first_rung = 1.0; accepted: a fraction"),
+        ('"hyperband"', '{kind = "hyperband", brackets = 4}', "brackets = 4; accepted: 1 to the number of rungs, 3"),
+        ('"hyperband"', '{kind = "pbt", quantile = 0.6}', "quantile = 0.6; accepted"),
+        ("budget_seconds = 7", "budget_second = 7", "did you mean 'budget_seconds'?"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(old: str, new: str, said: str, tmp_path: Path) -> None:
+    assert old in MINE
+    (tmp_path / "mine.toml").write_text(MINE.replace(old, new))
+    with pytest.raises(ValueError, match=r"mine\.toml: ") as error:
+        load_parts(str(tmp_path / "mine.toml"))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("values", [{"total_seconds": 0.0}, {"wall_seconds": -1.0}, {"gpus_per_trial": 1.5},
+                                    {"gpus_per_trial": 0.0}, {"seed": -1}])  # fmt: skip
+def test_settings_outside_their_range_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"= .*; accepted: "):
+        Search(**values)
+
+
+def test_a_history_is_read_as_it_was_written_without_its_torn_end(tmp_path: Path) -> None:
+    times = iter(range(100))
+    with History(tmp_path, now=lambda: float(next(times))) as history:
+        history.session()
+        trial = history.drawn({"a": 1})
+        history.result(trial.trial_id, {"train_seconds": 1.0, "tokens_seen": 5, "val/loss": 2.0, "more": 1})
+        history.end(trial.trial_id, "diverged", {"train_seconds": 1.5, "val/loss": float("nan")}, "no gradient")
+        written = history.events
+        with pytest.raises(ValueError, match="is written by a sweep that runs; accepted: one at a time"):
+            History(tmp_path)
+    whole = (tmp_path / "sweep.jsonl").read_bytes()
+    (tmp_path / "sweep.jsonl").write_bytes(whole + b'{"kind": "trial", "trial_id": "t00')
+    with History(tmp_path, now=lambda: float(next(times))) as again:
+        assert again.events == written and (tmp_path / "sweep.jsonl").read_bytes() == whole
+        # The last good loss, at the time of the end.
+        assert again.trials["t0000"].end == {
+            "kind": "end", "trial_id": "t0000", "status": "diverged", "val/loss": 2.0, "train_seconds": 1.5,
+            "tokens_seen": 5, "peak_memory_mib": None, "message": "no gradient", "at": 3.0,
+        }  # fmt: skip
+        with pytest.raises(AssertionError):
+            again.end("t0000", "finished", {})
+
+
+def test_the_wall_clock_of_a_sweep_leaves_its_interruptions_out(tmp_path: Path) -> None:
+    for begin in (10.0, 100.0, 1000.0):
+        times = iter([begin, begin + 2.0, begin + 3.0])
+        with History(tmp_path, now=lambda times=times: next(times)) as history:  # type: ignore[misc]
+            history.session()
+            history.drawn({"at": begin})
+            seconds = history.wall_seconds()
+    assert seconds == pytest.approx(2.0 + 2.0 + 3.0)
+
+
+def test_a_broken_line_in_the_middle_of_a_history_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sweep.jsonl").write_text('{"kind": "session", "at": 1}\nnonsense\n{"kind": "session", "at": 2}\n')
+    with pytest.raises(ValueError, match=r"sweep.jsonl:2: nonsense; accepted: an event a line"):
+        History(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("message", "mib"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 GiB "
+            "is free. Of the allocated memory 76.00 GiB is allocated by PyTorch, and 512.00 MiB is reserved",
+            78.5 * 1024,
+        ),
+        ("CUDA out of memory. Tried to allocate 20.00 MiB.", 20.0),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1048576 bytes. Error code 12", 1.0),
+        ("Unable to allocate 8.00 KiB for an array with shape (1024,) and data type float64", 8 / 1024),
+        ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)", None),
+    ],
+)
+def test_what_was_asked_for_is_read_from_the_message(message: str, mib: float | None) -> None:
+    assert asked_mib(message) == mib
+
+
+def test_memory_that_runs_out_in_a_worker_is_a_result_and_nothing_else_is() -> None:
+    def too_much() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def mistaken() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    assert out_of_memory(lambda: None) is None
+    assert out_of_memory(too_much) == {
+        "status": "out_of_memory",
+        "peak_memory_mib": 2048.0,
+        "message": "CUDA out of memory. Tried to allocate 2.00 GiB.",
+    }
+    with pytest.raises(RuntimeError, match="shapes"):
+        out_of_memory(mistaken)
+    # numpy says it before anything is allocated.
+    import numpy as np
+
+    found = out_of_memory(lambda: np.empty(1 << 49))
+    assert (found is not None and found["peak_memory_mib"] is None) or found["peak_memory_mib"] >= 2**30
+
+
+def sweep_of(values: dict[str, Any], arms: dict[str, Any], **search: Any) -> SweepSpec:
+    race = RaceSpec(recipes=("baseline",), budget_seconds=8.0, values=values, arms=arms)
+    domains = {"optimizer.matrix.lr": LogUniform(1e-3, 1e-1)}
+    plain = SweepSpec("mine", "baseline", domains, race, Search()).to_plain()
+    return SweepSpec.from_plain(plain | {"search": {"trials": 2, **search}})
+
+
+@pytest.mark.parametrize(
+    ("values", "arms"),
+    [
+        ({"optimizer.matrix": {"kind": "adamw"}}, {}),
+        ({"optimizer.lr_scale": 2.0}, {"baseline": {"optimizer.lr_scale": 0.5}}),
+    ],
+)
+def test_the_best_arm_of_the_race_is_the_trial_that_was_best(
+    values: dict[str, Any], arms: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever the race's values say again on top of the recipe's file."""
+    spec = sweep_of(values, arms)
+    best = Drawn("t0000", *({"optimizer.matrix.lr": 0.0123},) * 2, end={"status": "finished", "val/loss": 1.0})
+    _, beside = write_best(spec, best, tmp_path)
+    ran = sweep_trial(spec, sweep_race(spec), best.values, "t0000", tmp_path).recipe
+    race = load_race(str(beside))
+    first, raced = map(race.recipe, race.recipes)
+    assert raced.optimizer == ran.optimizer != first.optimizer
+
+
+def test_a_population_goes_on_when_a_slow_step_has_taken_a_trial_beyond_an_interval() -> None:
+    population = Population(interval=0.25)
+    trials = [Drawn(f"t000{n}", {}, {}, [{"train_seconds": at, "val/loss": 1.0}]) for n, at in enumerate((4.1, 2.1))]
+    assert population.generation(trials, 8.0) == 1
+    trials[1].results.append({"train_seconds": 4.2, "val/loss": 1.0})
+    assert population.generation(trials, 8.0) == 2
+
+
+def test_a_full_disk_interrupts_a_sweep_and_ends_no_trial(tmp_path: Path) -> None:
+    with History(tmp_path) as history:
+        sweep = Sweep(sweep_of({}, {}), tmp_path, history)
+        first = sweep.next()
+        assert first is not None
+        sweep.ended(first.trial_id, {"trial": "t0000", "status": "interrupted", "message": "no space left"}, False)
+        assert sweep.next() is None and [trial.trial_id for trial in sweep.open] == ["t0000"]
+        again = Sweep(sweep_of({}, {}), tmp_path, history).next()
+        assert again is first
+
+
+def test_trials_of_a_sweep_have_one_worker(tmp_path: Path) -> None:
+    spec = sweep_of({}, {})
+    with pytest.raises(ValueError, match="workers = 2 in a sweep; accepted: workers = 1, and trials side by side"):
+        check_sweep(replace(spec, race=replace(spec.race, workers=2)), "train", tmp_path)

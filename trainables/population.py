@@ -1,0 +1,80 @@
+"""Population-based training (arXiv:1711.09846), a generation at a time: the worst go on with the weights of the best.
+
+All trials of the sweep are the population. Each stops at every `interval` of its budget, with a checkpoint; when all
+have come so far, those in the lowest `quantile` take weights, optimizer, place in the data and values of one in the
+highest at random, and move its numbers. What is a part or a size stays the donor's: its weights were made for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from cggr_ray.codec import Plain
+from cggr_ray.schema import TRAIN_SECONDS, VAL_LOSS
+from search_spaces.domains import Domains
+from trainables.history import Drawn
+from trainables.schedulers import Exploit
+
+
+@dataclass(frozen=True)
+class Population(Plain):
+    """Population-based training over all trials, which take turns where there is no room for all of them."""
+
+    IS_PART: ClassVar[bool] = True
+    KIND: ClassVar[str] = "pbt"
+    parks: ClassVar[bool] = True
+
+    interval: float = 0.125
+    quantile: float = 0.25
+    factors: tuple[float, ...] = (0.8, 1.25)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.interval < 1:
+            raise ValueError(f"interval = {self.interval}; accepted: a fraction of the budget in (0, 1)")
+        if not 0 < self.quantile <= 0.5:
+            raise ValueError(f"quantile = {self.quantile}; accepted: a fraction of the population in (0, 0.5]")
+        if not self.factors or min(self.factors) <= 0:
+            raise ValueError(f"factors = {list(self.factors)}; accepted: positive numbers, at least one")
+
+    def milestones(self, of_race: tuple[float, ...]) -> tuple[float, ...]:
+        count = round(1 / self.interval)
+        return tuple(at for number in range(1, count + 1) if (at := number * self.interval) < 1)
+
+    def build(self, budget_seconds: float) -> TrialScheduler:
+        return Generations(budget_seconds)
+
+    def generation(self, trials: Sequence[Drawn], budget_seconds: float) -> int:
+        """The number of intervals that all trials have come to; a slow step may take one beyond."""
+        fractions = [trial.last.get(TRAIN_SECONDS, 0.0) / budget_seconds for trial in trials if not trial.ended]
+        reached = {sum(fraction >= at for at in self.milestones(())) for fraction in fractions}
+        return min(reached, default=0)
+
+    def exploits(self, trials: Sequence[Drawn], generation: int, domains: Domains, seed: int) -> list[Exploit]:
+        ranked = sorted((t for t in trials if not t.ended), key=lambda trial: (trial.last[VAL_LOSS], trial.number))
+        count = max(1, int(len(ranked) * self.quantile)) if len(ranked) > 1 else 0
+        best, worst = ranked[:count], ranked[len(ranked) - count :]
+        return [self._exploit(trial, best, generation, domains, seed) for trial in worst]
+
+    def _exploit(self, trial: Drawn, best: Sequence[Drawn], generation: int, domains: Domains, seed: int) -> Exploit:
+        random = np.random.default_rng((seed, generation, trial.number))
+        donor = best[int(random.integers(len(best)))]
+        factors = {key: self.factors[int(random.integers(len(self.factors)))] for key in domains}
+        moved = {key: domain.moved(donor.values[key], factors[key]) for key, domain in domains.items()}
+        return Exploit(trial.trial_id, donor.trial_id, moved)
+
+
+class Generations(FIFOScheduler):
+    """Stops a trial at every validation before its end, from where a later generation takes it up."""
+
+    def __init__(self, budget_seconds: float) -> None:
+        super().__init__()
+        self._budget_seconds = budget_seconds
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
+        before_the_end = VAL_LOSS in result and result[TRAIN_SECONDS] < self._budget_seconds
+        return TrialScheduler.STOP if before_the_end else TrialScheduler.CONTINUE
