@@ -2,7 +2,7 @@
 
 The core is imported by the process that trains, when it does: the drivers of trials need none of it. A configuration
 holds `trial`, and of a sweep's trial `searched`: whether its milestones are saved before they are reported. Memory that
-runs out in such a trial is a result; a full disk, or a folder that another process writes to, interrupts the sweep.
+runs out in such a trial is a result; a full disk interrupts the sweep.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ def train_in_process(config: dict[str, Any]) -> None:
 def run(config: dict[str, Any], report: Callable[[Row], None], group: Workers | None = None) -> None:
     """Runs a trial to its end, or to where the race is stopped: then it has no summary, and goes on another time."""
     from cggr_ray.files import DiskFullError
-    from cggr_ray.lock import InUseError
     from cggr_ray.loop import run_race
     from cggr_ray.race import Trial
     from cggr_ray.stopping import StopFile, StoppedError, stop_file
@@ -57,7 +56,7 @@ def run(config: dict[str, Any], report: Callable[[Row], None], group: Workers | 
             report({"trial": trial.trial_id, **row})
     except StoppedError as stopped:
         logging.info("%s", stopped)
-    except (DiskFullError, InUseError) as error:
+    except DiskFullError as error:
         if searched is None:
             raise
         report({"trial": trial.trial_id, "status": "interrupted", "message": str(error)})
