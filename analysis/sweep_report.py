@@ -12,9 +12,9 @@ import pandas as pd
 from analysis.hyperparameters import BEST_SHARE, CHANCE, FEWEST_BEST, FEWEST_TRIALS, importance, num_best
 from analysis.measures import FINISHED
 from analysis.sweep_plots import plot_budget, plot_coordinates, plot_importance, plot_timeline
-from analysis.sweeps import PEAK_MEMORY, VALUES, Sweep
+from analysis.sweeps import VALUES, Sweep
 from analysis.tables import NONE, figure, plain, table
-from cggr_ray.schema import TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
+from cggr_ray.schema import PEAK_MEMORY, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 
 MOST_BEST = 10
 # Not failures: they ended as they were meant to.

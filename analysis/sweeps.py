@@ -18,6 +18,7 @@ import pandas as pd
 from analysis.frames import UNFINISHED, Race, Row, frame_of, read_object, read_race, to_parquet, whole_lines
 from cggr_ray.schema import (
     KIND,
+    PEAK_MEMORY,
     RUN_FILE,
     RUNS_FOLDER,
     SWEEP_EVENTS_FILE,
@@ -27,7 +28,6 @@ from cggr_ray.schema import (
     VAL_LOSS,
 )
 
-PEAK_MEMORY = "peak_memory_mib"
 VALUES = "values/"
 # Where a key may hold a part or nothing.
 NO_PART, A_PART = "none", "set"

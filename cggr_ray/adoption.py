@@ -11,7 +11,6 @@ from cggr_ray.schema import METRICS_FILE, PROGRESS_FILE
 
 # What stays the run's own: its clocks.
 OWN = ("ledgers", "wall_seconds")
-STATE_FILE = "state.json"
 
 
 def adopt(donor: Path, receiver: Path) -> None:
@@ -22,15 +21,15 @@ def adopt(donor: Path, receiver: Path) -> None:
     """
     theirs, own = checkpoint.newest(donor)[0], checkpoint.newest(receiver)[0]
     assert theirs is not None, f"{donor} has no checkpoint"
-    state = json.loads((theirs / STATE_FILE).read_text())
+    state = json.loads((theirs / checkpoint.STATE).read_text())
     if own is not None:
-        before = json.loads((own / STATE_FILE).read_text())
+        before = json.loads((own / checkpoint.STATE).read_text())
         state |= {key: before[key] for key in OWN}
     final = receiver / checkpoint.FOLDER / theirs.name
     with checkpoint.whole(final) as aside:
         for file in theirs.iterdir():
             shutil.copyfile(file, aside / file.name)
-        (aside / STATE_FILE).write_text(json.dumps(state))
+        (aside / checkpoint.STATE).write_text(json.dumps(state))
         checkpoint.seal(aside)
     for other in final.parent.iterdir():
         if other != final:

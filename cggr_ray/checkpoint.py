@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-FOLDER, MANIFEST = "checkpoints", "manifest.json"
+FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
 KEPT = 2
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def save(run_folder: Path, step: int, learner: Learner, state: dict[str, Any]) -
         optimizer = {k: v.contiguous() for k, v in learner.optimizer.state_dict().items()}
         save_file(optimizer, aside / "optimizer.safetensors")
         save_file({k: v.contiguous() for k, v in learner.router.tensors().items()}, aside / "router.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": step, "learner": learner.state_dict(), **state}))
+        (aside / STATE).write_text(json.dumps({"step": step, "learner": learner.state_dict(), **state}))
         seal(aside)
     for other in set((run_folder / FOLDER).iterdir()) - set(_all(run_folder)[-KEPT:]):
         shutil.rmtree(other)
@@ -166,7 +166,7 @@ def find_damage(folder: Path) -> str | None:
 
 def load(folder: Path, learner: Learner) -> dict[str, Any]:
     """Restores weights, optimizer and parts in place, tensor by tensor; returns the rest of the state."""
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
     _restore(folder / "model.safetensors", learner.adapter.named_parameters())
     _restore(folder / "objective.safetensors", learner.objective.named_parameters())
     learner.optimizer.load_state_dict(_Stored(folder / "optimizer.safetensors"))

@@ -101,6 +101,8 @@ VAL_TOKENS: Final = "val/labelled_tokens"
 EVAL: Final = "eval"
 GPU_MEMORY: Final = "system/gpu_memory_allocated"
 GPU_MEMORY_PEAK: Final = "system/gpu_memory_peak"
+# Of a summary, and of the end of a sweep's trial.
+PEAK_MEMORY: Final = "peak_memory_mib"
 GPU_UTILIZATION: Final = "system/gpu_utilization"
 ROUTER_ENTROPY: Final = "router/entropy"
 ROUTER_CONFIDENCE: Final = "router/confidence"

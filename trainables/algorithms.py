@@ -19,9 +19,9 @@ from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from cggr_ray.codec import Plain
-from cggr_ray.schema import VAL_LOSS
+from cggr_ray.schema import PEAK_MEMORY, VAL_LOSS
 from search_spaces.domains import Domains
-from trainables.history import PEAK_MEMORY, Drawn
+from trainables.history import Drawn
 
 # Draws that equal an earlier one, after which a space counts as used up.
 MOST_AGAIN = 200

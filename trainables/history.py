@@ -14,11 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cggr_ray.schema import KIND, SWEEP_EVENTS_FILE, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS, Status, SweepEvent
+from cggr_ray.schema import (
+    KIND,
+    PEAK_MEMORY,
+    SWEEP_EVENTS_FILE,
+    TOKENS_SEEN,
+    TRAIN_SECONDS,
+    VAL_LOSS,
+    Status,
+    SweepEvent,
+)
 from cggr_ray.telemetry.jsonl import plain
 from cggr_ray.telemetry.tracker import Row
 
-PEAK_MEMORY = "peak_memory_mib"
 RESULT = (TRAIN_SECONDS, TOKENS_SEEN, VAL_LOSS)
 
 

@@ -20,6 +20,7 @@ from cggr_ray.schema import (
     GPU_MEMORY_PEAK,
     KIND,
     METRICS_FILE,
+    PEAK_MEMORY,
     RUNS_FOLDER,
     STEP,
     SUMMARY_FILE,
@@ -28,7 +29,7 @@ from cggr_ray.schema import (
 )
 from cggr_ray.telemetry.tracker import Row
 from trainables.algorithms import new_draw
-from trainables.history import PEAK_MEMORY, Drawn, History
+from trainables.history import Drawn, History
 from trainables.settings import SweepSpec
 
 log = logging.getLogger(__name__)
