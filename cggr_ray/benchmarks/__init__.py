@@ -26,7 +26,7 @@ TESTS = {
 
 
 def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, device: str) -> None:
-    """Runs a benchmark, prints its rows and appends them to `out`/NAME.csv.
+    """Runs a benchmark, appends its rows to `out`/NAME.csv as it finds them, and prints them.
 
     Raises:
         ValueError: unknown benchmark, a shape that does not parse, or tests that fail.
@@ -35,7 +35,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     from rich.table import Table
 
     from cggr_ray.benchmarks import head_stats, logit_stats, loop, memory, optimizer, step, workers
-    from cggr_ray.benchmarks.rows import Shape, append
+    from cggr_ray.benchmarks.rows import BenchRow, Shape, append
     from cggr_ray.loop import pick_device
 
     benches = {
@@ -56,9 +56,11 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     # Compiling takes minutes, which should not pass in silence.
     logging.getLogger(__name__).setLevel(logging.INFO)
     for shape in parsed:
+        rows: list[BenchRow] = []
         with tempfile.TemporaryDirectory() as folder:
-            rows = measure(shape, device, rounds, Path(folder))
-        path = append(out, rows)
+            for row in measure(shape, device, rounds, Path(folder)):
+                path = append(out, [row])
+                rows.append(row)
         table = Table("provider", "ms p20", "ms p50", "ms p80", "peak MiB", "value", "unit", title=f"{name} {shape}")
         for row in rows:
             numbers = (f"{x:.2f}" for x in (row.ms_p20, row.ms_p50, row.ms_p80, row.peak_mib))

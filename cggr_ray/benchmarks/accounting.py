@@ -8,7 +8,7 @@ optimizers (`peers`) the state is counted, nothing else.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,8 @@ from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
 from cggr_ray.optim.partition import partition
 from cggr_ray.progress import Progress
 
+# Of whose state that of each optimizer is given as a share, once it is measured.
+REFERENCES = ("adamw_fp32", "muon_fp32")
 # Memory of usual devices, in GiB, under which a step is tried.
 CAPS = (24, 48, 80)
 # The first step is the one in which all projections are found.
@@ -68,31 +70,34 @@ def live_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def accounting(shape: Shape, device: torch.device) -> list[BenchRow]:
-    """Rows of every optimizer: bytes held, and on a GPU the peak of a step and whether one fits under each cap."""
+def accounting(shape: Shape, device: torch.device) -> Iterator[BenchRow]:
+    """Rows of every optimizer, as each is measured: bytes held, the share of those of the references measured so far,
+    and on a GPU the peak of a step and whether one fits under each cap."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    found: dict[str, dict[str, float]] = {}
+    references: dict[str, float] = {}
+
+    def rows(name: str, values: dict[str, float]) -> Iterator[BenchRow]:
+        if name in REFERENCES:
+            references[name] = values["optimizer_bytes"]
+        shares = {f"optimizer_of_{other}": values["optimizer_bytes"] / held for other, held in references.items()}
+        timing = Timing(0.0, 0.0, 0.0, values.get("peak_mib", 0.0))
+        for unit, value in (values | shares).items():
+            yield bench_row("memory", shape, name, dtype, device, timing, value, unit)
+
     for name, config in OPTIMIZERS.items():
         release()
         training = Training(shape, config, device, dtype)
         training.backward(FIRST)
-        found[name] = {unit: float(value) for unit, value in training.held().items()}
-        found[name]["peak_mib"] = step_peak(training, device)
+        values = {unit: float(value) for unit, value in training.held().items()}
+        values["peak_mib"] = step_peak(training, device)
         del training
         if device.type == "cuda":
-            found[name] |= {f"fits_{cap}_gib": float(fits(shape, config, device, cap)) for cap in CAPS}
+            values |= {f"fits_{cap}_gib": float(fits(shape, config, device, cap)) for cap in CAPS}
+        yield from rows(name, values)
     for name, peer in present().items():
         release()
-        found[name] = {"optimizer_bytes": float(peer_bytes(peer, shape, device, dtype))}
-    for values in found.values():
-        for name in ("adamw_fp32", "muon_fp32"):
-            values[f"optimizer_of_{name}"] = values["optimizer_bytes"] / found[name]["optimizer_bytes"]
-    rows = [
-        bench_row("memory", shape, name, dtype, device, Timing(0.0, 0.0, 0.0, values.get("peak_mib", 0.0)), value, unit)
-        for name, values in found.items()
-        for unit, value in values.items()
-    ]
-    return rows + not_installed("memory", shape, missing(), dtype, device)
+        yield from rows(name, {"optimizer_bytes": float(peer_bytes(peer, shape, device, dtype))})
+    yield from not_installed("memory", shape, missing(), dtype, device)
 
 
 def peer_bytes(peer: Peer, shape: Shape, device: torch.device, dtype: torch.dtype) -> int:

@@ -9,6 +9,7 @@ largest number of rows over that of full training.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,11 +38,12 @@ PARTS: dict[str, AllTokens | SelectedTokens | RandomTokens] = {
 }
 
 
-def bench_memory(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
+def bench_memory(shape: Shape, device: str, rounds: int, folder: Path) -> Iterator[BenchRow]:
     """`rounds` bounds the number of tries of a provider. Without a GPU, whose memory has an end, nothing is tried."""
     found = pick_device(device)
-    held = accounting(replace(shape, rows=1), found)
-    return held + largest_rows(shape, found, rounds) if found.type == "cuda" else held
+    yield from accounting(replace(shape, rows=1), found)
+    if found.type == "cuda":
+        yield from largest_rows(shape, found, rounds)
 
 
 def largest_rows(shape: Shape, found: torch.device, rounds: int) -> list[BenchRow]:
