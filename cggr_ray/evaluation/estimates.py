@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from math import comb, sqrt
 from statistics import NormalDist, fmean, stdev
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from cggr_ray.evaluation.task import Question
 
@@ -49,7 +49,7 @@ def mean_share(name: str, values: Sequence[float]) -> dict[str, float]:
     if min(values) == max(values) or set(values) <= {0.0, 1.0}:
         low, high = wilson(mean * n, n)
     else:
-        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / sqrt(n)
+        half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * stdev(values) / sqrt(n)
         low, high = max(mean - half, 0.0), min(mean + half, 1.0)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow, pytest.mark
 
 RACE = """
 recipes = ["baseline", "cggr_loss"]
-budget_seconds = 40
+budget_seconds = 10
 step_seconds = 0.05
 global_rows = 2
 micro_rows = 2
