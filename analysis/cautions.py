@@ -33,7 +33,9 @@ def ledger_words(race: Race) -> str:
     """Whether the ledgers add up to the wall clock, and how far training overran its budget."""
     checks = ledger_check(race)
     worst = checks["difference_percent"].abs().max()
-    if len(checks) == 0 or checks["difference_percent"].isna().any():
+    if race.stepped:
+        closure = "The clock advanced by a fixed time a step: the ledgers cannot add up to the wall clock."
+    elif len(checks) == 0 or checks["difference_percent"].isna().any():
         closure = "Ledgers or wall clock are missing for some runs, so they cannot be said to add up."
     elif worst > CLOSURE_PERCENT:
         closure = f"**The ledgers miss the wall clock by up to {worst:.2f} %: time is unexplained.**"
@@ -86,7 +88,7 @@ def caveats(race: Race) -> list[str]:
     ]
     if race.runs.get("data_seed", pd.Series()).nunique() == 1:
         notes.append("All runs share one order of the data: the spread over seeds leaves out that of the order.")
-    if race.spec.get("spec", {}).get("step_seconds") is not None:
+    if race.stepped:
         notes.append(
             "**The clock advanced by a fixed time a step: seconds and tokens/s are not those of any machine.**"
         )

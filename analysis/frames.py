@@ -82,6 +82,11 @@ class Race:
         order = [self.baseline, *self.spec.get("recipes", ()), *present]
         return [name for name in dict.fromkeys(order) if name in present]
 
+    @property
+    def stepped(self) -> bool:
+        """Its clock advanced by a fixed time a step: its seconds are those of no machine."""
+        return self.spec.get("spec", {}).get("step_seconds") is not None
+
     def to_parquet(self, folder: Path | str) -> list[Path]:
         """Writes runs, steps and milestones as Parquet; histograms and other nested values as JSON text."""
         return to_parquet({"runs": self.runs, "steps": self.steps, "milestones": self.milestones}, folder)

@@ -3,8 +3,8 @@
 step_fraction = optimizer / (forward + backward + optimizer), medians of interleaved runs. Providers: those of
 `optimizers` as they run, GaLore's refreshes in their turn; `muon_eager` is `muon_fp32` without the compiler,
 `muon_torch` is torch.optim.Muon and fused AdamW; those of `peers` where they are installed. `galore_torch` decomposes
-all matrices in one update of 200: the first, which is warm-up and in no figure here. `of_muon_fp32`: the time of an
-update over that of `muon_fp32`.
+all matrices in one update of 200: the first, which is warm-up and in no figure here; models of 1B parameters, for
+which that takes minutes, have no row of it. `of_muon_fp32`: the time of an update over that of `muon_fp32`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def _others(adapter: Adapter, gradients: Gradients) -> dict[str, Callable[[], No
         for optimizer in optimizers:
             optimizer.step()
 
-    builds: dict[str, Build] = {"muon_torch": _muon_torch, **{name: peer.build for name, peer in present().items()}}
+    size = sum(p.numel() for p in matrix + rest)
+    peers = {name: peer.build for name, peer in present().items() if size < peer.timed_below}
+    builds: dict[str, Build] = {"muon_torch": _muon_torch, **peers}
     return {name: partial(call, build(matrix, rest)) for name, build in builds.items()}
 
 

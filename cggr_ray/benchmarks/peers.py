@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -49,16 +50,19 @@ def galore_torch(matrix: Weights, rest: Weights) -> list[torch.optim.Optimizer]:
 
 @dataclass(frozen=True)
 class Peer:
-    """How to build an optimizer, and the packages without which it cannot be imported."""
+    """How to build an optimizer, the packages without which it cannot be imported, and the parameters up to which it
+    is timed."""
 
     packages: tuple[str, ...]
     build: Build
+    timed_below: float = inf
 
 
 PEERS = {
     "torchao_adamw8bit": Peer(("torchao",), torchao_adamw8bit),
     "bitsandbytes_adamw8bit": Peer(("bitsandbytes",), bitsandbytes_adamw8bit),
-    "galore_torch": Peer(("galore_torch", "bitsandbytes"), galore_torch),
+    # Its first update decomposes every matrix: minutes for a model of 1.5B.
+    "galore_torch": Peer(("galore_torch", "bitsandbytes"), galore_torch, timed_below=10**9),
 }
 
 

@@ -201,8 +201,10 @@ def test_the_command_and_mixed_versions_are_stated(pair_race: Path) -> None:
 
 
 def test_an_injected_clock_and_lost_memory_are_said(pair_race: Path) -> None:
-    edit_summary(pair_race, "quick-0", out_of_memory=2)
+    edit_summary(pair_race, "quick-0", out_of_memory=2, wall_seconds=1000.0)
+    assert "time is unexplained" in render(read_race(pair_race))
     text = with_spec(pair_race, {"step_seconds": 0.5})
+    assert "time is unexplained" not in text
     assert "are not those of any machine" in text and "1 run ran out of memory" in text
 
 

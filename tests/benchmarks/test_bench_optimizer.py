@@ -29,7 +29,8 @@ class Descent:
 
 def test_a_peer_updates_copies_of_the_weights_by_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     descent = Descent()
-    monkeypatch.setattr(peers, "PEERS", {"descent": Peer((), descent.build)})
+    large = Peer((), Descent().build, timed_below=100)
+    monkeypatch.setattr(peers, "PEERS", {"descent": Peer((), descent.build), "for_small_models": large})
     model = small_model("llama")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = {name: torch.randn_like(p) for name, p in before.items()}
