@@ -12,8 +12,8 @@ from rich.console import Console
 from cggr_ray.calibration import Calibration, Settings, notes, write_calibrated
 from cggr_ray.commands import check, check_tokens, specify
 from cggr_ray.data.dataset import prepare
+from cggr_ray.device import pick_device
 from cggr_ray.fits import ask
-from cggr_ray.loop import pick_device
 from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE
 
 

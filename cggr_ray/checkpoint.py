@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from cggr_ray.files import flush
 from cggr_ray.learner import Learner
+from cggr_ray.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -136,6 +137,20 @@ def newest(run_folder: Path) -> tuple[Path | None, str]:
     said = f"damaged checkpoints: {'; '.join(refused)}; {f'goes on from {found.name}' if found else 'begins again'}"
     log.warning("%s: %s", run_folder.name, said)
     return found, said
+
+
+def newest_of_first(run_folder: Path, workers: Workers) -> tuple[Path | None, str]:
+    """The same, as worker 0 finds it; to the others nothing is wrong.
+
+    Raises:
+        RuntimeError: this worker does not see what worker 0 found.
+    """
+    found, damage = newest(run_folder) if workers.is_first else (None, "")
+    step = int(workers.first(step_of(found) if found else -1))
+    found = place(run_folder, step) if step >= 0 else None
+    if found is not None and not found.is_dir():
+        raise RuntimeError(f"worker {workers.rank} sees no {found}; accepted: a folder that all workers share")
+    return found, damage
 
 
 def remove_newer(run_folder: Path, found: Path | None) -> None:

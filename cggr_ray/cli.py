@@ -342,7 +342,7 @@ def study(
     Example: cggr-ray study low-rank --model outputs/gsm8k/runs/baseline-s0/model --data outputs/gsm8k/data
     """
     from cggr_ray import commands
-    from cggr_ray.loop import pick_device
+    from cggr_ray.device import pick_device
     from cggr_ray.studies import run_study
 
     values = commands.given(

@@ -17,10 +17,10 @@ from rich.console import Console
 from cggr_ray.codec import nearest, to_plain
 from cggr_ray.data.dataset import AnySource, open_data, prepare
 from cggr_ray.data.sources import DATA_PRESETS
+from cggr_ray.device import pick_device
 from cggr_ray.environment import PACKAGES, fingerprint, version
 from cggr_ray.evaluation.reference import check_reference
 from cggr_ray.files import write_whole
-from cggr_ray.loop import pick_device
 from cggr_ray.paths import race_beside, recipe_beside
 from cggr_ray.planning import check_present, show_plan
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials

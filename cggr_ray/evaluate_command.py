@@ -19,9 +19,9 @@ from transformers.utils.logging import disable_progress_bar
 from cggr_ray.codec import from_plain
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.tokenizer import load_tokenizer
+from cggr_ray.device import pick_device
 from cggr_ray.evaluation.suite import Evaluation, Suite
 from cggr_ray.files import write_whole
-from cggr_ray.loop import pick_device
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.paths import tasks_beside
 from cggr_ray.schema import (

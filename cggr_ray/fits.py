@@ -23,7 +23,8 @@ import torch
 
 from cggr_ray.codec import Plain
 from cggr_ray.data.batch import Batch
-from cggr_ray.loop import Run, pick_device
+from cggr_ray.device import pick_device
+from cggr_ray.loop import Run
 from cggr_ray.out_of_memory import FAILURES, first_line, is_out_of_memory
 from cggr_ray.race import Trial
 from cggr_ray.telemetry.gpu import MIB
@@ -61,7 +62,7 @@ class SmallRun(Run):
     def _warm_up(self) -> None:
         """Every level, also where there is nothing to compile: the fullest one is what has to fit."""
         learner, order = self.learner, self.data.order()
-        warm_up(learner, self.milestones.heldout, order, self.own_rows, self.micro_rows, learner.levels())
+        warm_up(learner, self.milestones.heldout, order, self.own_rows, self.counts.micro_rows, learner.levels())
         self._peak = peak_mib(self.device)
 
     def _smaller(self, reason: str) -> Batch:

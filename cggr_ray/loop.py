@@ -17,49 +17,35 @@ from pathlib import Path
 import torch
 
 from cggr_ray import checkpoint
+from cggr_ray.assembly import ACTIVATIONS_FILE, build_learner
 from cggr_ray.batches import rows_of_worker, smaller_sizes
 from cggr_ray.clock import RaceClock, ReplayClock, SteppedClock, no_device
 from cggr_ray.compiling import never_eager
+from cggr_ray.counts import Counts
 from cggr_ray.data.batch import Batch
 from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
 from cggr_ray.description import description
-from cggr_ray.evaluation.reference import reference_nll
+from cggr_ray.device import pick_device
 from cggr_ray.files import flush, room_for, write_whole
 from cggr_ray.flight import Flight
-from cggr_ray.learner import Learner
 from cggr_ray.lock import only_writer
 from cggr_ray.milestones import Milestones
-from cggr_ray.models.adapter import Adapter
-from cggr_ray.models.prefix_cache import PrefixCache
-from cggr_ray.out_of_memory import FAILURES, LostStepError, first_line, is_out_of_memory
 from cggr_ray.progress import Budget, Progress, ProgressFile
 from cggr_ray.race import Trial
 from cggr_ray.recorder import Position, Recorder, Report
-from cggr_ray.schema import (
-    GRAD_NORM,
-    KIND,
-    METRICS_FILE,
-    PROGRESS_FILE,
-    RUN_FILE,
-    SUMMARY_FILE,
-    Status,
-)
+from cggr_ray.schema import GRAD_NORM, KIND, METRICS_FILE, PROGRESS_FILE, RUN_FILE, SUMMARY_FILE, Status
 from cggr_ray.stopping import Stop, StoppedError, never
-from cggr_ray.telemetry.gpu import MIB
+from cggr_ray.summary import summarise
 from cggr_ray.telemetry.jsonl import plain
 from cggr_ray.telemetry.tracker import Row, Tracker, open_trackers
-from cggr_ray.warmup import warm_up
+from cggr_ray.warmup import try_to_warm_up
 from cggr_ray.workers import ALONE, Workers
 
 # Near the end the host waits for every step, so that none starts that the budget does not cover.
 STEPS_NEAR_THE_END = 4
-# Consecutive steps without a finite gradient after which a run has diverged.
-NOT_FINITE_LIMIT = 20
 # A part that learns from measurements gets them two steps late, in flight or not, so that a resumed run sees the same.
 OBSERVE_DELAY = 2
-# Beside the run's own files, while it runs: what a cache of activations does not hold on the device.
-ACTIVATIONS_FILE = "activations.bin"
 
 log = logging.getLogger(__name__)
 
@@ -100,17 +86,6 @@ def run_race(
         return Run(trial, report, replay, stop=stop, saved=saved, workers=workers).complete()
 
 
-def pick_device(wanted: str) -> torch.device:
-    """`auto` is the GPU where there is one.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda', and no GPU is visible; accepted: cpu, auto")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 class Run:
     """One running trial, or one worker of it."""
 
@@ -124,23 +99,20 @@ class Run:
         saved: bool = False,
         workers: Workers = ALONE,
     ) -> None:
-        self.trial, self.spec, self.replay, self.stop, self.workers = trial, trial.race, replay, stop, workers
-        if workers.size != self.spec.workers:
-            raise ValueError(
-                f"a trial with workers = {self.spec.workers} in a group of {workers.size}; accepted: as many"
-            )
+        spec = trial.race
+        if workers.size != spec.workers:
+            raise ValueError(f"a trial with workers = {spec.workers} in a group of {workers.size}; accepted: as many")
+        self.trial, self.spec, self.replay, self.stop, self.workers = trial, spec, replay, stop, workers
         self._report = report
         self.report = self._report_saved if saved else report
         self.folder = Path(trial.folder)
-        self.budget = Budget(self.spec.budget_seconds)
-        self.device = pick_device(self.spec.device)
+        self.budget = Budget(spec.budget_seconds)
+        self.device = pick_device(spec.device)
         never_eager()
         self._started, self._wall_before = time.time(), 0.0
-        fixed = self.spec.step_seconds
+        fixed = spec.step_seconds
         synchronise = torch.cuda.synchronize if self.device.type == "cuda" else no_device
         self.clock = replay or (RaceClock(synchronise) if fixed is None else SteppedClock(fixed))
-        self.step, self.rows_trained, self.labelled, self.not_finite, self.out_of_memory = 0, 0, 0, 0, 0
-        self.skipped = 0
         self.last_step_seconds = math.inf
         self.delayed: deque[tuple[Row, Row]] = deque()
 
@@ -173,77 +145,43 @@ class Run:
 
     def _warm_up(self) -> str | None:
         """Why it could not be ended, where memory ran out; then nothing has changed."""
-        failed = None
-        try:
-            warm_up(self.learner, self.milestones.heldout, self.data.order(), self.own_rows, self.micro_rows)
-        except FAILURES as error:
-            if isinstance(error, LostStepError) or not is_out_of_memory(error):
-                raise
-            failed = first_line(error)
-        return self.workers.reason(failed)
+        heldout, order, micro_rows = self.milestones.heldout, self.data.order(), self.counts.micro_rows
+        return self.workers.reason(try_to_warm_up(self.learner, heldout, order, self.own_rows, micro_rows))
 
     def _set_up(self) -> None:
-        spec, recipe = self.spec, self.trial.recipe
+        spec, recipe, workers = self.spec, self.trial.recipe, self.workers
         self.folder.mkdir(parents=True, exist_ok=True)
         self.data = open_data(spec.data, Path(self.trial.data_folder))
-        vocabulary = spec.model.vocabulary(len(self.data.tokenizer))
-        dtype = recipe.execution.dtype(self.device)
-        reference = None
-        if recipe.reference is not None:
-            where = Path(self.trial.data_folder)
-            reference = reference_nll(
-                recipe.reference, self.data, where, spec.micro_rows, self.device, dtype, self._say
-            )
-        model = spec.model.build(vocabulary, self.trial.seed, self.device, dtype)
-        adapter = Adapter(model, recipe.execution.gradient_checkpointing)
-        self._say(adapter.execution_note)
-        if (kept := recipe.execution.activation_cache) is not None:
-            if any(p is adapter.head_VD for p in adapter.family.input_parameters()):
-                raise ValueError("activation_cache with a tied head; accepted: an embedding that rests")
-            file, width = self.folder / ACTIVATIONS_FILE, adapter.head_VD.shape[1]
-            adapter.cache = PrefixCache(kept, self.data.num_positions, width, dtype, self.device, file)
-        positions, workers = self.data.num_positions, self.workers
-        self.learner = Learner(recipe, adapter, self.trial.seed, positions, reference, workers)
+        self.learner = build_learner(self.trial, self.data, self.device, workers, self._say)
         order = self.data.order()
-        self.milestones = Milestones(spec, self.data, order, adapter, self.folder, self._say)
+        self.milestones = Milestones(spec, self.data, order, self.learner.adapter, self.folder, self._say)
         self.rows_per_step = recipe.rows.rows_per_step(spec.global_rows)
         self.own_rows = rows_of_worker(self.rows_per_step, workers.size)
-        self.micro_rows = min(spec.micro_rows, self.own_rows)
-        found, damage = self._newest()
+        self.counts = Counts(micro_rows=min(spec.micro_rows, self.own_rows))
+        found, damage = checkpoint.newest_of_first(self.folder, workers)
         state = self._restore(found) if found else None
-        if self.out_of_memory:
-            self.milestones.resize(self.micro_rows)
+        if self.counts.out_of_memory:
+            self.milestones.resize(self.counts.micro_rows)
         self.flight = Flight(self.device)
         had_rows = (self.folder / METRICS_FILE).is_file()
-        trackers, began = self._files(adapter) if workers.is_first else ([], None)
+        trackers, began = self._files() if workers.is_first else ([], None)
         at, prefetch = state["loader"] if state else None, recipe.execution.prefetch
-        self.loader = Loader(order, self.rows_per_step, self.micro_rows, self.device, at, prefetch, workers)
-        start = self._position()
-        budget, every_step = self.budget, self.replay is not None
-        name = self.trial.trial_id
+        self.loader = Loader(order, self.rows_per_step, self.counts.micro_rows, self.device, at, prefetch, workers)
+        start, name, budget, every_step = self._position(), self.trial.trial_id, self.budget, self.replay is not None
         self.recorder = Recorder(name, trackers, self.report, budget, self.device, start, began, every_step)
-        self._saved_at, self._saved_step = start.train_seconds, self.step
+        self._saved_at, self._saved_step = start.train_seconds, self.counts.step
         # Without a checkpoint, rows that a killed process left belong to no run: it begins again at step 0.
         if state or had_rows:
             self.recorder.resumed(start, damage)
         if workers.is_first:
             checkpoint.remove_newer(self.folder, found)
 
-    def _newest(self) -> tuple[Path | None, str]:
-        """The checkpoint to go on from, which worker 0 chooses, and what is wrong with newer ones."""
-        found, damage = checkpoint.newest(self.folder) if self.workers.is_first else (None, "")
-        step = int(self.workers.first(checkpoint.step_of(found) if found else -1))
-        found = checkpoint.place(self.folder, step) if step >= 0 else None
-        if found is not None and not found.is_dir():
-            raise RuntimeError(f"worker {self.workers.rank} sees no {found}; accepted: a folder that all workers share")
-        return found, damage
-
-    def _files(self, adapter: Adapter) -> tuple[list[Tracker], ProgressFile]:
+    def _files(self) -> tuple[list[Tracker], ProgressFile]:
         """Writes what runs, and opens what is written while it does."""
-        spec, run = self.spec, description(self.trial, adapter, self.rows_per_step)
+        spec, run = self.spec, description(self.trial, self.learner.adapter, self.rows_per_step)
         write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1))
         trackers = open_trackers(self.folder, run, spec.wandb, spec.wandb_project, spec.tensorboard)
-        return trackers, ProgressFile(self.folder / PROGRESS_FILE, self.step)
+        return trackers, ProgressFile(self.folder / PROGRESS_FILE, self.counts.step)
 
     def _say(self, text: str) -> None:
         log.info("%s: %s", self.trial.trial_id, text)
@@ -252,9 +190,7 @@ class Run:
         """Everything that a checkpoint holds; the ledgers of this process are added to those of the earlier ones."""
         state = checkpoint.load(folder, self.learner)
         self._say(f"goes on from step {state['step']}")
-        self.step, self.rows_trained, self.labelled = state["step"], state["rows_trained"], state["labelled"]
-        self.micro_rows, self.out_of_memory = state["micro_rows"], state["out_of_memory"]
-        self.not_finite, self.skipped = state["not_finite"], state["skipped"]
+        self.counts = Counts.of_state(state)
         self.milestones.load_state_dict(state["milestones"])
         self.delayed = deque((values, progress) for values, progress in state["delayed"])
         self._wall_before = state["wall_seconds"]
@@ -264,10 +200,10 @@ class Run:
 
     def _train(self) -> Status:
         used = self._seconds()
-        while not self.budget.spent(used) and self.not_finite < NOT_FINITE_LIMIT:
+        while not self.budget.spent(used) and not self.counts.diverged:
             self._stop_if_asked()
             used = self.advance(used)
-        diverged = self.not_finite >= NOT_FINITE_LIMIT
+        diverged = self.counts.diverged
         self.clock.switch("idle")
         self._land(all_steps=True)
         return "diverged" if diverged else "finished"
@@ -275,22 +211,20 @@ class Run:
     def _stop_if_asked(self) -> None:
         if not self.workers.first(self.stop()):
             return
-        if self.step > self._saved_step:
+        if self.counts.step > self._saved_step:
             with self.clock.ledger("checkpoint"):
                 self._save(self._seconds())
         self.recorder.finish({})
-        raise StoppedError(f"{self.trial.trial_id}: stopped after {self.step} steps, can go on from there")
+        raise StoppedError(f"{self.trial.trial_id}: stopped after {self.counts.step} steps, can go on from there")
 
     def advance(self, used: float) -> float:
         """One step from `used` train seconds, and what is due after it; returns the train seconds then."""
         self.clock.switch("data_wait")
         batch = self.loader.next()
         self.clock.switch("train")
-        progress = Progress(self.step, used, self.budget.seconds, self.loader.tokens_seen)
+        progress = Progress(self.counts.step, used, self.budget.seconds, self.loader.tokens_seen)
         self.flight.push(self.learner.step(batch, progress, smaller=self._smaller))
-        self.step += 1
-        self.rows_trained += self.rows_per_step
-        self.labelled += self.loader.labelled
+        self.counts.stepped(self.rows_per_step, self.loader.labelled)
         self.clock.tick()
         near_end = self.budget.seconds - used < STEPS_NEAR_THE_END * self.last_step_seconds
         self._land(all_steps=near_end)
@@ -308,13 +242,13 @@ class Run:
         Raises:
             torch.OutOfMemoryError: the recipe cannot be run with smaller ones.
         """
-        before, part = self.micro_rows, self.trial.recipe.rows
+        before, part = self.counts.micro_rows, self.trial.recipe.rows
         sizes = smaller_sizes(part, before, self.own_rows)
         if not sizes:
             raise torch.OutOfMemoryError(f"out of memory with micro-batches of {before} rows, and {part} cannot be run "
                                          f"with smaller ones: {reason}")  # fmt: skip
-        self.micro_rows = after = sizes[0]
-        self.out_of_memory += 1
+        self.counts.micro_rows = after = sizes[0]
+        self.counts.out_of_memory += 1
         self._say(f"out of memory, micro-batches of {after} rows from here on: {reason}")
         self.recorder.out_of_memory(self._position(), after, reason)
         self.milestones.resize(after)
@@ -323,11 +257,10 @@ class Run:
     def _land(self, all_steps: bool) -> None:
         """Takes in finished steps: rows for the recorder, the count of bad gradients, measurements for the parts."""
         for finished in self.flight.land(all_steps):
-            finite = math.isfinite(finished.values[GRAD_NORM])
-            self.not_finite, self.skipped = (0, self.skipped) if finite else (self.not_finite + 1, self.skipped + 1)
+            self.counts.landed(math.isfinite(finished.values[GRAD_NORM]))
             self.delayed.append((finished.values, asdict(finished.progress)))
             self.recorder.step(finished, self._position(), self.loader.marks)
-        while self.delayed and self.step - self.delayed[0][1]["step"] >= OBSERVE_DELAY:
+        while self.delayed and self.counts.step - self.delayed[0][1]["step"] >= OBSERVE_DELAY:
             values, progress = self.delayed.popleft()
             self.learner.observe(values, Progress(**progress))
 
@@ -365,22 +298,17 @@ class Run:
         """A checkpoint at so many train seconds: of worker 0, as which all go on."""
         self._land(all_steps=True)
         self.recorder.flush()
-        self._saved_at, self._saved_step = used, self.step
+        self._saved_at, self._saved_step = used, self.counts.step
         self.learner.agree()
         if self.workers.is_first:
             # Rows of steps that a checkpoint is beyond are not written again.
             for name in (METRICS_FILE, PROGRESS_FILE):
                 flush(self.folder / name)
-            checkpoint.save(self.folder, self.step, self.learner, self._state())
+            checkpoint.save(self.folder, self.counts.step, self.learner, self._state())
 
     def _state(self) -> Row:
         return {
-            "rows_trained": self.rows_trained,
-            "labelled": self.labelled,
-            "not_finite": self.not_finite,
-            "skipped": self.skipped,
-            "micro_rows": self.micro_rows,
-            "out_of_memory": self.out_of_memory,
+            **asdict(self.counts),
             "milestones": self.milestones.state_dict(),
             "delayed": [[plain(values), progress] for values, progress in self.delayed],
             "wall_seconds": self._wall(),
@@ -398,50 +326,19 @@ class Run:
     def _finish(self, status: Status, final: Row) -> Row:
         if self.spec.save_model:
             self.milestones.save_model(self.folder / "model", {})
-        at = self._position()
-        cuda, kept = self.device.type == "cuda", self.learner.adapter.cache
-        summary: Row = {
-            "trial_id": self.trial.trial_id,
-            "recipe": self.trial.recipe.name,
-            "seed": self.trial.seed,
-            "status": status,
-            "steps": self.step,
-            "tokens_seen": at.tokens_seen,
-            "labelled_tokens": self.labelled,
-            "epochs": self._epochs(),
-            "budget_seconds": self.budget.seconds,
-            "train_seconds": at.train_seconds,
-            "overrun_seconds": at.train_seconds - self.budget.seconds,
-            "last_step_seconds": self.last_step_seconds,
-            **final,
-            "best_val_loss": self.milestones.best,
-            "last_good": self.milestones.last_good,
-            "skipped_steps": self.skipped,
-            "peak_memory_mib": self.milestones.peak_bytes() / MIB if cuda else None,
-            "parameters": self.learner.parameters,
-            "micro_rows": self.micro_rows,
-            "out_of_memory": self.out_of_memory,
-            "order": self.loader.marks,
-            **({"activation_cache": {"hits": kept.hits, "misses": kept.misses}} if kept is not None else {}),
-            "message": "" if status == "finished" else f"{NOT_FINITE_LIMIT} steps without a finite gradient",
-        }
+        summary = summarise(
+            self.trial, status, final, self.counts, self._position(), self.last_step_seconds, self.learner,
+            self.milestones, self.data, self.loader,
+        )  # fmt: skip
         self.recorder.finish(summary)
         summary |= {"wall_seconds": self._wall(), "ledgers": self.clock.ledgers}
         write_whole(self.folder / SUMMARY_FILE, json.dumps(plain(summary), indent=1))
         checkpoint.remove_all(self.folder)
         return summary
 
-    def _epochs(self) -> dict[str, float]:
-        """How often every source was read. By an order of its own: the loader's is read ahead of training."""
-        passes = self.data.order().epochs(self.loader.at)
-        return {source.name: passed for source, passed in zip(self.spec.data.sources, passes, strict=True)}
-
     def _position(self) -> Position:
-        ledgers = self.clock.ledgers
-        tokens = self.loader.tokens_seen
-        return Position(
-            self.step, self.rows_trained, tokens, self.clock.train_seconds, self._wall(), ledgers["data_wait"]
-        )
+        counts, tokens, waited = self.counts, self.loader.tokens_seen, self.clock.ledgers["data_wait"]
+        return Position(counts.step, counts.rows_trained, tokens, self.clock.train_seconds, self._wall(), waited)
 
     def _wall(self) -> float:
         return self._wall_before + time.time() - self._started

@@ -11,6 +11,7 @@ from cggr_ray.data.loader import micro_batches
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.evaluation.heldout import HeldOut
 from cggr_ray.learner import Learner, Levels
+from cggr_ray.out_of_memory import FAILURES, LostStepError, first_line, is_out_of_memory
 from cggr_ray.progress import Progress
 
 STEPS_PER_GRAPH = 2
@@ -52,6 +53,21 @@ def warm_up(
         learner.adapter.forget()
         learner.optimizer.load_state_dict(tensors)
         learner.load_state_dict(host)
+
+
+def try_to_warm_up(learner: Learner, heldout: HeldOut, order: RowOrder, rows: int, micro_rows: int) -> str | None:
+    """Warms up; why that could not be ended, where memory ran out. Then nothing has changed.
+
+    Raises:
+        LostStepError: it ran out where that cannot be said.
+    """
+    try:
+        warm_up(learner, heldout, order, rows, micro_rows)
+    except FAILURES as error:
+        if isinstance(error, LostStepError) or not is_out_of_memory(error):
+            raise
+        return first_line(error)
+    return None
 
 
 def first_batch(order: RowOrder, rows: int, micro_rows: int, device: torch.device) -> Batch:

@@ -19,6 +19,7 @@ from cggr_ray.learner import Learner
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
+from cggr_ray.workers import ALONE, Workers
 
 CPU = torch.device("cpu")
 SELECTING = {"kind": "selected_tokens", "selection": "stratified", "curriculum": {"target_at": 0.0}, "dynamic": {}}
@@ -94,6 +95,22 @@ def test_the_last_two_are_kept_and_the_newest_found(tmp_path: Path, tiny_model: 
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     checkpoint.remove_all(tmp_path)
     assert checkpoint.newest(tmp_path) == (None, "")
+
+
+def test_all_workers_go_on_from_what_the_first_one_finds(tmp_path: Path, tiny_model: PreTrainedModel) -> None:
+    class Second(Workers):
+        rank, size = 1, 2
+
+        def first(self, value: float) -> float:
+            return 2.0
+
+    one = learner(tiny_model, Recipe("x"))
+    newer = checkpoint.save(tmp_path, 3, one, {})
+    assert checkpoint.newest_of_first(tmp_path, ALONE) == (newer, "")
+    with pytest.raises(RuntimeError, match=r"worker 1 sees no .*step_00000002; accepted: a folder that all"):
+        checkpoint.newest_of_first(tmp_path, Second())
+    older = checkpoint.save(tmp_path, 2, one, {})
+    assert checkpoint.newest_of_first(tmp_path, Second()) == (older, "")
 
 
 def test_a_half_written_one_does_not_count(tmp_path: Path, tiny_model: PreTrainedModel) -> None:

@@ -36,6 +36,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.clock": ("cggr_ray.schema", "cggr_ray.progress"),
     "cggr_ray.codec": ("cggr_ray.schema",),
     "cggr_ray.compiling": ("torch",),
+    "cggr_ray.counts": (),
+    "cggr_ray.device": ("torch",),
     "cggr_ray.transfer": ("torch",),
     "cggr_ray.files": (),
     "cggr_ray.paths": (),
@@ -141,7 +143,7 @@ def test_the_core_knows_nothing_of_ray_pandas_and_the_command_line(module: str) 
     assert [name for name in outside(module) if below(name, NOT_IN_CORE)] == []
 
 
-ORDER = ("recipe", "learner", "checkpoint", "loop")
+ORDER = ("recipe", "learner", "assembly", "checkpoint", "summary", "loop")
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -100,9 +100,10 @@ def test_a_run_goes_on_when_memory_has_run_out(
             used = run.advance(used)
         run._land(all_steps=True)
         run.recorder.flush()
-    assert run.step == 6 and run.out_of_memory >= 1 and run.micro_rows <= 16
+    counts = run.counts
+    assert counts.step == 6 and counts.out_of_memory >= 1 and counts.micro_rows <= 16
     events = rows_of(tmp_path, "out_of_memory")
-    assert [event["step"] for event in events] == [4] * run.out_of_memory and "memory" in events[0]["message"]
+    assert [event["step"] for event in events] == [4] * counts.out_of_memory and "memory" in events[0]["message"]
     norms = [row["train/grad_norm"] for row in rows_of(tmp_path, "step")]
     assert len(norms) == 6 and all(norm and norm > 0 for norm in norms)
 
