@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from cggr_ray import options
+from cggr_ray.recipe_command import recipe_app
 from cggr_ray.stopping import StoppedError
 
 app = typer.Typer(
@@ -23,50 +25,29 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-recipe_app = typer.Typer(help="Look at recipes. Example: cggr-ray recipe show cggr_loss", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
-
-Sets = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        help="KEY=VALUE for every arm, or RECIPE:KEY=VALUE for one; repeatable. E.g. optimizer.matrix.lr=0.002.",
-    ),
-]
-Out = Annotated[Path | None, typer.Option(help="Folder for the results; a new one below outputs/ by default.")]
-Budget = Annotated[float | None, typer.Option(help="Train seconds of every trial.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-Address = Annotated[str | None, typer.Option(help="A running Ray cluster (auto, host:port); a local one by default.")]
-Wandb = Annotated[str | None, typer.Option(help="off, offline or online.")]
-ExecutorName = Annotated[
-    str | None, typer.Option(help="train: a Ray Train worker a trial; inprocess: the trial's own process.")
-]
 
 
 @app.command()
 def race(
-    spec: Annotated[
-        str | None, typer.Argument(help="A race file (.toml) or a shipped race; by device if left out.")
-    ] = None,
-    out: Out = None,
+    spec: options.RaceName = None,
+    out: options.Out = None,
     recipes: Annotated[str | None, typer.Option(help="Comma-separated recipes, the baseline first.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds.")] = None,
-    budget: Budget = None,
+    budget: options.Budget = None,
     data: Annotated[str | None, typer.Option(help="problems or numinamath, instead of the race's sources.")] = None,
-    sets: Sets = [],  # noqa: B006 - typer reads the default
-    device: Device = None,
-    executor: ExecutorName = None,
-    workers: Annotated[
-        int | None, typer.Option(help="GPUs, or processes on a CPU, that train a trial together; 1 by default.")
-    ] = None,
-    address: Address = None,
-    wandb: Wandb = None,
+    sets: options.Sets = [],  # noqa: B006 - typer reads the default
+    device: options.Device = None,
+    executor: options.Executor = "train",
+    workers: options.Workers = None,
+    address: options.Address = None,
+    wandb: options.Wandb = None,
     wandb_project: Annotated[str | None, typer.Option(help="W&B project.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard event files too.")] = False,
     save_model: Annotated[bool, typer.Option("--save-model", help="Keep each trial's final model.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with the race in this folder.")] = None,
     trials: Annotated[int | None, typer.Option(help="Stop after so many trials; --resume goes on later.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and take nothing.")] = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Race recipes against each other, and report.
 
@@ -75,7 +56,7 @@ def race(
     from cggr_ray import commands
 
     changes = commands.given(
-        recipes=recipes.split(",") if recipes else None,
+        recipes=commands.words(recipes),
         seeds=commands.integers(seeds),
         budget_seconds=budget,
         data=data,
@@ -86,20 +67,18 @@ def race(
         tensorboard=tensorboard or None,
         save_model=save_model or None,
     )
-    commands.race(spec, out, changes, commands.assignments(sets), executor or "train", address, resume, trials, dry_run)
+    commands.race(spec, out, changes, commands.assignments(sets), executor, address, resume, trials, dry_run)
 
 
 @app.command()
 def tune(
     spec: Annotated[str | None, typer.Argument(help="A race file (.toml) with a [tuning].")] = None,
-    out: Out = None,
-    recipes: Annotated[
-        str | None, typer.Option(help="Comma-separated recipes, the baseline first; all by default.")
-    ] = None,
-    executor: ExecutorName = None,
-    address: Address = None,
+    out: options.Out = None,
+    recipes: options.Recipes = None,
+    executor: options.Executor = "train",
+    address: options.Address = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the tuning in this folder.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and take nothing.")] = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Try the same values with every recipe of a race, and write the race with each recipe's best: tuned.toml.
 
@@ -107,29 +86,21 @@ def tune(
     """
     from cggr_ray import commands, tune_command
 
-    changes = commands.given(recipes=recipes.split(",") if recipes else None)
-    tune_command.tune(spec, out, changes, executor or "train", address, resume, dry_run)
+    changes = commands.given(recipes=commands.words(recipes))
+    tune_command.tune(spec, out, changes, executor, address, resume, dry_run)
 
 
 @app.command()
 def calibrate(
-    spec: Annotated[
-        str | None, typer.Argument(help="A race file (.toml) or a shipped race; by device if left out.")
-    ] = None,
+    spec: options.RaceName = None,
     out: Annotated[Path | None, typer.Option(help="Folder; outputs/RACE-calibration by default.")] = None,
-    recipes: Annotated[
-        str | None, typer.Option(help="Comma-separated recipes, the baseline first; all by default.")
-    ] = None,
-    device: Device = None,
-    memory_mib: Annotated[
-        float | None, typer.Option(help="MiB that there are; on a CPU, of data of a process.")
-    ] = None,
+    recipes: options.Recipes = None,
+    device: options.Device = None,
+    memory_mib: options.MemoryMib = None,
     head_room: Annotated[float, typer.Option(help="Part of the memory that stays free.")] = 0.05,
     verify_steps: Annotated[int, typer.Option(help="Steps with what was found.")] = 10,
     starts: Annotated[int, typer.Option(help="Fresh starts of these steps.")] = 1,
-    scale_batch: Annotated[
-        bool, typer.Option("--scale-batch", help="Let an arm's step grow to its micro-batch; see batch_lr_rule.")
-    ] = False,
+    scale_batch: options.ScaleBatch = False,
     again: Annotated[bool, typer.Option("--again", help="Try what is known, too.")] = False,
 ) -> None:
     """Find every arm's largest micro-batch by running into the limit, and write the race with it: calibrated.toml.
@@ -139,43 +110,31 @@ def calibrate(
     from cggr_ray import calibrate_command, commands
     from cggr_ray.calibration import Settings
 
-    changes = commands.given(recipes=recipes.split(",") if recipes else None, device=device)
+    changes = commands.given(recipes=commands.words(recipes), device=device)
     settings = Settings(head_room, memory_mib, verify_steps, starts, scale_batch)
     calibrate_command.calibrate(spec, out, changes, settings, again)
 
 
 @app.command()
 def sweep(
-    space: Annotated[
-        str | None, typer.Argument(help="A search space (baseline, cggr, e3, suffix), or a sweep's .toml file.")
-    ] = None,
+    space: options.Space = None,
     spec: Annotated[str | None, typer.Option("--race", help="Race file that gives model, data and budget.")] = None,
-    out: Out = None,
+    out: options.Out = None,
     trials: Annotated[int | None, typer.Option(help="Configurations to draw; 16 by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
-    algorithm: Annotated[
-        str | None, typer.Option(help="random (the default), grid, tpe, or tpe_memory: loss and peak memory.")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="asha (the default), hyperband, pbt or none, all on train seconds.")
-    ] = None,
-    budget: Budget = None,
-    total_seconds: Annotated[
-        float | None, typer.Option(help="Train seconds of all trials; then none begins, and those that run are cut.")
-    ] = None,
+    algorithm: options.Algorithm = None,
+    scheduler: options.Scheduler = None,
+    budget: options.Budget = None,
+    total_seconds: options.TotalSeconds = None,
     wall_seconds: Annotated[float | None, typer.Option(help="The same in wall-clock seconds of the sweep.")] = None,
-    gpus_per_trial: Annotated[
-        float | None, typer.Option(help="Below 1, trials share a GPU: speeds are not comparable then.")
-    ] = None,
-    sets: Sets = [],  # noqa: B006 - typer reads the default
-    device: Device = None,
-    executor: ExecutorName = None,
-    address: Address = None,
-    growing: Annotated[
-        int | None, typer.Option(help="Trials side by side on a cluster that starts GPU machines for them.")
-    ] = None,
+    gpus_per_trial: options.GpusPerTrial = None,
+    sets: options.Sets = [],  # noqa: B006 - typer reads the default
+    device: options.Device = None,
+    executor: options.Executor = "inprocess",
+    address: options.Address = None,
+    growing: options.Growing = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the sweep in this folder.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and take nothing.")] = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Search the hyperparameters of a recipe family, and write the best recipe.
 
@@ -194,7 +153,6 @@ def sweep(
         gpus_per_trial=gpus_per_trial,
     )
     values = commands.assignments(sets)
-    executor = executor or "inprocess"
     sweep_command.sweep(space, spec, out, changes, values, search, executor, address, growing, resume, dry_run)
 
 
@@ -224,65 +182,16 @@ def reproduce(
     Example: cggr-ray reproduce outputs/gsm8k/runs/baseline-s0
     """
     from cggr_ray import commands
-    from cggr_ray.reproduce import reproduce
 
-    verdict = reproduce(run, out or commands.new_folder(f"reproduce-{run.resolve().name}"), typer.echo)
-    for line in verdict.lines:
-        typer.echo(line)
-    if not verdict.agrees:
-        sys.exit(1)
-
-
-@recipe_app.command("list")
-def recipe_list() -> None:
-    """All shipped recipes, a line each.
-
-    Example: cggr-ray recipe list
-    """
-    from cggr_ray.recipe import load_recipe, recipe_names
-
-    for name in recipe_names():
-        typer.echo(f"{name:20} {load_recipe(name).description}")
-
-
-@recipe_app.command("show")
-def recipe_show(name: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")]) -> None:
-    """A recipe's parts in a line each, the parts inside them too, then all its values.
-
-    Example: cggr-ray recipe show cggr_loss
-    """
-    import json
-
-    from cggr_ray.recipe import explain, load_recipe
-
-    recipe = load_recipe(name)
-    typer.echo(f"{recipe.name}: {recipe.description}\n")
-    lines = explain(recipe)
-    width = max(len(part) for part, _, _ in lines)
-    for part, kind, meaning in lines:
-        typer.echo(f"{part:{width}}  {kind:16} {meaning}")
-    typer.echo("\n" + json.dumps(recipe.to_plain(), indent=2))
-
-
-@recipe_app.command("check")
-def recipe_check(name: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")]) -> None:
-    """Whether a recipe is valid; exit code 2 and one line if not.
-
-    Example: cggr-ray recipe check mine.toml
-    """
-    from cggr_ray.recipe import load_recipe
-
-    typer.echo(f"{load_recipe(name).name}: valid")
+    commands.reproduce(run, out)
 
 
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run's folder, <race>/runs/<trial>, or a race's.")],
-    tasks: Annotated[
-        Path | None, typer.Option(help="A .toml file with an [evaluation]; the race's own by default.")
-    ] = None,
+    tasks: options.Tasks = None,
     rows: Annotated[int | None, typer.Option(help="Samples that are generated at once.")] = None,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Answer tasks with the models that a race kept at its milestones. The report then has the new values.
 
@@ -299,7 +208,7 @@ def bench(
     shapes: Annotated[str | None, typer.Option(help="Comma-separated, e.g. smollm-135m/32x1024.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("results/bench"),
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each provider, interleaved.")] = 30,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Measure, and append typed rows to results/bench/NAME.csv; refuses where the tests of what it measures fail.
 
@@ -313,14 +222,10 @@ def bench(
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="low-rank, structured-mlp or attention-backends.")],
-    model: Annotated[
-        str | None, typer.Option(help="Folder of a trained model: runs/TRIAL/model of a race with --save-model.")
-    ] = None,
+    model: options.Model = None,
     data: Annotated[str | None, typer.Option(help="The race's data folder.")] = None,
-    out: Out = None,
-    fractions: Annotated[
-        str | None, typer.Option(help="Comma-separated, in (0, 1]: of the full rank, or of the channels kept.")
-    ] = None,
+    out: options.Out = None,
+    fractions: options.Fractions = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated methods of the study.")] = None,
     kinds: Annotated[str | None, typer.Option(help="low-rank: of q,k,v,o,gate,up,down,all.")] = None,
     block: Annotated[int | None, typer.Option(help="structured-mlp: channels that are dropped together.")] = None,
@@ -329,42 +234,36 @@ def study(
     heldout_rows: Annotated[int | None, typer.Option(help="Rows of held-out data for loss and errors.")] = None,
     micro_rows: Annotated[int | None, typer.Option(help="Rows a forward.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Rows of the timed products.")] = None,
-    shapes: Annotated[
-        str | None, typer.Option(help="attention-backends: ROWSxPOSITIONSxHEADSxKV_HEADSxHEAD_DIM, comma-separated.")
-    ] = None,
+    shapes: options.AttentionShapes = None,
     masks: Annotated[str | None, typer.Option(help="attention-backends: of causal,documents,window.")] = None,
     backends: Annotated[str | None, typer.Option(help="attention-backends: comma-separated.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed rounds, interleaved.")] = None,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Measure what could make a step cheaper, and write NAME.json, NAME.png and NAME.md. Not every option fits a study.
 
     Example: cggr-ray study low-rank --model outputs/gsm8k/runs/baseline-s0/model --data outputs/gsm8k/data
     """
     from cggr_ray import commands
-    from cggr_ray.device import pick_device
-    from cggr_ray.studies import run_study
 
     values = commands.given(
         model=model,
         data=data,
         fractions=commands.numbers(fractions),
-        methods=methods.split(",") if methods else None,
-        kinds=kinds.split(",") if kinds else None,
+        methods=commands.words(methods),
+        kinds=commands.words(kinds),
         block=block,
         steps=steps,
         calibration_rows=calibration_rows,
         heldout_rows=heldout_rows,
         micro_rows=micro_rows,
         tokens=tokens,
-        shapes=shapes.split(",") if shapes else None,
-        masks=masks.split(",") if masks else None,
-        backends=backends.split(",") if backends else None,
+        shapes=commands.words(shapes),
+        masks=commands.words(masks),
+        backends=commands.words(backends),
         rounds=rounds,
     )
-    path = run_study(name, values, out or commands.new_folder(name), pick_device(device or "auto"))
-    typer.echo(path.read_text())
-    typer.echo(f"study: {path.parent}")
+    commands.study(name, values, out, device or "auto")
 
 
 @app.command()
@@ -373,9 +272,9 @@ def doctor() -> None:
 
     Example: cggr-ray doctor
     """
-    from cggr_ray import commands
+    from cggr_ray import doctor_command
 
-    commands.doctor()
+    doctor_command.doctor()
 
 
 def main() -> None:

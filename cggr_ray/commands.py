@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 import time
 import tomllib
@@ -12,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import typer
 from rich.console import Console
 
 from cggr_ray.codec import nearest, to_plain
 from cggr_ray.data.dataset import AnySource, open_data, prepare
 from cggr_ray.data.sources import DATA_PRESETS
 from cggr_ray.device import pick_device
-from cggr_ray.environment import PACKAGES, fingerprint, version
+from cggr_ray.environment import fingerprint
 from cggr_ray.evaluation.reference import check_reference
 from cggr_ray.files import write_whole
 from cggr_ray.paths import race_beside, recipe_beside
@@ -30,13 +30,16 @@ from cggr_ray.telemetry.console import RaceConsole
 
 T = TypeVar("T")
 EXECUTORS = ("train", "inprocess")
-# Oldest versions without known holes in what is read from disk.
-FLOORS = {"torch": (2, 10), "transformers": (5, 3)}
 
 
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def words(text: str | None) -> list[str] | None:
+    """`a,b` as a list; nothing is none."""
+    return text.split(",") if text else None
 
 
 def integers(text: str | None) -> list[int] | None:
@@ -259,26 +262,21 @@ def read_spec(folder: Path, file: str = RACE_FILE) -> RaceSpec:
     return RaceSpec.from_plain(json.loads((folder / file).read_text())["spec"])
 
 
-def doctor() -> None:
-    """Versions, device and disk; exit code 1 where something would go wrong."""
-    import torch
+def reproduce(run: Path, out: Path | None) -> None:
+    """Runs a trial again and prints what came of it; exit code 1 where it does not agree with the recorded one."""
+    from cggr_ray import reproduce
 
-    console = Console()
-    problems = []
-    for name in PACKAGES:
-        console.print(f"{name:14} {version(name) or 'missing'}", highlight=False)
-        floor = FLOORS.get(name)
-        if floor and tuple(int(part) for part in version(name).split(".")[:2]) < floor:
-            problems.append(f"{name} {version(name)} is older than {'.'.join(map(str, floor))}: known security holes")
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        console.print(f"{torch.cuda.device_count()} GPU, {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    else:
-        console.print("no GPU: races run small, on the CPU, and nothing is compiled")
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    console.print(f"{free:.0f} GiB free here")
-    if free < 5:
-        problems.append(f"{free:.1f} GiB free: a race of a 100M model writes a few GiB")
-    for problem in problems:
-        console.print(f"problem: {problem}")
-    sys.exit(1 if problems else 0)
+    verdict = reproduce.reproduce(run, out or new_folder(f"reproduce-{run.resolve().name}"), typer.echo)
+    for line in verdict.lines:
+        typer.echo(line)
+    if not verdict.agrees:
+        sys.exit(1)
+
+
+def study(name: str, values: Mapping[str, Any], out: Path | None, device: str) -> None:
+    """Runs a study and prints its table and its folder."""
+    from cggr_ray.studies import run_study
+
+    path = run_study(name, values, out or new_folder(name), pick_device(device))
+    typer.echo(path.read_text())
+    typer.echo(f"study: {path.parent}")

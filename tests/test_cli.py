@@ -44,6 +44,23 @@ def test_the_commands_are_these_and_each_shows_an_example() -> None:
         assert shown.exit_code == 0 and "Example: cggr-ray" in shown.output, name
 
 
+@pytest.mark.parametrize(
+    ("name", "body", "default"),
+    [
+        ("race", "cggr_ray.commands.race", "train"),
+        ("tune", "cggr_ray.tune_command.tune", "train"),
+        ("sweep", "cggr_ray.sweep_command.sweep", "inprocess"),
+    ],
+)
+def test_help_says_which_executor_is_taken(name: str, body: str, default: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[object] = []
+    monkeypatch.setattr(body, lambda *arguments: taken.extend(arguments))
+    assert CliRunner().invoke(cli.app, [name]).exit_code == 0
+    assert set(commands.EXECUTORS) & {word for word in taken if isinstance(word, str)} == {default}
+    shown = " ".join(CliRunner().invoke(cli.app, [name, "--help"]).output.split())
+    assert f"[default: {default}]" in shown[shown.index("--executor") : shown.index("--address")]
+
+
 def race_file(folder: Path, data: str) -> Path:
     (folder / "race.toml").write_text(data)
     return folder / "race.toml"

@@ -1,0 +1,38 @@
+"""cggr-ray doctor: what is installed, what the device is, and what would go wrong."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cggr_ray.environment import PACKAGES, version
+
+# Oldest versions without known holes in what is read from disk.
+FLOORS = {"torch": (2, 10), "transformers": (5, 3)}
+
+
+def doctor() -> None:
+    """Versions, device and disk; exit code 1 where something would go wrong."""
+    console = Console()
+    problems = []
+    for name in PACKAGES:
+        console.print(f"{name:14} {version(name) or 'missing'}", highlight=False)
+        floor = FLOORS.get(name)
+        if floor and tuple(int(part) for part in version(name).split(".")[:2]) < floor:
+            problems.append(f"{name} {version(name)} is older than {'.'.join(map(str, floor))}: known security holes")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        console.print(f"{torch.cuda.device_count()} GPU, {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        console.print("no GPU: races run small, on the CPU, and nothing is compiled")
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    console.print(f"{free:.0f} GiB free here")
+    if free < 5:
+        problems.append(f"{free:.1f} GiB free: a race of a 100M model writes a few GiB")
+    for problem in problems:
+        console.print(f"problem: {problem}")
+    sys.exit(1 if problems else 0)
