@@ -140,7 +140,7 @@ def newest(run_folder: Path) -> tuple[Path | None, str]:
 
 
 def newest_of_first(run_folder: Path, workers: Workers) -> tuple[Path | None, str]:
-    """The same, as worker 0 finds it; to the others nothing is wrong.
+    """What `newest` finds in worker 0, from where all go on; the words are for worker 0 alone.
 
     Raises:
         RuntimeError: this worker does not see what worker 0 found.
