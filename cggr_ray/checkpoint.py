@@ -103,6 +103,7 @@ def whole(final: Path) -> Iterator[Path]:
     """
     aside, before = (final.with_name(f".{final.name}.{word}") for word in ("partial", "before"))
     shutil.rmtree(aside, ignore_errors=True)
+    _settle(final, before)
     aside.mkdir(parents=True)
     try:
         with _said_by_the_system(aside):
@@ -116,7 +117,14 @@ def whole(final: Path) -> Iterator[Path]:
         flush(final.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+        _settle(final, before)
+
+
+def _settle(final: Path, before: Path) -> None:
+    """What stood in the place of a folder is that folder until there is another."""
+    if before.exists() and not final.exists():
+        before.rename(final)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def newest(run_folder: Path) -> tuple[Path | None, str]:

@@ -149,3 +149,23 @@ def test_another_model_is_refused(
 def test_nothing_of_it_is_a_pickle(tmp_path: Path, tiny_model: PreTrainedModel) -> None:
     folder = checkpoint.save(tmp_path, 1, learner(tiny_model, Recipe("x")), {})
     assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def text_in(folder: Path) -> str:
+    return (folder / "text").read_text()
+
+
+def test_a_folder_is_replaced_after_a_kill_in_the_middle_of_that(tmp_path: Path) -> None:
+    """Killed after the new folder had its place, while the old one was removed; then before the new one had it."""
+    final, before = tmp_path / "model", tmp_path / ".model.before"
+    for folder in (final, before):
+        folder.mkdir()
+        (folder / "text").write_text(folder.name)
+    with checkpoint.whole(final) as aside:
+        (aside / "text").write_text("newer")
+    assert text_in(final) == "newer" and list(tmp_path.iterdir()) == [final]
+    final.rename(before)
+    with pytest.raises(RuntimeError, match="nothing is written"), checkpoint.whole(final):
+        assert text_in(final) == "newer"
+        raise RuntimeError("nothing is written")
+    assert text_in(final) == "newer" and list(tmp_path.iterdir()) == [final]

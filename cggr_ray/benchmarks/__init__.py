@@ -36,7 +36,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
 
     from cggr_ray.benchmarks import head_stats, logit_stats, loop, memory, optimizer, step, workers
     from cggr_ray.benchmarks.rows import BenchRow, Shape, append
-    from cggr_ray.loop import pick_device
+    from cggr_ray.device import pick_device
 
     benches = {
         "optimizer": (optimizer.bench_optimizer, optimizer.SHAPES),

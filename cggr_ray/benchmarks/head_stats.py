@@ -22,10 +22,10 @@ from torch import Tensor
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.timing import Timing, interleaved
 from cggr_ray.compiling import compiled_on
+from cggr_ray.device import pick_device
 from cggr_ray.kernels.head_stats.op import head_stats
 from cggr_ray.kernels.head_stats.reference import HeadStats, chunk_stats
 from cggr_ray.kernels.selected_ce.op import chunks
-from cggr_ray.loop import pick_device
 
 SHAPES = ("v32000/16384x2048", "v49152/16384x576", "v128256/16384x2048", "v262144/16384x2560")
 PEERS = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}

@@ -18,9 +18,9 @@ from torch import Tensor
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.timing import interleaved
 from cggr_ray.compiling import compiled_on
+from cggr_ray.device import pick_device
 from cggr_ray.kernels.head_stats.reference import HeadStats, chunk_stats
 from cggr_ray.kernels.logit_stats.op import logit_stats
-from cggr_ray.loop import pick_device
 
 SHAPES = ("bf16/16384x49152", "bf16/8192x128256", "bf16/8192x262144", "fp32/8192x128256")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

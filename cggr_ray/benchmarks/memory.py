@@ -20,8 +20,8 @@ from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.step import random_micro, random_model
 from cggr_ray.benchmarks.timing import MIB, Timing
 from cggr_ray.benchmarks.workload import NOW
+from cggr_ray.device import pick_device
 from cggr_ray.learner import Pass
-from cggr_ray.loop import pick_device
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens

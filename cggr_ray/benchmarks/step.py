@@ -30,9 +30,9 @@ from cggr_ray.benchmarks.timing import Timing, interleaved
 from cggr_ray.benchmarks.workload import NOW
 from cggr_ray.compiling import compiled_on, never_eager
 from cggr_ray.data.batch import MicroBatch
+from cggr_ray.device import pick_device
 from cggr_ray.graphs import Graphs
 from cggr_ray.learner import Pass
-from cggr_ray.loop import pick_device
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.objectives.next_token import NextToken

@@ -147,6 +147,8 @@ def in_a_child(body: Callable[[], None]) -> int:
             body()
             code = 0
         finally:
+            if code:
+                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
             sys.stderr.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
