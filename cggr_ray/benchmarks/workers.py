@@ -24,7 +24,8 @@ from cggr_ray.benchmarks.loop import STEPS_A_CALL, per_step, train
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.timing import interleaved
 from cggr_ray.benchmarks.workload import prepared_data, prepared_run
-from cggr_ray.loop import Run, pick_device
+from cggr_ray.device import pick_device
+from cggr_ray.loop import Run
 from cggr_ray.workers import Group, Workers
 
 SHAPES = ("llama-1.5b/4x2048",)
