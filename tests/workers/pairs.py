@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
+from cggr_ray import checkpoint
 from cggr_ray.learner import Learner, Pass
 from cggr_ray.loop import Run, run_race
 from cggr_ray.race import Trial
+from cggr_ray.stopping import StoppedError
 from cggr_ray.workers import ALONE, Group, Workers
 
 HOST, PATIENCE = "127.0.0.1", timedelta(seconds=90)
@@ -28,15 +31,14 @@ LOST, LONGEST = 3, 550
 
 @dataclass(frozen=True)
 class Job:
-    """A trial, and what happens to it: memory runs out at a pass in the last worker; all stop after so many seconds."""
+    """A trial, and what happens to it: memory runs out at a pass in the last worker; the first report after so many
+    seconds ends all; worker 0 alone is asked to end after so many steps. `saved` is the trial's own."""
 
     trial: Trial
     scarce_at: int | None = None
     stops_after: float | None = None
-
-
-class StoppedError(Exception):
-    pass
+    asked_after: int | None = None
+    saved: bool = False
 
 
 class ScarceOnce:
@@ -77,12 +79,17 @@ def everything(learner: Learner) -> dict[str, torch.Tensor]:
 
 def run(job: Job, workers: Workers = ALONE) -> dict[str, Any]:
     """The summary; leaves what the worker holds at the end in the trial's folder."""
+    steps = count()
 
     def report(row: dict[str, Any]) -> None:
         if job.stops_after is not None and row["train_seconds"] > job.stops_after:
-            raise StoppedError
+            saved = checkpoint.newest(Path(job.trial.folder))[0]
+            raise StoppedError(f"{row['kind']} of step {row['step']} after {saved and saved.name}")
 
-    running = Run(job.trial, report, workers=workers)
+    def stop() -> bool:
+        return workers.is_first and next(steps) == job.asked_after
+
+    running = Run(job.trial, report, stop=stop, saved=job.saved, workers=workers)
     with scarce(job.scarce_at if workers.rank == workers.size - 1 else None):
         summary = running.complete()
     save_file(everything(running.learner), Path(job.trial.folder) / f"held-{workers.rank}.safetensors")
@@ -105,7 +112,8 @@ def run_jobs(rank: int, port: int, on_gpu: bool, jobs: list[Job], last: Trial) -
     for job in jobs:
         try:
             run(job, workers)
-        except StoppedError:
+        except StoppedError as stopped:
+            (Path(job.trial.folder) / f"stopped-{rank}").write_text(str(stopped))
             dist.barrier()
 
     def die(row: dict[str, Any]) -> None:

@@ -76,6 +76,7 @@ NEAR = {
 SCARCE_AT = 4
 UNTIED = ModelSpec(preset="tiny", tie_embeddings=False)
 STOPS_AFTER, SAVING = 3.2 * STEP_SECONDS, {"checkpoint_every_seconds": 2 * STEP_SECONDS, "micro_rows": 1}
+ASKED_AFTER = 2
 # Learned by a router and a projected optimizer: all that a checkpoint of several workers has to hold.
 RESUMED = ("galore", {"tokens": PROBE, **GALORE})
 
@@ -112,6 +113,9 @@ def pairs(data: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     jobs.append(Job(trial("whole", recipe, SPEC, values, **SAVING)))
     parts = trial("parts", recipe, SPEC, values, **SAVING)
     jobs += [Job(parts, stops_after=STOPS_AFTER), Job(parts)]
+    asked, saved = (trial(name, recipe, SPEC, values, micro_rows=1) for name in ("asked", "saved"))
+    jobs += [Job(asked, asked_after=ASKED_AFTER), Job(asked)]
+    jobs += [Job(saved, stops_after=SPEC.budget_seconds / 2, saved=True), Job(saved)]
     together(jobs, trial("killed", "baseline", SPEC, {}))
     return folder
 
@@ -216,13 +220,27 @@ def test_memory_that_runs_out_in_one_worker_makes_all_micro_batches_smaller(
     assert [row["message"] for row in events[0]] == ["in worker 1 of 2"]
 
 
-def test_two_workers_resume_exactly(pairs: Path) -> None:
-    assert len(rows(pairs / "parts", "resumed")) == 1 and not rows(pairs / "whole", "resumed")
-    for found, expected in zip(held(pairs / "parts"), held(pairs / "whole"), strict=True):
+@pytest.mark.parametrize("name", ["parts", "asked", "saved"])
+def test_two_workers_resume_exactly(name: str, pairs: Path) -> None:
+    assert len(rows(pairs / name, "resumed")) == 1 and not rows(pairs / "whole", "resumed")
+    for found, expected in zip(held(pairs / name), held(pairs / "whole"), strict=True):
         assert_same(found, expected)
-    assert summary(pairs / "parts") == summary(pairs / "whole")
-    last = {row["step"]: row["train/grad_norm"] for row in rows(pairs / "parts")}
+    assert summary(pairs / name) == summary(pairs / "whole")
+    last = {row["step"]: row["train/grad_norm"] for row in rows(pairs / name)}
     assert last == {row["step"]: row["train/grad_norm"] for row in rows(pairs / "whole")}
+
+
+def test_a_stop_that_worker_0_alone_is_asked_for_ends_both_at_one_step(pairs: Path) -> None:
+    said = [(pairs / "asked" / f"stopped-{rank}").read_text() for rank in range(2)]
+    assert said == [f"galore-s0: stopped after {ASKED_AFTER} steps, can go on from there"] * 2
+    # No checkpoint was due before: this one is of the step at which they stopped.
+    assert [row["step"] for row in rows(pairs / "asked", "resumed")] == [ASKED_AFTER]
+
+
+def test_a_milestone_of_two_workers_is_reported_once_there_is_a_checkpoint_of_it(pairs: Path) -> None:
+    (half,) = (row["step"] for row in rows(pairs / "whole", "milestone") if row["fraction"] < 1)
+    assert (pairs / "saved" / "stopped-0").read_text() == f"milestone of step {half} after step_{half:08d}"
+    assert [row["step"] for row in rows(pairs / "saved", "resumed")] == [half]
 
 
 def test_one_worker_writes(pairs: Path) -> None:
