@@ -6,12 +6,9 @@ One race goes through all of it, as each start of Ray takes seconds; the tests l
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import MARK, PATIENCE, left_behind, saved_steps, shell, started, until_saved
 
-import trainables
-
-# Seconds for Ray to start, on a machine that is busy with other tests.
-PATIENCE = 300
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(4 * PATIENCE)]
 
 RACE = """
@@ -43,20 +37,6 @@ SECRETS = {
     name: f"{name.lower()}-is-told-to-nobody-{'7' * 20}"
     for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY")
 }
-MARK = "CGGR_RAY_TESTED_RACE"
-
-
-def marked(value: str) -> list[int]:
-    """Processes that run with this value of MARK in their environment: those that a race has started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            content = path.read_bytes()
-        except OSError:
-            continue
-        if f"{MARK}={value}".encode() in content.split(b"\0"):
-            found.append(int(path.parent.name))
-    return found
 
 
 @dataclass
@@ -80,45 +60,30 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
     folder = tmp_path_factory.mktemp("flow")
     (folder / "small.toml").write_text(RACE)
     race, run = folder / "race", folder / "race" / "runs" / "baseline-s0"
-    own = {name: value for name, value in os.environ.items() if name not in trainables.SETTINGS}
     # Sockets have short names only.
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as sessions:
-        environment = own | SECRETS | {"OMP_NUM_THREADS": "1", "RAY_TMPDIR": sessions, MARK: str(folder)}
+        environment = shell(**SECRETS, **{"RAY_TMPDIR": sessions, MARK: str(folder)})
 
-        def started(*arguments: object) -> subprocess.Popen[str]:
-            command = [sys.executable, "-m", "cggr_ray.cli", "race", *map(str, arguments), "--executor", "inprocess"]
-            return subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+        def raced(*arguments: object) -> subprocess.Popen[str]:
+            return started("race", *arguments, "--executor", "inprocess", environment=environment)
 
-        def until_saved(process: subprocess.Popen[str], after: int) -> int:
-            deadline = time.monotonic() + PATIENCE
-            while True:
-                steps = [int(path.name[5:]) for path in run.glob("checkpoints/step_*")]
-                if max(steps, default=0) > after:
-                    return max(steps)
-                assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
-                time.sleep(0.05)
-
-        first = started(folder / "small.toml", "--out", race)
-        until_saved(first, 0)
+        first = raced(folder / "small.toml", "--out", race)
+        until_saved(first, run)
         first.send_signal(signal.SIGTERM)
         output = first.communicate(timeout=PATIENCE)[0]
-        saved = max(run.glob("checkpoints/step_*"))
-        time.sleep(1)
-        left = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in marked(str(folder))]
-        second = started("--resume", race)
-        until_saved(second, int(saved.name[5:]))
+        saved, left = max(saved_steps(run)), left_behind(str(folder))
+        second = raced("--resume", race)
+        until_saved(second, run, saved)
         second.send_signal(signal.SIGKILL)
         second.wait()
-        third = started("--resume", race)
+        third = raced("--resume", race)
         output += third.communicate(timeout=PATIENCE)[0]
         for path in sorted(Path(sessions).rglob("*")):
             if path.is_file():
                 told = folder / "sessions" / path.relative_to(sessions)
                 told.parent.mkdir(parents=True, exist_ok=True)
                 told.write_bytes(path.read_bytes())
-    yield Flow(folder, output, first.returncode, int(saved.name[5:]), left, third.returncode)
+    yield Flow(folder, output, first.returncode, saved, left, third.returncode)
 
 
 def test_sigterm_saves_what_runs_and_ends_ray(flow: Flow) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import trainables
+from commands import shell
 
 RACE = """
 recipes = ["baseline", "cggr_loss"]
@@ -39,14 +38,11 @@ def write_race(folder: Path, budget: float, more: str = "") -> Path:
 
 
 def cggr_ray(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    # As from a shell: what this process has set for Ray must not help.
-    own = {name: value for name, value in os.environ.items() if name not in trainables.SETTINGS}
-    environment = own | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-m", "cggr_ray.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment,
+        env=shell(),
         timeout=480,
         check=False,
     )

@@ -1,17 +1,16 @@
-"""A sweep through real Ray Tune, on the CPU, small: killed, taken up again, and raced."""
+"""A sweep through real Ray Tune, on the CPU, small: stopped, killed, taken up again, and raced."""
 
 from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import MARK, PATIENCE, left_behind, saved_steps, shell, started, until_saved
 from small_races import cggr_ray, write_race
 
 import trainables  # noqa: F401 - settles Ray's settings before Ray is imported
@@ -29,23 +28,54 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_events(path)[0] if event["kind"] == kind] if path.is_file() else []
 
 
+@dataclass(frozen=True)
+class Flow:
+    """What SIGTERM has left: exit code, checkpoints by run, trials that were drawn and that had ended, processes."""
+
+    folder: Path
+    output: str
+    stopped: int
+    saved: dict[str, list[int]]
+    drawn: list[str]
+    ended: list[str]
+    left_behind: list[str]
+
+
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep whose process was killed after its first trial had ended and while its second ran."""
-    folder = tmp_path_factory.mktemp("killed")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> Flow:
+    """A sweep that gets SIGTERM in its first trial, then SIGKILL after this one's end and while its second runs."""
+    folder = tmp_path_factory.mktemp("flow")
     write_race(folder, budget=BUDGET, more="step_seconds = 0.05\ncheckpoint_every_seconds = 0.2")
-    file = folder / "mine.toml"
+    file, sweep = folder / "mine.toml", folder / "sweep"
     file.write_text('race = "small.toml"\nspace = "baseline"\n[search]\ntrials = 3\nseed = 1\n')
-    arguments = [sys.executable, "-m", "cggr_ray.cli", "sweep", str(file), "--out", str(folder / "sweep")]
-    sweep = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    second = folder / "sweep" / "runs" / "t0001"
-    deadline = time.time() + 250
-    while not list(second.glob("checkpoints/step_*")):
-        assert time.time() < deadline and sweep.poll() is None
-        time.sleep(0.05)
-    sweep.send_signal(signal.SIGKILL)
-    sweep.wait()
-    return folder / "sweep"
+    environment = shell(**{MARK: str(folder)})
+    first = started("sweep", file, "--out", sweep, environment=environment)
+    until_saved(first, sweep / "runs" / "t0000")
+    first.send_signal(signal.SIGTERM)
+    output = first.communicate(timeout=PATIENCE)[0]
+    saved = {run.name: saved_steps(run) for run in (sweep / "runs").iterdir()}
+    drawn, ended = ([event["trial_id"] for event in events(sweep, kind)] for kind in ("trial", "end"))
+    seen = Flow(sweep, output, first.returncode, saved, drawn, ended, left_behind(str(folder)))
+    second = started("sweep", "--resume", sweep, environment=environment)
+    until_saved(second, sweep / "runs" / "t0001")
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def killed(flow: Flow) -> Path:
+    return flow.folder
+
+
+def test_sigterm_saves_the_trials_that_run_and_ends_ray(flow: Flow) -> None:
+    assert flow.stopped == 143, flow.output
+    assert "stopped by SIGTERM; --resume" in flow.output
+    assert flow.drawn == list(flow.saved) == ["t0000"] and flow.ended == []
+    assert flow.left_behind == []
+    lines = (flow.folder / "runs" / "t0000" / "metrics.jsonl").read_text().splitlines()
+    resumed = [row["step"] for row in map(json.loads, lines) if row["kind"] == "resumed"]
+    assert resumed == [max(flow.saved["t0000"])]
 
 
 def test_a_killed_sweep_goes_on_where_it_stood(killed: Path) -> None:

@@ -1,0 +1,51 @@
+"""Commands of the project in processes of their own: started as from a shell, watched, and looked for afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import trainables
+
+# Seconds for Ray to start, on a machine that is busy with other tests.
+PATIENCE = 300
+MARK = "CGGR_RAY_TESTED_COMMAND"
+
+
+def shell(**more: str) -> dict[str, str]:
+    """The environment of a command: what this process has set for Ray must not help."""
+    own = {name: value for name, value in os.environ.items() if name not in trainables.SETTINGS}
+    return own | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more
+
+
+def started(*arguments: object, environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cggr_ray.cli", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def until_saved(process: subprocess.Popen[str], run: Path, after: int = 0) -> None:
+    """Waits for a checkpoint of a run beyond a step; fails where the process ends before."""
+    deadline = time.monotonic() + PATIENCE
+    while max(saved_steps(run), default=0) <= after:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*")]
+
+
+def left_behind(mark: str) -> list[str]:
+    """Command lines of processes that still run with this value of MARK, a second after their end."""
+    time.sleep(1)
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(path.with_name("cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
