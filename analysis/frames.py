@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pyarrow as pa
@@ -38,12 +38,13 @@ from cggr_ray.schema import (
     TOKENS_SEEN,
     TRAIN_SECONDS,
     WALL_SECONDS,
+    RowKind,
 )
 
 IDENTITY = ("trial_id", "recipe", "seed")
 POSITION = (STEP, FRACTION, TRAIN_SECONDS, WALL_SECONDS, TOKENS_SEEN)
 UNFINISHED = "unfinished"
-KINDS = ("step", "milestone", "resumed", "out_of_memory")
+KINDS: tuple[str, ...] = get_args(RowKind)
 # The marks of the data order stay one object: their keys are row counts, not names.
 WHOLE = ("order", "spec")
 READERS = 2

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from cggr_ray import checkpoint
-from cggr_ray.schema import METRICS_FILE, PROGRESS_FILE
+from cggr_ray.schema import KIND, METRICS_FILE, PROGRESS_FILE, STEP
+from cggr_ray.telemetry.jsonl import JsonlTracker
 
 # What stays the run's own: its clocks.
 OWN = ("ledgers", "wall_seconds")
@@ -16,8 +17,8 @@ OWN = ("ledgers", "wall_seconds")
 def adopt(donor: Path, receiver: Path) -> None:
     """Makes the last checkpoint of a run's folder that of another's, at the receiver's own place in the budget.
 
-    Weights, optimizer, parts, place in the data and the rows that led there become the donor's. Neither may run, and
-    both have a checkpoint; done again, it does the same.
+    Weights, optimizer, parts, place in the data and the rows that led there become the donor's, and a row says so.
+    Neither may run, and both have a checkpoint; done again, it does the same.
     """
     theirs, own = checkpoint.newest(donor)[0], checkpoint.newest(receiver)[0]
     assert theirs is not None, f"{donor} has no checkpoint"
@@ -38,3 +39,4 @@ def adopt(donor: Path, receiver: Path) -> None:
         aside = receiver / f".{name}.partial"
         shutil.copyfile(donor / name, aside)
         aside.replace(receiver / name)
+    JsonlTracker(receiver).log({KIND: "adopted", STEP: checkpoint.step_of(theirs), "donor": donor.name})

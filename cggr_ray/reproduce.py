@@ -134,18 +134,28 @@ def read_recorded(folder: Path) -> Recorded:
     """Reads a run folder.
 
     Raises:
-        ValueError: it holds no run, one that has not ended, or one that did not keep what a replay needs.
+        ValueError: it holds no run, one that has not ended, one that did not keep what a replay needs, or one that
+            went on with the weights of another.
     """
     run, summary = (_object(folder / name) for name in (RUN_FILE, SUMMARY_FILE))
     for key in ("spec", "parts"):
         if key not in run:
             raise ValueError(f"{folder / RUN_FILE} has no {key!r}; accepted: a run that kept its whole trial")
+    check_own(folder)
     began = read_progress(folder / PROGRESS_FILE)
     if len(began) != summary["steps"]:
         raise ValueError(
             f"{folder / PROGRESS_FILE} has {len(began)} steps; accepted: the {summary['steps']} of the run"
         )
     return Recorded(folder, run, summary, began, read_by_step(folder))
+
+
+def check_own(folder: Path) -> None:
+    """Raises ValueError where a run went on with the weights of another, which its folder does not hold."""
+    for row in reversed(surviving_rows(read_rows(folder / METRICS_FILE))[0]):
+        if row[KIND] == "adopted":
+            raise ValueError(f"{str(folder)!r} went on at step {row[STEP]} with the weights of {row['donor']!r}; "
+                             "accepted: a run that trained all of its steps")  # fmt: skip
 
 
 def reproduce(folder: Path, out: Path, say: Callable[[str], None], report: Report = lambda row: None) -> Verdict:

@@ -3,8 +3,9 @@
 A run folder holds
 
     run.json        what ran: recipe, race, seeds, model, data, device, versions (written before the first step)
-    metrics.jsonl   one JSON object a line, append-only: `step`, `milestone`, `resumed` and `out_of_memory` rows; one
-                    that was resumed from an older checkpoint than its last says why in `message`
+    metrics.jsonl   one JSON object a line, append-only: `step`, `milestone`, `resumed`, `adopted` and `out_of_memory`
+                    rows; one that was resumed from an older checkpoint than its last says why in `message`, and
+                    rows before an adopted one are those of its `donor`, with whose weights the run goes on
     progress.f64    train seconds at which every step began: little-endian float64, 8 bytes a step
     summary.json    how it ended: status, ledgers, tokens, final validation (written last)
     run.lock        held by the process that writes here, and who that was last
@@ -58,7 +59,7 @@ LATE_FILE: Final = "late.jsonl"
 MILESTONES_FOLDER: Final = "milestones"
 MILESTONE_FILE: Final = "milestone.json"
 
-RowKind = Literal["step", "milestone", "resumed", "out_of_memory"]
+RowKind = Literal["step", "milestone", "resumed", "adopted", "out_of_memory"]
 Status = Literal["finished", "diverged", "stopped", "failed", "out_of_memory", "cut"]
 SweepEvent = Literal["trial", "result", "exploit", "generation", "end", "session"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from analysis import read_race
 from cggr_ray import checkpoint
 from cggr_ray.adoption import adopt
 from cggr_ray.data.dataset import DataSpec, prepare
@@ -16,6 +17,7 @@ from cggr_ray.data.sources import Problems
 from cggr_ray.loop import run_race
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.race import RaceSpec, Trial, plan_trials
+from cggr_ray.reproduce import read_recorded, reproduce
 
 
 class Stopped(Exception):
@@ -72,6 +74,11 @@ def test_the_next_step_is_the_donors_and_the_clock_its_own(tmp_path: Path) -> No
     assert summary["steps"] == 10 and summary["train_seconds"] == pytest.approx(9 * 0.7)
     later = [row["train_seconds"] for row in rows(tmp_path / "receiver", "step") if row["step"] == 7]
     assert later == [pytest.approx(6 * 0.7)]
+    assert rows(tmp_path / "receiver", "adopted") == [{"kind": "adopted", "step": 6, "donor": "donor"}]
+    with pytest.raises(ValueError, match="went on at step 6 with the weights of 'donor'; accepted: a run that"):
+        reproduce(tmp_path / "receiver", tmp_path / "again", lambda text: None)
+    assert not (tmp_path / "again").exists() and read_recorded(tmp_path / "whole").summary["steps"] == 12
+    assert read_race(tmp_path / "receiver").runs["resumes"].tolist() == [1]
     kept = json.loads((tmp_path / "whole" / "summary.json").read_text())["order"]
     assert all(kept[mark] == value for mark, value in summary["order"].items() if mark in kept)
 
