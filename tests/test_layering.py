@@ -86,7 +86,7 @@ RULES: dict[str, tuple[str, ...]] = {
         *("cggr_ray.models", "cggr_ray.environment"),
         *BELOW_METHODS,
     ),
-    "cggr_ray.telemetry": ("torch", "wandb", "rich", "cggr_ray.telemetry", "cggr_ray.schema"),
+    "cggr_ray.telemetry": ("torch", "wandb", "rich", "cggr_ray.telemetry", "cggr_ray.files", "cggr_ray.schema"),
     "trainables": ("ray", "numpy", "optuna", "tomli_w", "cggr_ray", "search_spaces", "trainables"),
     "search_spaces": ("numpy", "optuna", "cggr_ray.codec", "search_spaces"),
     "analysis": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import wandb
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
+from cggr_ray.files import write_whole
 from cggr_ray.schema import HISTOGRAMS, KIND, STEP, TRAIN_SECONDS
 from cggr_ray.telemetry.tracker import Row, scalars
 
@@ -50,6 +52,15 @@ class WandbTracker:
         self._run.finish()
 
 
+def own_word(folder: Path) -> str:
+    """Tells the run of a folder from one of the same name in another race; the same whenever the run is resumed."""
+    file = folder / "wandb" / "id"
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, secrets.token_hex(4))
+    return file.read_text()
+
+
 @runtime_errors()
 def open_wandb(folder: Path, run: Row, mode: str, project: str) -> WandbTracker:
     """A W&B run in `<folder>/wandb`; raises what the client does when W&B cannot be reached in time."""
@@ -62,7 +73,7 @@ def open_wandb(folder: Path, run: Row, mode: str, project: str) -> WandbTracker:
     )
     opened = wandb.init(
         project=project,
-        id=f"{run['race']}-{run['trial_id']}".replace("/", "-"),
+        id=f"{run['race']}-{run['trial_id']}-{own_word(folder)}".replace("/", "-"),
         name=run["trial_id"],
         group=run["race"],
         config=run,

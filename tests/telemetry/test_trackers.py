@@ -124,13 +124,27 @@ for row in ROWS:
 tracker.finish({"steps": 2, "val/loss": 1.25})
 """,
     )
-    (run,) = (tmp_path / "wandb").glob("offline-run-*/run-demo-baseline-s0.wandb")
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/run-demo-baseline-s0-*.wandb")
     content = run.read_bytes()
     names = ("train/tokens_per_sec", "train/grad_norm", "router/difficulty_score_dist", "val/loss", "train_seconds")
     for name in (*names, "train/token_loss_dist", "updates/relevance/00", "updates/relevance/01"):
         assert name.encode() in content
     assert b'"histogram"' in content
     assert b"all_tokens" in content
+
+
+def test_a_resumed_run_has_one_wandb_id_and_the_same_trial_of_another_race_has_another(tmp_path: Path) -> None:
+    with_wandb(
+        tmp_path,
+        """
+for name in ("one", "other", "one"):
+    (FOLDER / name).mkdir(exist_ok=True)
+    _, tracker = open_trackers(FOLDER / name, RUN, "offline", "p", False)
+    tracker.finish({})
+""",
+    )
+    one, other = ({file.name for file in tmp_path.glob(f"{name}/wandb/*/run-*.wandb")} for name in ("one", "other"))
+    assert len(one) == len(other) == 1 and one != other
 
 
 ONLINE = """
