@@ -92,7 +92,7 @@ def caveats(race: Race) -> list[str]:
         notes.append(
             "**The clock advanced by a fixed time a step: seconds and tokens/s are not those of any machine.**"
         )
-    if (race.runs.get("gpu_share", pd.Series(dtype=float)) < 1).any():
+    if (race.runs.get("gpus_per_trial", pd.Series(dtype=float)) < 1).any():
         notes.append(
             "**Runs shared a GPU with others: their speeds, and losses at equal seconds, are not comparable.**"
         )

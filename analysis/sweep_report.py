@@ -130,7 +130,7 @@ def failures_table(sweep: Sweep) -> str:
 def sweep_caveats(sweep: Sweep) -> list[str]:
     """What the figures of a sweep cannot say."""
     trials, notes = sweep.trials, []
-    if (trials["gpu_share"] < 1).any():
+    if (trials["gpus_per_trial"] < 1).any():
         notes.append(
             "**Trials shared a GPU: what each did in its seconds depended on its neighbours. Their speeds, and losses "
             "at equal seconds, are not comparable with those of a race.**"

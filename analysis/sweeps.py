@@ -32,7 +32,7 @@ VALUES = "values/"
 # Where a key may hold a part or nothing.
 NO_PART, A_PART = "none", "set"
 MEASURED = (VAL_LOSS, TRAIN_SECONDS, TOKENS_SEEN, PEAK_MEMORY)
-TRIAL_COLUMNS = ("trial_id", "status", *MEASURED, "message", "started_at", "ended_at", "gpu_share", "exploits")
+TRIAL_COLUMNS = ("trial_id", "status", *MEASURED, "message", "started_at", "ended_at", "gpus_per_trial", "exploits")
 RESULT_COLUMNS = ("trial_id", TRAIN_SECONDS, TOKENS_SEEN, VAL_LOSS, "at")
 
 
@@ -111,7 +111,7 @@ def read_sweep(folder: Path | str) -> Sweep:
     if not trials:
         raise ValueError(f"no trial in {events_file}; accepted: a sweep that has drawn one")
     rows = [
-        {"trial_id": trial, "gpu_share": _gpu_share(root, trial)}
+        {"trial_id": trial, "gpus_per_trial": _gpus_per_trial(root, trial)}
         | {name: value for name, value in row.items() if name != "values"}
         | flat_values(row["values"])
         for trial, row in trials.items()
@@ -161,9 +161,9 @@ def _said(event: Row, known: Row) -> Row:
     return measured if event[KIND] == "result" else {}
 
 
-def _gpu_share(root: Path, trial: str) -> float:
+def _gpus_per_trial(root: Path, trial: str) -> float:
     run_file = root / RUNS_FOLDER / trial / RUN_FILE
-    return float(read_object(run_file).get("gpu_share", 1.0)) if run_file.is_file() else 1.0
+    return float(read_object(run_file).get("gpus_per_trial", 1.0)) if run_file.is_file() else 1.0
 
 
 def _trials_frame(rows: list[Row]) -> pd.DataFrame:

@@ -35,7 +35,7 @@ def description(trial: Trial, adapter: Adapter, rows_per_step: int) -> Row:
             "dtype": dtype,
         },
         "device": device_info(adapter.device),
-        "gpu_share": trial.gpu_share,
+        "gpus_per_trial": trial.gpus_per_trial,
         "process": {"host": platform.node(), "pid": os.getpid()},
         "execution": adapter.execution_note,
         "versions": fingerprint(),

@@ -260,8 +260,8 @@ class Trial(Plain):
     data_folder: str
     values: dict[str, Any] = field(default_factory=dict)
     """The dotted keys that this trial changed in its recipe, for the record."""
-    gpu_share: float = 1.0
-    """The part of a GPU that it has to itself; below 1 its speed is nobody's."""
+    gpus_per_trial: float = 1.0
+    """The part of a GPU that each of its workers has to itself; below 1 its speed is nobody's."""
 
     def placed(self, folder: Path, data_folder: Path) -> Trial:
         """The same trial in another folder."""

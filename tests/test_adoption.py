@@ -84,7 +84,7 @@ def test_the_next_step_is_the_donors_and_the_clock_its_own(tmp_path: Path) -> No
 
 
 def test_a_milestone_is_reported_once_there_is_a_checkpoint_of_it(tmp_path: Path) -> None:
-    trial = replace(trial_of(tmp_path, "run", 0.5, 0.002), gpu_share=0.5)
+    trial = replace(trial_of(tmp_path, "run", 0.5, 0.002), gpus_per_trial=0.5)
     seen = []
 
     def report(row: dict[str, Any]) -> None:
@@ -96,4 +96,4 @@ def test_a_milestone_is_reported_once_there_is_a_checkpoint_of_it(tmp_path: Path
         ("milestone", 6, "step_00000006"),
         ("milestone", 12, "step_00000006"),
     ]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["gpu_share"] == 0.5
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["gpus_per_trial"] == 0.5

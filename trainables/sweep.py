@@ -250,5 +250,5 @@ def sweep_trial(spec: SweepSpec, race: RaceSpec, values: Mapping[str, Any], tria
         folder=str(where),
         data_folder=str(data),
         values=changed.changes(name),
-        gpu_share=spec.search.gpus_per_trial,
+        gpus_per_trial=spec.search.gpus_per_trial,
     )

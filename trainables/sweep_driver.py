@@ -117,8 +117,8 @@ def run_sweep(
 
     # Nested trials that are stopped early give their GPU back only with the dashboard on.
     with cluster(address, dashboard=executor == "train") as resources, stoppable(folder) as ending:
-        share = search.gpus_per_trial
-        placement = place_growing(share, growing) if growing else place(spec.race.device, resources, share=share)
+        gpus = search.gpus_per_trial
+        placement = place_growing(gpus, growing) if growing else place(spec.race.device, resources, gpus_per_trial=gpus)
         history.session()
         session, storage = f"session-{time.time_ns()}", (folder / "ray").resolve()
 

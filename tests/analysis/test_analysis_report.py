@@ -340,8 +340,8 @@ def test_what_a_ratio_could_have_shown_is_a_factor_both_ways(
 
 def test_runs_that_shared_a_gpu_are_not_compared_by_speed(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
     for recipe, share in (("baseline", 1.0), ("quick", 0.5)):
-        run_writer(tmp_path, recipe, 0, [], {}, gpu_share=share)
+        run_writer(tmp_path, recipe, 0, [], {}, gpus_per_trial=share)
     assert any("shared a GPU" in line for line in caveats(read_race(tmp_path)))
     quick = tmp_path / "runs" / "quick-0" / "run.json"
-    quick.write_text(quick.read_text().replace('"gpu_share": 0.5', '"gpu_share": 1.0'))
+    quick.write_text(quick.read_text().replace('"gpus_per_trial": 0.5', '"gpus_per_trial": 1.0'))
     assert not any("shared a GPU" in line for line in caveats(read_race(tmp_path)))

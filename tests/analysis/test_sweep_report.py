@@ -76,7 +76,7 @@ def test_the_best_are_finished_ones_where_there_are_any(tmp_path: Path) -> None:
 def test_shared_gpus_and_taken_weights_are_cautioned_against(tmp_path: Path) -> None:
     exploit = {"kind": "exploit", "trial_id": "t0000", "donor": "t0001", "values": {"x": 2}, "at": START}
     folder = write_sweep(tmp_path / "sweep", [drawn(0, x=1), drawn(1, x=2), exploit, ended(0, "finished", 1.0, 20.0)])
-    write_run_of(folder, 1, [], gpu_share=0.25)
+    write_run_of(folder, 1, [], gpus_per_trial=0.25)
     markdown = render_sweep(read_sweep(folder))
     assert "**Trials shared a GPU" in markdown and "Gone on with the weights of others: 1 trial." in markdown
 

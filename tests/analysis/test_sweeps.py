@@ -33,14 +33,14 @@ def small(tmp_path: Path) -> Path:
 
 
 def test_trials_say_how_they_ended_and_what_was_drawn(small: Path) -> None:
-    write_run_of(small, 1, [], gpu_share=0.5)
+    write_run_of(small, 1, [], gpus_per_trial=0.5)
     sweep = read_sweep(small)
     trials = sweep.trials.set_index("trial_id")
     assert trials["status"].to_dict() == {"t0000": "diverged", "t0001": "stopped", "t0002": "unfinished"}
     # What an end does not say, the last result has said.
     assert trials["val/loss"].to_dict() == {"t0000": 4.0, "t0001": 3.0, "t0002": 3.5}
     assert trials["train_seconds"].to_dict() == {"t0000": 7.5, "t0001": 5.0, "t0002": 5.0}
-    assert trials["gpu_share"].tolist() == [1.0, 0.5, 1.0] and trials["exploits"].tolist() == [0, 0, 1]
+    assert trials["gpus_per_trial"].tolist() == [1.0, 0.5, 1.0] and trials["exploits"].tolist() == [0, 0, 1]
     assert trials["ended_at"].tolist()[:2] == [START + 9, START + 8] and math.isnan(trials["ended_at"]["t0002"])
     assert math.isnan(trials["peak_memory_mib"]["t0000"]) and trials["message"]["t0000"] == "no finite gradient"
     assert trials["values/lr"].tolist() == [0.1, 0.2, 0.25]  # of one that took over another, those it goes on with

@@ -48,7 +48,7 @@ def test_more_workers_than_there_is_room_for_are_refused(cluster: dict[str, floa
 def test_trials_share_a_gpu_as_often_as_their_part_fits(
     cluster: dict[str, float], share: float, expected: Placement
 ) -> None:
-    assert place("auto", cluster, share=share) == expected
+    assert place("auto", cluster, gpus_per_trial=share) == expected
 
 
 def test_a_cluster_that_grows_is_not_asked_what_it_has() -> None:
