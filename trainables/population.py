@@ -41,7 +41,8 @@ class Population(Plain):
         if not self.factors or min(self.factors) <= 0:
             raise ValueError(f"factors = {list(self.factors)}; accepted: positive numbers, at least one")
 
-    def milestones(self, of_race: tuple[float, ...]) -> tuple[float, ...]:
+    @property
+    def milestones(self) -> tuple[float, ...]:
         count = round(1 / self.interval)
         return tuple(at for number in range(1, count + 1) if (at := number * self.interval) < 1)
 
@@ -51,7 +52,7 @@ class Population(Plain):
     def generation(self, trials: Sequence[Drawn], budget_seconds: float) -> int:
         """The number of intervals that all trials have come to; a slow step may take one beyond."""
         fractions = [trial.last.get(TRAIN_SECONDS, 0.0) / budget_seconds for trial in trials if not trial.ended]
-        reached = {sum(fraction >= at for at in self.milestones(())) for fraction in fractions}
+        reached = {sum(fraction >= at for at in self.milestones) for fraction in fractions}
         return min(reached, default=0)
 
     def exploits(self, trials: Sequence[Drawn], generation: int, domains: Domains, seed: int) -> list[Exploit]:

@@ -33,8 +33,9 @@ class Scheduler(Protocol):
 
     parks: ClassVar[bool]
 
-    def milestones(self, of_race: tuple[float, ...]) -> tuple[float, ...]:
-        """The fractions of the budget with a validation, the end left out."""
+    @property
+    def milestones(self) -> tuple[float, ...]:
+        """The fractions of the budget where it decides, the end left out; empty where it never does."""
 
     def build(self, budget_seconds: float) -> TrialScheduler:
         """The scheduler before the first trial."""
@@ -73,8 +74,9 @@ class Unstopped(Alone, Plain):
 
     KIND: ClassVar[str] = "none"
 
-    def milestones(self, of_race: tuple[float, ...]) -> tuple[float, ...]:
-        return of_race
+    @property
+    def milestones(self) -> tuple[float, ...]:
+        return ()
 
     def build(self, budget_seconds: float) -> TrialScheduler:
         return FIFOScheduler()
@@ -96,11 +98,12 @@ class HyperBand(Alone, Plain):
             raise ValueError(f"first_rung = {self.first_rung}; accepted: a fraction of the budget in (0, 1)")
         if not self.reduction > 1:
             raise ValueError(f"reduction = {self.reduction}; accepted: more than 1")
-        if not 1 <= self.brackets <= len(self.milestones(())):
+        if not 1 <= self.brackets <= len(self.milestones):
             raise ValueError(f"brackets = {self.brackets}; accepted: 1 to the number of rungs, "
-                             f"{len(self.milestones(()))}")  # fmt: skip
+                             f"{len(self.milestones)}")  # fmt: skip
 
-    def milestones(self, of_race: tuple[float, ...]) -> tuple[float, ...]:
+    @property
+    def milestones(self) -> tuple[float, ...]:
         rungs, at = [], self.first_rung
         while at < 1:
             rungs.append(at)

@@ -229,7 +229,7 @@ class Sweep:
 
 def sweep_race(spec: SweepSpec) -> RaceSpec:
     """The race of the trials: with a validation wherever the scheduler decides."""
-    return replace(spec.race, milestones=spec.search.scheduler.milestones(spec.race.milestones))
+    return replace(spec.race, milestones=spec.search.scheduler.milestones or spec.race.milestones)
 
 
 def sweep_trial(spec: SweepSpec, race: RaceSpec, values: Mapping[str, Any], trial_id: str, folder: Path) -> Trial:

@@ -42,7 +42,7 @@ def test_a_file_says_space_search_and_race_and_the_command_line_has_the_last_wor
     assert spec.recipe == "cggr_loss" and spec.race.recipes == ("cggr_loss",) and spec.race.budget_seconds == 7
     assert set(spec.domains) == {"tokens.keep", "tokens.score"} and spec.race.values == {"tokens.keep": 0.5}
     assert (spec.search.trials, spec.search.algorithm.startup) == (6, 3)  # type: ignore[union-attr]
-    assert spec.search.scheduler.milestones(()) == tuple(n / 8 for n in range(1, 8))
+    assert spec.search.scheduler.milestones == tuple(n / 8 for n in range(1, 8))
     assert type(spec).from_plain(json.loads(json.dumps(spec.to_plain()))) == spec
 
 
