@@ -26,7 +26,7 @@ from cggr_ray.data.batch import Batch
 from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
 from cggr_ray.description import description
-from cggr_ray.device import pick_device
+from cggr_ray.device import deterministic, pick_device
 from cggr_ray.files import flush, room_for, write_whole
 from cggr_ray.flight import Flight
 from cggr_ray.lock import only_writer
@@ -83,7 +83,8 @@ def run_race(
             return summary
         if workers.first(stop()):
             raise StoppedError(f"{trial.trial_id}: stopped before it began")
-        return Run(trial, report, replay, stop=stop, saved=saved, workers=workers).complete()
+        with deterministic(trial.recipe.execution.deterministic):
+            return Run(trial, report, replay, stop=stop, saved=saved, workers=workers).complete()
 
 
 class Run:

@@ -366,3 +366,20 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="accepted: cpu, auto"):
         run_race(trial_of(replace(spec, device="cuda"), "baseline", tmp_path, data_folder))
+
+
+def test_deterministic_algorithms_are_asked_for_while_a_run_lasts(
+    spec: RaceSpec, data_folder: Path, tmp_path: Path
+) -> None:
+    asked = []
+
+    def note(row: dict) -> None:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+
+    short = replace(spec, budget_seconds=2 * STEP_SECONDS)
+    run_race(trial_of(short, "baseline", tmp_path / "plain", data_folder), note)
+    assert asked and not any(asked)
+    asked.clear()
+    run_race(trial_of(short, "baseline", tmp_path / "run", data_folder, **{"execution.deterministic": True}), note)
+    assert asked and all(asked)
+    assert not torch.are_deterministic_algorithms_enabled()

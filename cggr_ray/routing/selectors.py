@@ -156,8 +156,9 @@ def systematic(probability_BT: Tensor, keep_B: Tensor, generator: torch.Generato
     draw = torch.rand(shape, generator=generator, device=device)
     order = torch.where(probability_BT > 0, draw, 2.0).argsort(dim=1)
     pi = probability_BT.gather(1, order)
-    # Crossings of whole numbers by the running sum mark the kept ones; the last sum is forced onto keep exactly.
-    total = pi.cumsum(dim=1)
+    # Crossings of whole numbers by the running sum mark the kept ones; the last sum is forced onto keep exactly. It is
+    # of units of 2^-40: whole numbers have one sum, in whatever order a GPU adds them.
+    total = (pi * 2**40).round().long().cumsum(dim=1).double()
     total = total * (keep_B.double().unsqueeze(1) / total[:, -1:].clamp_min(1e-300))
     start = torch.rand((shape[0], 1), generator=generator, device=device, dtype=torch.float64)
     wanted = torch.arange(shape[1], device=device, dtype=torch.float64).expand(shape) + start
