@@ -66,7 +66,8 @@ class Training:
 
 def live_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind some tensors, each once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    # By identity: those of the meta device, which has no memory, all stand at address 0.
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 

@@ -42,6 +42,7 @@ PRESETS: dict[str, Preset] = {
     "e3": Preset(12, 1024, 16, 4, 3584, 32000),
     "smollm-135m": Preset(30, 576, 9, 3, 1536, 49152),
     "llama-1.5b": Preset(24, 2048, 32, 8, 8192, 49152),
+    "llama-3.2-3b": Preset(28, 3072, 24, 8, 8192, 128256),
     "gemma-3-4b": Preset(34, 2560, 8, 4, 10240, 262144, "gemma3"),
 }
 # Gemma 3's heads are wider than width / heads; one layer in six sees the whole document.

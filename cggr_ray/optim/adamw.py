@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -33,8 +34,9 @@ class AdamW(Rule):
 
     def __post_init__(self) -> None:
         # Without eps a weight that never had a gradient would become 0 / 0.
-        if self.lr < 0 or self.weight_decay < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
-            raise ValueError(f"{self}; accepted: lr >= 0, weight_decay >= 0, betas in [0, 1), eps > 0")
+        rates = 0 <= self.lr < inf and 0 <= self.weight_decay < inf
+        if not (rates and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 < self.eps < inf):
+            raise ValueError(f"{self}; accepted: finite lr >= 0 and weight_decay >= 0, betas in [0, 1), finite eps > 0")
         longest = LONGEST["geometric"], LONGEST["squares"]
         if isinstance(self.state, Int8Blockwise) and (self.beta1 > longest[0] or self.beta2 > longest[1]):
             raise ValueError(f"beta1 = {self.beta1}, beta2 = {self.beta2} with 8-bit state; accepted: at most "

@@ -30,6 +30,7 @@ Shapes: N matrices of one shape (M, K), n of them at a time, F of them drawn, m 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from random import Random
 from typing import ClassVar
 
@@ -76,9 +77,9 @@ class GaLore(Rule):
         if self.rank < 1 or self.refresh_every < 1 or self.smallest < 1:
             raise ValueError(f"rank = {self.rank}, refresh_every = {self.refresh_every}, smallest = {self.smallest}; "
                              "accepted: at least 1")  # fmt: skip
-        if not (0 < self.largest_fraction <= 1 and self.alpha > 0):
+        if not (0 < self.largest_fraction <= 1 and 0 < self.alpha < inf):
             raise ValueError(f"largest_fraction = {self.largest_fraction}, alpha = {self.alpha}; "
-                             "accepted: a part in (0, 1], a positive factor")  # fmt: skip
+                             "accepted: a part in (0, 1], a positive, finite factor")  # fmt: skip
         if not 0 <= self.full_rank < 1:
             raise ValueError(f"full_rank = {self.full_rank}; accepted: a part in [0, 1)")
         if self.full_rank and not isinstance(self.rule, Muon):

@@ -12,6 +12,7 @@ norm of D. Shapes: G_NMK is a stack of N matrices of one shape, so that every pr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import ClassVar, Literal
 
 import torch
@@ -74,8 +75,8 @@ class Muon(Rule):
     row_beta: float | None = None
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
-            raise ValueError(f"{self}; accepted: lr >= 0, weight_decay >= 0, momentum in [0, 1)")
+        if not (0 <= self.lr < inf and 0 <= self.weight_decay < inf and 0 <= self.momentum < 1):
+            raise ValueError(f"{self}; accepted: finite lr >= 0 and weight_decay >= 0, momentum in [0, 1)")
         if self.row_beta is not None and not 0 <= self.row_beta < 1:
             raise ValueError(f"row_beta = {self.row_beta}; accepted: none, or in [0, 1)")
         if isinstance(self.state, Int8Blockwise) and self.momentum > LONGEST["linear"]:

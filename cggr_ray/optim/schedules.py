@@ -13,6 +13,11 @@ def warmup(progress: Progress, warmup_tokens: int) -> float:
     return 1.0 if warmup_tokens <= 0 else min(1.0, progress.tokens_seen / warmup_tokens)
 
 
+def check(warmup_tokens: int, floor: float) -> None:
+    if warmup_tokens < 0 or not 0 <= floor <= 1:
+        raise ValueError(f"warmup_tokens = {warmup_tokens}, floor = {floor}; accepted: at least 0, a part in [0, 1]")
+
+
 @dataclass(frozen=True)
 class Linear:
     """Warm-up, then a straight line from 1 to `floor` at the end of the budget."""
@@ -21,6 +26,9 @@ class Linear:
 
     warmup_tokens: int = 1_000_000
     floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self.warmup_tokens, self.floor)
 
     def multiplier(self, progress: Progress) -> float:
         return warmup(progress, self.warmup_tokens) * (1 - (1 - self.floor) * progress.fraction)
@@ -38,6 +46,7 @@ class WSD:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
+        check(self.warmup_tokens, self.floor)
         if not 0 <= self.decay_start < 1:
             raise ValueError(f"decay_start = {self.decay_start}; accepted: a fraction of the budget in [0, 1)")
 

@@ -48,6 +48,9 @@ class Collider:
         self._selected()
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold = {self.threshold}; accepted: in [0, 1], of a loss scaled to that")
+        if self.mode == "upstream" and self.keep == 1:
+            raise ValueError("keep = 1 with mode 'upstream', whose threshold chooses among kept positions; "
+                             "accepted: keep below 1")  # fmt: skip
 
     def _selected(self) -> SelectedTokens:
         return SelectedTokens(self.keep, "loss", plan="after", detach=self.detach, curriculum=self.curriculum)

@@ -13,7 +13,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("preset", "published"), [("llama-1.5b", 1.56e9), ("llama-113m", 113e6), ("smollm-135m", 134.5e6), ("tiny", 1.05e6)]
+    ("preset", "published"),
+    [
+        ("llama-1.5b", 1.56e9),
+        ("llama-3.2-3b", 3.21e9),
+        ("llama-113m", 113e6),
+        ("smollm-135m", 134.5e6),
+        ("tiny", 1.05e6),
+    ],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_by_hand(preset: str, published: float, tied: bool) -> None:

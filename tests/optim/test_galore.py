@@ -243,7 +243,8 @@ def test_state_in_8_bits_is_a_quarter():
 
 @pytest.mark.parametrize(
     "values", [{"rank": 0}, {"refresh_every": 0}, {"smallest": 0}, {"largest_fraction": 0.0}, {"alpha": 0.0},
-               {"largest_fraction": 1.5}, {"alpha": -1.0}, {"largest_fraction": math.nan}, {"alpha": math.nan}]
+               {"largest_fraction": 1.5}, {"alpha": -1.0}, {"largest_fraction": math.nan}, {"alpha": math.nan},
+               {"alpha": math.inf}]
 )  # fmt: skip
 def test_impossible_values_are_refused(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))} = {next(iter(values.values()))}"):

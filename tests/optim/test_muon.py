@@ -183,7 +183,8 @@ def test_weight_decay_alone_shrinks_geometrically():
     torch.testing.assert_close(parameter.detach(), start * (1 - 0.1 * 0.5) ** 3, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("values", [{"momentum": 1.0}, {"momentum": -0.1}, {"lr": -1e-3}, {"weight_decay": -0.1}])
+@pytest.mark.parametrize("values", [{"momentum": 1.0}, {"momentum": -0.1}, {"lr": -1e-3}, {"weight_decay": -0.1},
+                                    {"lr": math.nan}, {"lr": math.inf}, {"weight_decay": math.nan}])  # fmt: skip
 def test_impossible_values_are_refused(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))}={next(iter(values.values()))}"):
         Muon(**values)

@@ -56,3 +56,10 @@ def test_schedules_never_rise_after_warm_up():
 def test_wsd_refuses_a_decay_outside_the_budget(decay_start):
     with pytest.raises(ValueError, match=f"decay_start = {decay_start}"):
         WSD(decay_start=decay_start)
+
+
+@pytest.mark.parametrize("schedule", [Linear, WSD])
+@pytest.mark.parametrize("values", [{"floor": -0.1}, {"floor": 2.0}, {"floor": math.nan}, {"warmup_tokens": -1}])
+def test_a_schedule_that_would_leave_the_rate_is_refused(schedule, values):
+    with pytest.raises(ValueError, match=f"{next(iter(values))} = {next(iter(values.values()))}"):
+        schedule(**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -75,8 +76,13 @@ def test_its_plan_runs_backward_on_kept_rows() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"keep": 0.0}, "keep = 0.0"), ({"threshold": 1.5}, "threshold = 1.5"), ({"threshold": -0.1}, "threshold = -0.1")],
+    [
+        ({"keep": 0.0}, "keep = 0.0"),
+        ({"threshold": 1.5}, "threshold = 1.5"),
+        ({"threshold": -0.1}, "threshold = -0.1"),
+        ({"keep": 1.0, "mode": "upstream"}, "keep = 1 with mode 'upstream'"),
+    ],
 )
-def test_impossible_values_are_refused(values: dict[str, float], message: str) -> None:
+def test_impossible_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Collider(**values)  # type: ignore[arg-type]
+        Collider(**values)
