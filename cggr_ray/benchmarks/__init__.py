@@ -18,7 +18,7 @@ TESTS = {
     "optimizer": ("tests/optim",),
     "loop": ("tests/test_loop.py", "tests/optim"),
     "step": ("tests/sparse", "tests/kernels", "tests/routing"),
-    "memory": ("tests/sparse",),
+    "memory": ("tests/sparse", "tests/optim"),
     "head-stats": ("tests/kernels/test_head_stats.py", "tests/kernels/test_head_stats_kernel.py"),
     "logit-stats": ("tests/kernels/test_logit_stats.py",),
     "workers": ("tests/workers",),
@@ -34,7 +34,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     from rich.console import Console
     from rich.table import Table
 
-    from cggr_ray.benchmarks import head_stats, logit_stats, loop, memory, optimizer, step, workers
+    from cggr_ray.benchmarks import claims, head_stats, logit_stats, loop, memory, optimizer, step, workers
     from cggr_ray.benchmarks.rows import BenchRow, Shape, append
     from cggr_ray.device import pick_device
 
@@ -47,6 +47,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
         "logit-stats": (logit_stats.bench_logit_stats, logit_stats.SHAPES),
         "workers": (workers.bench_workers, workers.SHAPES),
     }
+    tables = {"memory": claims.table}
     if name not in benches:
         raise ValueError(f"benchmark {name!r}; {nearest(name, benches)}")
     pick_device(device)
@@ -65,7 +66,10 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
         for row in rows:
             numbers = (f"{x:.2f}" for x in (row.ms_p20, row.ms_p50, row.ms_p80, row.peak_mib))
             table.add_row(row.provider, *numbers, f"{row.value:.4f}", row.unit)
-        Console(width=120).print(table)
+        console = Console(width=120)
+        console.print(table)
+        if (more := tables.get(name)) is not None:
+            console.print(more(shape, rows))
         print(f"rows: {path}")
 
 

@@ -1,8 +1,9 @@
-"""What training holds in memory, counted: weights, masters, gradients, optimizer state, and the peak of a step.
+"""What training holds in memory, counted: weights, masters, gradients, optimizer state, activations, a step's peak.
 
-The first four are sums over live tensors, each storage once; the peaks are the allocator's. A step here is forward,
-backward and update of one micro-batch under full training. Nothing is computed from a formula. Of other people's
-optimizers (`peers`) the state is counted, nothing else.
+The first four are sums over live tensors, each storage once; the others are the allocator's: activations are what a
+forward leaves for its backward, whole logits or the head's gradient among it. A step here is forward, backward and
+update of one micro-batch under full training, without gradient checkpointing. Nothing is computed from a formula. Of
+other people's optimizers (`peers`) the state is counted, nothing else.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from cggr_ray.progress import Progress
 REFERENCES = ("adamw_fp32", "muon_fp32")
 # Memory of usual devices, in GiB, under which a step is tried.
 CAPS = (24, 48, 80)
+# What a device has of the memory in its name, at least.
+OF_NAME = 0.9
 # The first step is the one in which all projections are found.
 FIRST = replace(NOW, step=0)
 
@@ -44,10 +47,14 @@ class Training:
         self.optimizer: StackedOptimizer = config.build(named, self.adapter.hidden_names(), device)
         self.micro = random_micro(shape, self.adapter.head_VD.shape[0], device)
 
-    def backward(self, at: Progress) -> None:
+    def forward(self, at: Progress) -> Tensor:
+        """The loss of a step that has begun."""
         scale = torch.tensor(1 / self.micro.labelled, device=self.adapter.device)
         self.optimizer.begin(at)
-        NextToken().loss(self.adapter.forward(self.micro), self.micro, None, scale).total.backward()
+        return NextToken().loss(self.adapter.forward(self.micro), self.micro, None, scale).total
+
+    def backward(self, at: Progress) -> None:
+        self.forward(at).backward()
 
     def held(self) -> dict[str, int]:
         """Bytes by what they are for; to be asked between backward and update, when there are gradients."""
@@ -90,10 +97,11 @@ def accounting(shape: Shape, device: torch.device) -> Iterator[BenchRow]:
         training = Training(shape, config, device, dtype)
         training.backward(FIRST)
         values = {unit: float(value) for unit, value in training.held().items()}
-        values["peak_mib"] = step_peak(training, device)
+        if device.type == "cuda":
+            values |= step_peak(training, device)
         del training
         if device.type == "cuda":
-            values |= {f"fits_{cap}_gib": float(fits(shape, config, device, cap)) for cap in CAPS}
+            values |= {f"fits_{cap}_gib": float(fits(shape, config, device, cap)) for cap in caps(device)}
         yield from rows(name, values)
     for name, peer in present().items():
         release()
@@ -114,16 +122,25 @@ def peer_bytes(peer: Peer, shape: Shape, device: torch.device, dtype: torch.dtyp
     return live_bytes(tensor for optimizer in optimizers for tensor in tensors_in(optimizer.state))
 
 
-def step_peak(training: Training, device: torch.device) -> float:
-    """MiB at the peak of the update and of a whole step after it, weights and state included; 0 without a GPU."""
-    if device.type != "cuda":
-        return 0.0
+def step_peak(training: Training, device: torch.device) -> dict[str, float]:
+    """After a backward: MiB at the peak of the update and of a whole step after it, weights and state included, and the
+    bytes that the step's forward leaves."""
     torch.cuda.reset_peak_memory_stats(device)
     training.optimizer.step(FIRST)
-    training.backward(NOW)
+    before = torch.cuda.memory_allocated(device)
+    loss = training.forward(NOW)
+    activations = torch.cuda.memory_allocated(device) - before
+    loss.backward()
     training.optimizer.step(NOW)
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / MIB
+    return {"peak_mib": torch.cuda.max_memory_allocated(device) / MIB, "activation_bytes": float(activations)}
+
+
+def caps(device: torch.device) -> list[int]:
+    """Those of CAPS that can be tried: a device sold as 80 GB has 79 GiB, and under a cap above its own memory what
+    fails would fail for want of memory that the cap allows."""
+    own = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return [cap for cap in CAPS if cap <= own / OF_NAME]
 
 
 def fits(shape: Shape, config: Optimizer, device: torch.device, cap: int) -> bool:

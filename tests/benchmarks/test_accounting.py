@@ -10,7 +10,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from cggr_ray.benchmarks import peers
-from cggr_ray.benchmarks.accounting import FIRST, Training, accounting, live_bytes, peer_bytes
+from cggr_ray.benchmarks.accounting import FIRST, Training, accounting, caps, live_bytes, peer_bytes
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.benchmarks.peers import Peer, Weights
 from cggr_ray.benchmarks.rows import Shape
@@ -69,6 +69,15 @@ def test_states(rows: dict[str, dict[str, float]]) -> None:
 def test_views_of_one_storage_count_once() -> None:
     x = torch.zeros(10, 10)
     assert live_bytes([x, x[2:], x.mT, torch.zeros(3, dtype=torch.int8)]) == 403
+
+
+@pytest.mark.parametrize(
+    ("gib", "tried"), [(79.1, [24, 48, 80]), (44.4, [24, 48]), (39.5, [24]), (22.1, [24]), (15, [])]
+)
+def test_caps_that_a_device_has_are_tried(gib: float, tried: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert caps(torch.device("cuda")) == tried
 
 
 def test_a_second_step_holds_what_the_first_held() -> None:
