@@ -42,8 +42,9 @@ RECIPES = Path(__file__).with_name("recipes")
 
 @dataclass(frozen=True)
 class Execution:
-    """How a step runs. `precision`: `auto` is bf16 with float32 masters on a GPU and float32 elsewhere.
+    """How a step runs: precision, gradient checkpointing, batches that the loader has ready, CUDA graphs, a cache.
 
+    `precision`: `auto` is bf16 with float32 masters on a GPU and float32 elsewhere.
     `gradient_checkpointing`: see `models.checkpointing`. `cuda_graphs`: on a GPU, forward and backward of a micro-batch
     are one launch; for small models. `prefetch`: batches that the loader's thread has packed and copied ahead.
     `activation_cache`: keeps what layers at rest compute from one epoch to the next, see `models.prefix_cache`; a run
@@ -164,8 +165,12 @@ def load_recipe(name: str) -> Recipe:
 
 
 def explain(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """(part, kind, first line of its documentation) for every part and the parts inside it, for `recipe show`."""
-    return [line for part in ("rows", "tokens", "objective", "optimizer", "updates") for line in _lines(recipe, part)]
+    """(part, kind, first line of its documentation) for every part and the parts inside it, then for the execution, for
+    `recipe show`."""
+    parts = ("rows", "tokens", "objective", "optimizer", "updates")
+    lines = [line for part in parts for line in _lines(recipe, part)]
+    cache = _lines(recipe.execution, "activation_cache", "execution")
+    return [*lines, _own("execution", recipe.execution), *cache]
 
 
 def _lines(owner: Any, part: str, name: str = "") -> list[tuple[str, str, str]]:
@@ -173,5 +178,8 @@ def _lines(owner: Any, part: str, name: str = "") -> list[tuple[str, str, str]]:
     if not hasattr(type(value), "IS_PART"):
         return []
     name = f"{name}.{part}" if name else part
-    own = (name, kind_of(type(value)), (type(value).__doc__ or "").split("\n")[0])
-    return [own, *(line for field in fields(value) for line in _lines(value, field.name, name))]
+    return [_own(name, value), *(line for field in fields(value) for line in _lines(value, field.name, name))]
+
+
+def _own(name: str, value: object) -> tuple[str, str, str]:
+    return name, kind_of(type(value)), (type(value).__doc__ or "").split("\n")[0]

@@ -11,6 +11,8 @@ from cggr_ray.recipe import Recipe, explain, load_recipe, recipe_names
 from cggr_ray.routing.rows import AllRows, FewerRows
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens
 
+PARTS = ["rows", "tokens", "objective", "optimizer", "updates"]
+
 
 def test_the_baseline_comes_first_and_no_name_twice() -> None:
     names = recipe_names()
@@ -24,13 +26,17 @@ def test_every_shipped_recipe_round_trips_and_says_what_it_is(name: str) -> None
     assert recipe.description
     assert Recipe.from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
     lines = explain(recipe)
-    assert [part for part, _, _ in lines if "." not in part] == ["rows", "tokens", "objective", "optimizer", "updates"]
+    assert [part for part, _, _ in lines if "." not in part] == [*PARTS, "execution"]
     assert all(kind and meaning for _, kind, meaning in lines)
 
 
 def test_parts_inside_parts_are_explained() -> None:
     inside = {part: kind for part, kind, _ in explain(load_recipe("e3/full"))}
     assert inside["optimizer.matrix"] == "galore" and inside["optimizer.matrix.rule"] == "muon"
+    execution = next(meaning for part, _, meaning in explain(load_recipe("e3/full")) if part == "execution")
+    assert "gradient checkpointing" in execution and "loader" in execution
+    cached = load_recipe("static_suffix").with_values({"execution.activation_cache": {"memory_gib": 1.0}})
+    assert explain(cached)[-1][0] == "execution.activation_cache"
     assert inside["optimizer.matrix.rule.state"] == "int8_blockwise" and inside["objective.form"] == "heads"
 
 
