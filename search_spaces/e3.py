@@ -16,12 +16,14 @@ HEADS, SHARED = (0.05, 0.1, 0.2, 0.4), ([0.5], [0.5, 0.25], [0.25, 0.125])
 
 def e3() -> Domains:
     """Around the recipe e3/full. Collider keeps rows, so of the forms of multi-token prediction those remain that need
-    no others; gradients are projected early where there is a projection whose bias is not corrected."""
+    no others; gradients are projected early where there is a projection whose bias is not corrected. Of the learning
+    rates one is of what is no hidden matrix, the other scales all."""
     return {
         "tokens": Choice(tuple({"kind": "collider", "mode": mode} for mode in ("quantile", "upstream"))),
         "tokens.keep": Uniform(0.4, 0.9),
         "objective": Choice(tuple(objectives())),
         "optimizer": Choice(tuple(optimizers())),
+        "optimizer.rest.lr": LogUniform(3e-4, 1e-2),
         "optimizer.lr_scale": LogUniform(0.1, 3.0),
     }
 

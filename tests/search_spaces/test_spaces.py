@@ -66,6 +66,8 @@ def test_the_e3_space_reaches_every_setting_it_promises() -> None:
                  if isinstance(m, GaLore)}  # fmt: skip
     assert corrected == {(0.0, True), (0.125, False)}
     assert {type(d.optimizer.rest.state).__name__ for d in draws} == {"Float32", "Int8Blockwise"}
+    rates = [d.optimizer.rest.lr for d in draws]
+    assert min(rates) < 5e-4 and max(rates) > 8e-3 and {m.lr for m in matrices} == {0.02}
     assert {type(getattr(d.objective, "form", None)).__name__ for d in draws} == {"NoneType", "Heads", "SharedLogits"}
     assert {d.tokens.mode for d in draws} == {"quantile", "upstream"}
     assert min(d.tokens.keep for d in draws) < 0.5 and max(d.tokens.keep for d in draws) > 0.8
