@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
+OBJECTIVE = "objective.safetensors"
 KEPT = 2
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def save(run_folder: Path, step: int, learner: Learner, state: dict[str, Any]) -
     final = place(run_folder, step)
     with whole(final) as aside:
         save_file(_copied(learner.adapter.named_parameters()), aside / "model.safetensors")
-        save_file(_copied(learner.objective.named_parameters()), aside / "objective.safetensors")
+        save_file(_copied(learner.objective.named_parameters()), aside / OBJECTIVE)
         optimizer = {k: v.contiguous() for k, v in learner.optimizer.state_dict().items()}
         save_file(optimizer, aside / "optimizer.safetensors")
         save_file({k: v.contiguous() for k, v in learner.router.tensors().items()}, aside / "router.safetensors")
@@ -91,6 +92,12 @@ def save_model(
         tokenizer.save_pretrained(aside)
         for name, note in notes.items():
             (aside / name).write_text(json.dumps(note))
+
+
+def save_heads(final: Path, named: list[tuple[str, nn.Parameter]]) -> None:
+    """Writes what an objective owns beside the model, under the names that it has in a checkpoint."""
+    with whole(final) as aside:
+        save_file(_copied(named), aside / OBJECTIVE)
 
 
 @contextmanager
@@ -191,7 +198,7 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
     """Restores weights, optimizer and parts in place, tensor by tensor; returns the rest of the state."""
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     _restore(folder / "model.safetensors", learner.adapter.named_parameters())
-    _restore(folder / "objective.safetensors", learner.objective.named_parameters())
+    _restore(folder / OBJECTIVE, learner.objective.named_parameters())
     learner.optimizer.load_state_dict(_Stored(folder / "optimizer.safetensors"))
     routing = _Stored(folder / "router.safetensors")
     for name, tensor in learner.router.tensors().items():

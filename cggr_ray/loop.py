@@ -327,6 +327,8 @@ class Run:
     def _finish(self, status: Status, final: Row) -> Row:
         if self.spec.save_model:
             self.milestones.save_model(self.folder / "model", {})
+        if self.spec.save_heads and (heads := self.learner.objective.named_parameters()):
+            checkpoint.save_heads(self.folder / "heads", heads)
         summary = summarise(
             self.trial, status, final, self.counts, self._position(), self.last_step_seconds, self.learner,
             self.milestones, self.data, self.loader,

@@ -77,7 +77,8 @@ class RaceSpec(Plain):
     rows a step are not the race's does to its learning rate. `evaluation` is what else is asked at every milestone,
     where a checkpoint is written then. `workers` is how many processes train a trial together, each its share of every
     step's rows, in micro-batches of `micro_rows`: the same steps, in less time. `order_by_seed`: every seed reads the
-    data in an order of its own, the same for all arms; else all seeds read one.
+    data in an order of its own, the same for all arms; else all seeds read one. `save_model` keeps a trial's final
+    model, an ordinary one; `save_heads` what its objective trained beside it, in heads/objective.safetensors.
     """
 
     name: str = "race"
@@ -98,6 +99,7 @@ class RaceSpec(Plain):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every_seconds: float = 60.0
     save_model: bool = False
+    save_heads: bool = False
     step_seconds: float | None = None
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "cggr-ray"

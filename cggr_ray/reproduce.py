@@ -114,6 +114,7 @@ class Recorded:
             milestones=tuple(self.began[step] / spec.budget_seconds for step in fell),
             device=run["device"]["type"],
             save_model=False,
+            save_heads=False,
             wandb="off",
             tensorboard=False,
             evaluation=None,

@@ -47,6 +47,7 @@ def plan_tuning(spec: RaceSpec, folder: Path) -> list[Trial]:
             budget_seconds=tuning.seconds,
             milestones=(),
             save_model=False,
+            save_heads=False,
             tuning=None,
             evaluation=None,
         )

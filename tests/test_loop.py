@@ -215,6 +215,25 @@ def test_the_suite_runs_five_steps_in_one_go_or_stopped(
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("recipe", "asked"), [("e3/mtp_only", True), ("e3/mtp_only", False), ("e3/baseline", True)])
+def test_heads_are_kept_beside_an_ordinary_model_where_asked(
+    recipe: str, asked: bool, spec: RaceSpec, data_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    spec = replace(spec, budget_seconds=2 * STEP_SECONDS, milestones=(), save_model=True, save_heads=asked)
+    run_race(trial_of(spec, recipe, tmp_path, data_folder))
+    model = load_file(tmp_path / "model" / "model.safetensors")
+    assert not any("objective" in name or "heads" in name for name in model)
+    heads = tmp_path / "heads" / "objective.safetensors"
+    assert heads.exists() == (asked and recipe == "e3/mtp_only")
+    if heads.exists():
+        vocabulary_by_width = model["model.embed_tokens.weight"].shape
+        found = load_file(heads)
+        assert sorted(found) == [f"objective.heads.{i}.weight" for i in range(4)]
+        assert all(head.shape == vocabulary_by_width and head.isfinite().all() for head in found.values())
+
+
 @pytest.mark.parametrize("recipe", sorted(NEUTRAL))
 def test_neutral_settings_are_the_baseline(
     recipe: str, spec: RaceSpec, data_folder: Path, tmp_path: Path, baseline_rows: dict[int, dict]
