@@ -21,7 +21,7 @@ from cggr_ray.models.attention import document_mask
 from cggr_ray.models.checkpointing import Checkpointing
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.routing.route import TokenRoute
-from cggr_ray.sparse.layers import Detach
+from cggr_ray.sparse.layers import Detach, SparseLayers, Trace
 from cggr_ray.sparse.plan import Dense, KeptRows, Plan, Seen, Skip, TwoPass
 
 VOCABULARY = 96
@@ -208,6 +208,36 @@ def test_gradient_checkpointing_changes_nothing(
     model = small_model(family)
     expected = oracle_gradients(copy.deepcopy(model), micro, route, keys_too=detach == "const")
     assert_same(plan_gradients(model, micro, route, plan, detach, checkpointing=checkpointing), expected)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
+@pytest.mark.parametrize("detach", ["const", "live"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_kept_rows_alone_are_computed_again(
+    plan: str, detach: str, checkpointing: Checkpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    micro, route = ROUTES["packed rows, empty slots"]
+    model = small_model("llama")
+    capture, replay = SparseLayers.capture, SparseLayers._replay
+    left, rows = [], []
+
+    def watched_capture(*args: Any, **keywords: Any) -> tuple[Tensor, Trace]:
+        hidden_ND, trace = capture(*args, **keywords)
+        left.append(trace.products is not None)
+        return hidden_ND, trace
+
+    def watched_replay(self: SparseLayers, shape: Any, w: Any, hidden_KD: Tensor, *rest: Any) -> Tensor:
+        rows.append(len(hidden_KD))
+        return replay(self, shape, w, hidden_KD, *rest)
+
+    monkeypatch.setattr(SparseLayers, "capture", watched_capture)
+    monkeypatch.setattr(SparseLayers, "_replay", watched_replay)
+    plan_gradients(model, micro, route, plan, detach, checkpointing)
+    layers = model.config.num_hidden_layers
+    assert rows == [route.index_BK.numel()] * (layers if checkpointing == "none" else 2 * layers)
+    # All rows pass each layer once; of the last one, kept rows may need no more than keys and values.
+    assert len(left) in (layers - 1, layers)
+    assert set(left) == {checkpointing != "block" and plan != "two_pass"}
 
 
 @pytest.mark.parametrize("plan", PLANS)
