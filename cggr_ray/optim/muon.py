@@ -57,8 +57,8 @@ class Muon(Rule):
     """The momentum of every hidden matrix, orthogonalised.
 
     `scale` multiplies the learning rate by the matrix' shape M x K: `keller` sqrt(max(1, M/K)); `moonlight`
-    0.2 sqrt(max(M, K)), whose update has the RMS of AdamW's, so AdamW learning rates carry over; `spectral` sqrt(M/K). The
-    shape is that of the stored weight: GPT-2 stores inputs first, so that M and K change places there.
+    0.2 sqrt(max(M, K)), whose update has the RMS of AdamW's, so AdamW learning rates carry over; `spectral` sqrt(M/K).
+    The shape is that of the stored weight: GPT-2 stores inputs first, so that M and K change places there.
     `state`: how M is kept between steps. `row_beta`: the average of NorMuon, None for plain Muon. `cautious`: weight
     decay only where it has the sign of the update (arXiv:2510.12402).
     """
