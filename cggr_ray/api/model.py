@@ -108,7 +108,7 @@ class CGGRModel(nn.Module):
         self._chooser = Chooser(self.tokens, seed)
         self._plan: tuple[Adapter, Plan] | None = None
         self._metrics: dict[str, Tensor] = {}
-        self.register_state_dict_post_hook(_copy_tied)
+        self.register_state_dict_post_hook(copy_tied)
 
     @property
     def config(self) -> Any:
@@ -147,8 +147,7 @@ class CGGRModel(nn.Module):
         micro = self.borrowed.micro_batch(input_ids, attention_mask, labels, position_ids)
         with self.borrowed.running() as adapter:
             loss = self._loss(adapter, micro, self.curriculum.ratio())
-        if num_items_in_batch is not None:
-            loss = loss * ((micro.labels_BT >= 0).sum() / num_items_in_batch)
+        loss = of_step(loss, micro, num_items_in_batch)
         return as_output(loss) if (self.return_dict if return_dict is None else return_dict) else loss
 
     def _loss(self, adapter: Adapter, micro: MicroBatch, ratio: float) -> Tensor:
@@ -201,6 +200,11 @@ def mean_loss(planned: Planned, micro: MicroBatch) -> Tensor:
     return total / (micro.labels_BT >= 0).sum().clamp_min(1)
 
 
+def of_step(loss: Tensor, micro: MicroBatch, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """A mean over a micro-batch's labels as its part of the mean over all labels of the step, where they are given."""
+    return loss if num_items_in_batch is None else loss * ((micro.labels_BT >= 0).sum() / num_items_in_batch)
+
+
 def as_output(loss: Tensor) -> Any:
     """What `transformers.Trainer` takes."""
     from transformers.modeling_outputs import CausalLMOutput
@@ -208,7 +212,8 @@ def as_output(loss: Tensor) -> Any:
     return CausalLMOutput(loss=loss)
 
 
-def _copy_tied(module: CGGRModel, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+def copy_tied(module: Any, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """A hook of `state_dict`: where a module returns outputs for `transformers.Trainer`, tensors share no memory."""
     seen: set[int] = set()
     for name, value in list(state.items()) if module.return_dict else []:
         if value.data_ptr() in seen - {0}:

@@ -7,6 +7,7 @@ of layers and save no time: they multiply a dense gradient by 0 and 1.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +20,7 @@ from cggr_ray.api.borrowed import Borrowed
 from cggr_ray.api.curriculum import StepCount
 from cggr_ray.api.hooks import GatedLayers, find_layers
 from cggr_ray.api.loss import NEEDS_NO_LABELS
-from cggr_ray.api.model import mean_loss
+from cggr_ray.api.model import as_output, copy_tied, mean_loss, of_step
 from cggr_ray.api.selection import check_name, on_host, score_name, seen_by
 from cggr_ray.data.batch import IGNORE
 from cggr_ray.kernels.logit_stats.op import logit_stats
@@ -61,6 +62,7 @@ class CGGRWrapper(nn.Module):
             upstream does, below which attention refills the gradient. None takes the first that fits model and leak.
         detach: of `sparse`, as for `CGGRModel`; `live` is the gradient of `every`.
         layers: the stack, where it cannot be found in the model.
+        return_dict: for `transformers.Trainer`, as for `CGGRModel`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class CGGRWrapper(nn.Module):
         engine: str | None = None,
         detach: str = "live",
         layers: Sequence[nn.Module] | None = None,
+        return_dict: bool = False,
     ) -> None:
         super().__init__()
         engine = engine or _first_engine(model, leak_rate)
@@ -80,7 +83,7 @@ class CGGRWrapper(nn.Module):
         check_name("detach", detach, ("const", "live"))
         options: dict[str, Any] = {"engine": engine, "leak_rate": leak_rate, "detach": detach}
         self.depth = DepthBuckets(num_buckets, score_name(scoring), **options)
-        self.model = model
+        self.model, self.return_dict = model, return_dict
         self.borrowed = Borrowed(cast("PreTrainedModel", model)) if engine == "sparse" else None
         self.curriculum = StepCount(warmup_steps)
         found = list(layers or (self.borrowed.adapter.layers if self.borrowed else find_layers(model)))
@@ -88,6 +91,24 @@ class CGGRWrapper(nn.Module):
         self._gates = GatedLayers(found, leak_rate, only)
         self._plan: tuple[Adapter, Plan] | None = None
         self._metrics: dict[str, Tensor] = {}
+        self.register_state_dict_post_hook(copy_tied)
+
+    @property
+    def config(self) -> Any:
+        """The wrapped model's."""
+        return self.model.config
+
+    @property
+    def loss_type(self) -> Any:
+        """Read by `transformers.Trainer`: how labels are counted, as the wrapped model has it."""
+        return getattr(self.model, "loss_type", None)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Read by `transformers.Trainer`: whether `num_items_in_batch` is understood, here or by the model."""
+        taken = inspect.signature(self.model.forward).parameters.values()
+        by_model = getattr(self.model, "accepts_loss_kwargs", any(p.kind is p.VAR_KEYWORD for p in taken))
+        return self.borrowed is not None or bool(by_model)
 
     def step(self) -> None:
         """Advances the curriculum; to be called once an optimizer step."""
@@ -97,13 +118,27 @@ class CGGRWrapper(nn.Module):
         """What the last training call saw, by the names of `cggr_ray.schema`. Waits for the device."""
         return on_host(self._metrics)
 
-    def forward(self, *args: Any, **keywords: Any) -> Any:
-        """What the model returns; with engine `sparse` and labels, in train mode, the loss."""
+    def forward(
+        self,
+        *args: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        """What the model returns; with engine `sparse` and labels, in train mode, the loss, or an output that holds it.
+
+        Engine `sparse` takes `num_items_in_batch` and `return_dict` too, as `CGGRModel` does.
+        """
+        # Arguments have names because `transformers.Trainer` drops the columns of a batch that have none here.
+        named = dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels, position_ids=position_ids)
+        keywords = others | {name: value for name, value in named.items() if value is not None}
         if not (self.training and torch.is_grad_enabled()):
             return self.model(*args, **keywords)
         self._metrics = {}
         last = deepest_bucket(self.depth.num_buckets, self.curriculum.passed)
-        if self.borrowed is not None and keywords.get("labels") is not None:
+        if self.borrowed is not None and labels is not None:
             return self._sparse(self.borrowed, last, *args, **keywords)
         return self.model(*args, **keywords) if last == 0 else self._hooked(last, *args, **keywords)
 
@@ -130,7 +165,9 @@ class CGGRWrapper(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> Tensor:
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
         assert labels is not None
         micro = borrowed.micro_batch(input_ids, attention_mask, labels, position_ids)
 
@@ -147,7 +184,8 @@ class CGGRWrapper(nn.Module):
                 planned = self._plan_on(adapter).forward(micro, len(adapter.layers), decide)
             loss = mean_loss(planned, micro)
         self._metrics[TRAIN_LOSS] = loss.detach()
-        return loss
+        loss = of_step(loss, micro, num_items_in_batch)
+        return as_output(loss) if (self.return_dict if return_dict is None else return_dict) else loss
 
     def _buckets(self, scored: Scored, labels_BT: Tensor, last: int) -> Tensor:
         """(1, N): ranks are those of the whole batch."""

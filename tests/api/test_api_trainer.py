@@ -1,21 +1,22 @@
-"""CGGRModel inside `transformers.Trainer`, which needs the package accelerate."""
+"""CGGRModel and CGGRWrapper inside `transformers.Trainer`, which needs the package accelerate."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from small_models import small_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from cggr_ray import CGGRModel
+from cggr_ray import CGGRModel, CGGRWrapper
 
 
 class CountSteps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if isinstance(model, CGGRModel):
+        if isinstance(model, CGGRModel | CGGRWrapper):
             model.step()
 
 
@@ -88,3 +89,20 @@ def test_checkpoints_of_the_trainer_hold_the_steps(tmp_path: Path) -> None:
     assert resumed.curriculum.steps == int(resumed.curriculum.num_steps) == 4
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("engine", ["sparse", "every"])
+def test_a_wrapper_with_one_bucket_is_the_trainer_s_own_run(engine: str, tmp_path: Path) -> None:
+    own = trained(small_model("llama"), tmp_path, num_train_epochs=1)
+    wrapper = CGGRWrapper(small_model("llama"), num_buckets=1, engine=engine, return_dict=True)
+    found = trained(wrapper, tmp_path, num_train_epochs=1)
+    torch.testing.assert_close(losses(found), losses(own), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.evaluate()["eval_loss"], own.evaluate()["eval_loss"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["sparse", "faithful"])
+def test_checkpoints_of_the_trainer_hold_a_wrapper_s_steps(engine: str, tmp_path: Path) -> None:
+    for resume, steps in ((False, 1), (True, 2)):
+        wrapper = CGGRWrapper(small_model("llama"), num_buckets=3, warmup_steps=2, engine=engine, return_dict=True)
+        trained(wrapper, tmp_path, resume, max_steps=steps, save_strategy="steps", save_steps=1)
+        assert wrapper.curriculum.steps == int(wrapper.curriculum.num_steps) == steps
