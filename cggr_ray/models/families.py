@@ -84,14 +84,14 @@ class Family:
         self.name = model.config.model_type
         if self.name not in SUPPORTED:
             raise ValueError(f"model family {self.name!r}; accepted: {', '.join(SUPPORTED)}")
-        self._check()
         body: Any = model.model if self.name != "gpt2" else model.transformer
         self.body: Any = getattr(body, "language_model", body)
+        self._check()
 
     def _check(self) -> None:
-        for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
-            if getattr(self.config, key, 0.0):
-                raise ValueError(f"{key} = {getattr(self.config, key)}; accepted: 0, runs repeat exactly")
+        dropped = ", ".join(f"{name} = {rate}" for name, rate in self._dropout().items())
+        if dropped:
+            raise ValueError(f"{dropped}; accepted: 0 when the model is built, runs repeat exactly")
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         if width > WIDEST_HEAD:
             raise ValueError(f"head_dim = {width}; accepted: at most {WIDEST_HEAD}, attention has no wider kernel")
@@ -100,6 +100,18 @@ class Family:
                 raise ValueError(f"{key} = {getattr(self.config, key)}; accepted: a model without it")
         if getattr(self.config, "use_bidirectional_attention", False):
             raise ValueError("use_bidirectional_attention = True; accepted: False, a causal model")
+
+    def _dropout(self) -> dict[str, float]:
+        """Settings that drop something; or a module that does, as it was built before its setting became 0."""
+        keys = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
+        found = {key: getattr(self.config, key, 0.0) for key in keys}
+        if any(found.values()):
+            return {key: rate for key, rate in found.items() if rate}
+        for name, module in self.body.named_modules():
+            rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+            if rate:
+                return {f"dropout of {name}": rate}
+        return {}
 
     @property
     def layers(self) -> Sequence[nn.Module]:

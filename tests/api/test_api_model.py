@@ -433,6 +433,9 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
     adapted.model.layers[1].self_attn.q_proj.register_parameter("lora_A", nn.Parameter(torch.ones(2, 2)))
     checkpointed.gradient_checkpointing_enable()
     dropping = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
+    late, later = copy.deepcopy(dropping), small_model("llama")
+    late.config.attn_pdrop = late.config.resid_pdrop = late.config.embd_pdrop = 0.0
+    later.model.layers[2].self_attn.attention_dropout = 0.1
     tokens = batch()["input_ids"]
     holes, left = torch.ones_like(tokens), torch.ones_like(tokens)
     holes[1, 5], left[0, :3] = 0, 0
@@ -451,7 +454,9 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
         (lambda: CGGRModel(foreign), "model family 'gpt_neox'; accepted: llama, mistral"),
         (lambda: CGGRModel(adapted), "parameter 'self_attn.q_proj.lora_A' of layer 1; accepted"),
         (lambda: CGGRModel(checkpointed), "gradient checkpointing of the model's own; accepted"),
-        (lambda: CGGRModel(dropping), "resid_pdrop = 0.1; accepted: 0|attn_pdrop = 0.1; accepted: 0"),
+        (lambda: CGGRModel(dropping), "attn_pdrop = 0.1, resid_pdrop = 0.1, embd_pdrop = 0.1; accepted: 0"),
+        (lambda: CGGRModel(late), "dropout of drop = 0.1; accepted: 0 when the model is built"),
+        (lambda: CGGRModel(later), "dropout of layers.2.self_attn = 0.1; accepted: 0 when the model is built"),
         (lambda: CGGRModel(nn.Linear(2, 2)), "Linear; accepted: a causal LM of transformers"),
         (lambda: create_truncated_router(llama), "num_layers = 4 of a model with 3; accepted: 1 to 2"),
         (lambda: create_truncated_router(llama, 0), "num_layers = 0"),
@@ -465,9 +470,9 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(21))
+@pytest.mark.parametrize("number", range(23))
 def test_mistakes_are_named(number: int) -> None:
     call, message = mistakes()[number]
     with pytest.raises(ValueError, match=message):
         call()
-    assert len(mistakes()) == 21
+    assert len(mistakes()) == 23
