@@ -59,9 +59,11 @@ class CGGRWrapper(nn.Module):
             call.
         engine: `sparse` for the families that `CGGRModel` supports: a call with labels runs rows that learn alone, any
             other is hooked as `every`. `every` shuts gates at every layer, `faithful` at the cut layers alone, as
-            upstream does, below which attention refills the gradient. None takes the first that fits model and leak.
+            upstream does, below which attention refills the gradient. None takes the first that fits model and leak,
+            with a warning where the model rules `sparse` out.
         detach: of `sparse`, as for `CGGRModel`; `live` is the gradient of `every`.
         layers: the stack, where it cannot be found in the model.
+        gradient_checkpointing: of `sparse`, recomputes layers in the backward pass; the hooks take the model's own.
         return_dict: for `transformers.Trainer`, as for `CGGRModel`.
     """
 
@@ -75,16 +77,21 @@ class CGGRWrapper(nn.Module):
         engine: str | None = None,
         detach: str = "live",
         layers: Sequence[nn.Module] | None = None,
+        gradient_checkpointing: bool = False,
         return_dict: bool = False,
     ) -> None:
         super().__init__()
         engine = engine or _first_engine(model, leak_rate)
         check_name("engine", engine, ENGINES)
         check_name("detach", detach, ("const", "live"))
+        if gradient_checkpointing and engine != "sparse":
+            raise ValueError(f"gradient_checkpointing with engine {engine!r}; accepted: the model's own, or 'sparse'")
         options: dict[str, Any] = {"engine": engine, "leak_rate": leak_rate, "detach": detach}
         self.depth = DepthBuckets(num_buckets, score_name(scoring), **options)
         self.model, self.return_dict = model, return_dict
-        self.borrowed = Borrowed(cast("PreTrainedModel", model)) if engine == "sparse" else None
+        self.borrowed: Borrowed | None = None
+        if engine == "sparse":
+            self.borrowed = Borrowed(cast("PreTrainedModel", model), gradient_checkpointing)
         self.curriculum = StepCount(warmup_steps)
         found = list(layers or (self.borrowed.adapter.layers if self.borrowed else find_layers(model)))
         only = set(cut_layers(len(found), num_buckets)) if engine == "faithful" else None
@@ -132,7 +139,8 @@ class CGGRWrapper(nn.Module):
         Engine `sparse` takes `num_items_in_batch` and `return_dict` too, as `CGGRModel` does.
         """
         # Arguments have names because `transformers.Trainer` drops the columns of a batch that have none here.
-        named = dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels, position_ids=position_ids)
+        named = {"input_ids": input_ids, "labels": labels}
+        named |= {"attention_mask": attention_mask, "position_ids": position_ids}
         keywords = others | {name: value for name, value in named.items() if value is not None}
         if not (self.training and torch.is_grad_enabled()):
             return self.model(*args, **keywords)
@@ -200,15 +208,26 @@ class CGGRWrapper(nn.Module):
 
 
 def _first_engine(model: nn.Module, leak_rate: float) -> str:
-    """`sparse` where it can be had; says so where a family has no such engine."""
+    """`sparse` where it can be had; says so where family or model has no such engine."""
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if family not in SUPPORTED:
-        supported = ", ".join(SUPPORTED)
-        warnings.warn(f"CGGRWrapper on {family!r} gates gradients by hooks, which saves no time; families with an "
-                      f"engine that does: {supported}", stacklevel=3)  # fmt: skip
+    misfit = f"families with an engine that does: {', '.join(SUPPORTED)}" if family not in SUPPORTED else None
+    if misfit is None and leak_rate == 0:
+        misfit = _misfit(cast("PreTrainedModel", model))
+    if misfit is not None:
+        warnings.warn(f"CGGRWrapper on {family!r} gates gradients by hooks, which saves no time; {misfit}",
+                      stacklevel=3)  # fmt: skip
     if leak_rate > 0:
         return "faithful"
-    return "sparse" if family in SUPPORTED else "every"
+    return "sparse" if misfit is None else "every"
+
+
+def _misfit(model: PreTrainedModel) -> str | None:
+    """Why a model of a supported family cannot be run by its sparse engine."""
+    try:
+        Borrowed(model)
+    except ValueError as error:
+        return f"for one that does: {error}"
+    return None
 
 
 def route_of_buckets(bucket_1N: Tensor, last: int) -> TokenRoute:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from small_models import CONFIGS, small_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PreTrainedModel
 
 from cggr_ray import CGGRWrapper
 from cggr_ray.api.hooks import find_layers
@@ -131,6 +131,36 @@ def test_the_first_engine_that_fits_is_chosen() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert CGGRWrapper(small_model("llama")).depth.engine == "sparse"
+
+
+def test_a_model_that_the_sparse_engine_cannot_run_is_hooked_and_said_so() -> None:
+    dropping = AutoModelForCausalLM.from_config(GPT2Config(n_layer=4, n_head=2, n_embd=16, vocab_size=VOCABULARY))
+    checkpointed = small_model("llama")
+    checkpointed.gradient_checkpointing_enable()
+    with pytest.warns(UserWarning, match="'gpt2' gates gradients by hooks.*attn_pdrop = 0.1"):
+        wrapper = CGGRWrapper(dropping, warmup_steps=0)
+    assert wrapper.depth.engine == "every"
+    wrapper(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    with pytest.warns(UserWarning, match="'llama' gates gradients by hooks.*gradient checkpointing"):
+        hooked = CGGRWrapper(checkpointed, num_buckets=3, warmup_steps=0)
+    hooked(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    expected = small_model("llama")
+    CGGRWrapper(expected, num_buckets=3, warmup_steps=0)(TOKENS, labels=TOKENS).backward()
+    assert_same_gradients(checkpointed, expected)
+
+
+def test_recomputing_layers_changes_no_gradient_of_the_sparse_engine() -> None:
+    found = []
+    for recompute in (False, True):
+        model = small_model("qwen3")
+        wrapper = CGGRWrapper(model, num_buckets=3, warmup_steps=0, gradient_checkpointing=recompute)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            loss = wrapper(TOKENS, labels=TOKENS)
+        loss.backward()
+        found.append((model, sum(sizes)))
+    assert_same_gradients(found[1][0], found[0][0])
+    assert found[1][1] < 0.5 * found[0][1]
 
 
 def padded() -> dict[str, Tensor]:
@@ -328,6 +358,7 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
         (lambda: quietly(neox(), engine="sparse"), "model family 'gpt_neox'"),
         (lambda: quietly(llama, engine="sparse", leak_rate=0.5), "leak_rate = 0.5 with engine 'sparse'"),
         (lambda: quietly(llama, engine="every", detach="const"), "detach 'const' with engine 'every'"),
+        (lambda: quietly(llama, engine="every", gradient_checkpointing=True), "gradient_checkpointing with engine 'ev"),
         (lambda: quietly(llama, scoring="hardness"), "scoring = 'hardness'"),
         (lambda: quietly(llama, scoring="loss")(TOKENS), "scoring 'loss' without labels; accepted"),
         (lambda: quietly(Pooled())(TOKENS), r"layers on \[\(3, 13\)\], logits \(3, 7, 96\)"),
@@ -335,9 +366,9 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(12))
 def test_mistakes_are_named(number: int) -> None:
     call, message = mistakes()[number]
     with pytest.raises(ValueError, match=message):
         call()
-    assert len(mistakes()) == 11
+    assert len(mistakes()) == 12
