@@ -50,7 +50,7 @@ def score(
         values = stats.nll - reference_N
     else:
         values = SCORES[name](stats)
-    return torch.where(values.isnan(), -torch.inf, values)
+    return torch.where(values.isnan(), -torch.inf, values).float()
 
 
 def score_histogram(scores: Tensor) -> Tensor:

@@ -327,3 +327,14 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
 def test_mistakes_are_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_scores_are_float32_whatever_the_logits_are(dtype: torch.dtype) -> None:
+    logits, targets = batch()
+    assert CGGRScorer("combined")(logits.to(dtype), targets).dtype == torch.float32
+    rounded = logits.to(dtype).requires_grad_()
+    plain(0.3)(rounded, targets).backward()
+    kept = kept_by_hand(rounded.detach(), targets, "combined", 0.3)
+    assert rounded.grad is not None and rounded.grad.dtype == dtype
+    assert rounded.grad.flatten(0, 1).abs().sum(1).nonzero().flatten().tolist() == kept.tolist()
