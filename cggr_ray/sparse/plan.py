@@ -54,7 +54,8 @@ class Planned:
     route: TokenRoute | None
     statistics: dict[str, Tensor]
     whole: Callable[[], Seen] | None = None
-    """What a router would see behind all layers, of all positions, where the plan has run them, or nearly."""
+    """What a router would see behind all layers, of all positions: without gradient, and where they are not all run,
+    at the cost of those that are left."""
 
 
 class Plan(Protocol):
@@ -286,7 +287,9 @@ class Skip:
         joined = padded.index_copy(0, target, kept.flatten(0, 1))[:-1].view_as(hidden)
         trunk = Trunk(adapter, joined)
         joined = adapter.run_layers(joined, micro.positions_BT, documents, slice(middle.stop, None), trunk)
-        return Planned(adapter.finish(joined, trunk.hidden_BTD if self.exit else None), None, route.statistics)
+        stream = adapter.finish(joined, trunk.hidden_BTD if self.exit else None)
+        # Nobody has run the middle layers on all positions: whoever asks pays for a forward of its own.
+        return Planned(stream, None, route.statistics, partial(seen_after, adapter, micro, len(adapter.layers)))
 
 
 def among_kept(documents: Documents, route: TokenRoute, micro: MicroBatch) -> Documents:
