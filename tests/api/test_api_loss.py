@@ -338,3 +338,14 @@ def test_scores_are_float32_whatever_the_logits_are(dtype: torch.dtype) -> None:
     kept = kept_by_hand(rounded.detach(), targets, "combined", 0.3)
     assert rounded.grad is not None and rounded.grad.dtype == dtype
     assert rounded.grad.flatten(0, 1).abs().sum(1).nonzero().flatten().tolist() == kept.tolist()
+
+
+def test_a_batch_without_labels_leaves_the_confidence_as_it_was() -> None:
+    logits, targets = batch()
+    criterion = CGGRLoss(warmup_steps=0)
+    shares = []
+    for labels in [targets] * 3 + [torch.full_like(targets, -100)] + [targets] * 3:
+        criterion(logits, labels)
+        shares.append(criterion.metrics()[ROUTER_KEPT_FRACTION])
+    assert shares[3] == 0 and shares[2] > shares[0]
+    assert shares[4:] == [shares[2]] * 3
