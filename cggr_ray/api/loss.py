@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cggr_ray.api.curriculum import StepCurriculum
 from cggr_ray.api.selection import Chooser, kept_fraction, on_host, score_name, seen_by, selected_tokens
 from cggr_ray.data.batch import IGNORE
-from cggr_ray.kernels.head_stats.op import HeadStats, head_stats
+from cggr_ray.kernels.head_stats.op import HeadStats, check_operands, head_stats
 from cggr_ray.kernels.logit_stats.op import logit_stats
 from cggr_ray.kernels.selected_ce.op import selected_cross_entropy
 from cggr_ray.routing.route import TokenRoute
@@ -106,6 +106,7 @@ class CGGRLoss(nn.Module):
         hidden, head_weight = _same_dtype(hidden, head_weight)
         labels_BT, flat_ND = _rows(hidden, labels, self.ignore_index, "hidden states", shift)
         self._check_sequences(hidden)
+        check_operands(flat_ND, head_weight, labels_BT.flatten(), None)
         route = self._route(labels_BT, lambda labels_N: head_stats(flat_ND.detach(), head_weight.detach(), labels_N))
         labels_N = labels_BT.flatten()
         if route is None:
@@ -193,7 +194,7 @@ def _rows(values: Tensor, targets: Tensor, ignore_index: int, what: str, shift: 
     if values.ndim not in (2, 3) or targets.shape != values.shape[:-1]:
         shapes = f"{what} {tuple(values.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"{shapes}; accepted: (B, T, ...) with (B, T), or (N, ...) with (N,)")
-    labels = torch.where((targets == ignore_index) | (targets < 0), IGNORE, targets)
+    labels = torch.where((targets == ignore_index) | (targets < 0), IGNORE, targets).long()
     if shift:
         # Labels move rather than logits: a slice of the logits would have to be copied.
         labels = F.pad(labels[..., 1:], (0, 1), value=IGNORE)

@@ -71,7 +71,7 @@ class Adapter:
         self.device = next(model.parameters()).device
         self.flash = self.device.type == "cuda"
         if self.flash and model.dtype == torch.float32:
-            raise ValueError("precision 'fp32' on a GPU; accepted: bf16 or auto, as a model: bfloat16 or float16 weights; "
+            raise ValueError("precision 'fp32' on a GPU; accepted: bf16 or auto, or weights in bfloat16 or float16: "
                              "FlashAttention has no float32")  # fmt: skip
         self._attention = register_document_flash() if self.flash else "sdpa"
         self.family.config._attn_implementation = self._attention

@@ -56,8 +56,8 @@ class DynamicThreshold:
     smoothing: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.sensitivity < 0 or not 0 <= self.smoothing < 1:
-            raise ValueError(f"{self}; accepted: sensitivity >= 0, smoothing in [0, 1)")
+        if not (0 <= self.sensitivity < float("inf") and 0 <= self.smoothing < 1):
+            raise ValueError(f"{self}; accepted: a finite sensitivity >= 0, smoothing in [0, 1)")
 
     @property
     def below(self) -> bool:

@@ -78,6 +78,7 @@ def test_targets_are_shifted_only_when_asked_and_rows_may_be_flat() -> None:
     logits, targets = batch()
     loss = plain(0.3)(logits, targets)
     assert torch.equal(loss, plain(0.3)(logits.flatten(0, 1), targets.flatten()))
+    assert torch.equal(loss, plain(0.3)(logits, targets.int()))
     moved = torch.roll(targets, 1, dims=1)
     assert not torch.allclose(loss, plain(0.3)(logits, moved))
     sliced = plain(0.3)(logits[:, :-1], targets[:, 1:])
@@ -313,6 +314,7 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
         (lambda: CGGRLoss(warmup_steps=-1), r"warmup_steps = -1; accepted"),
         (lambda: CGGRLoss(num_strata=0), r"num_strata = 0"),
         (lambda: CGGRLoss(threshold_sensitivity=-0.5), r"sensitivity=-0.5"),
+        (lambda: CGGRLoss(threshold_sensitivity=float("nan")), r"sensitivity=nan"),
         (lambda: CGGRLoss(weights="inverse_probability"), r"'inverse_probability' with 'topk'"),
         (lambda: plain()(logits, targets[:, 1:]), r"targets \(3, 13\); accepted"),
         (lambda: plain()(logits[0, 0], targets[0, 0]), r"logits \(17,\)"),
@@ -320,6 +322,7 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
         (lambda: CGGRScorer("hardness"), r"scoring = 'hardness'"),
         (lambda: CGGRScorer("loss")(logits), r"scoring 'loss' without targets; accepted: entropy"),
         (lambda: plain().from_hidden(logits, torch.ones(5, 16), targets), r"shapes"),
+        (lambda: CGGRLoss().from_hidden(logits.bfloat16(), torch.ones(5, 17), targets), r"one dtype for both"),
     ]
 
 
