@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cggr_ray.kernels.selected_ce import op
 from cggr_ray.kernels.selected_ce.op import chunks, position_nll, selected_cross_entropy
@@ -70,6 +71,25 @@ def test_gradients_scale_with_what_comes_from_above(rows_a_chunk, monkeypatch):
     expected = truth(hidden, head, labels, weights * -2.5)
     found = ours(hidden, head, labels, weights, factor=-2.5)
     assert_near((found[0] * -2.5, *found[1:]), expected, 2e-6)
+
+
+@pytest.mark.parametrize("rows_a_chunk", [None, 3])
+def test_a_head_that_does_not_learn_has_no_gradient_formed(rows_a_chunk, monkeypatch):
+    set_chunk(monkeypatch, rows_a_chunk, 1009)
+    hidden, head, labels, weights = problem(11, 8, 1009)
+    shapes = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            shapes.extend(tuple(x.shape) for x in (out,) if isinstance(x, torch.Tensor))
+            return out
+
+    given = hidden.clone().requires_grad_()
+    with Seen():
+        selected_cross_entropy(given, head, labels, weights)[0].backward()
+    assert (1009, 8) not in shapes and head.grad is None
+    torch.testing.assert_close(given.grad, ours(hidden, head, labels, weights)[2])
 
 
 def transposed(x):

@@ -62,10 +62,11 @@ class _SelectedCrossEntropy(torch.autograd.Function):
             for part in parts:
                 nll, slope, *more = loss(hidden_KD[part] @ head_VD.mT, labels[part], weights[part])
                 torch.mm(slope, head_VD, out=hidden_grad[part])
-                head_grad = _accumulate(head_grad, slope, hidden_KD[part])
+                if ctx.needs_input_grad[1]:
+                    head_grad = _accumulate(head_grad, slope, hidden_KD[part])
                 nlls.append(nll)
                 beyond += more
-            assert head_grad is not None, "no rows"
+            assert parts, "no rows"
             ctx.save_for_backward(hidden_grad, head_grad)
             nll = torch.cat(nlls)
         ctx.mark_non_differentiable(nll)
@@ -77,10 +78,15 @@ class _SelectedCrossEntropy(torch.autograd.Function):
         # The factor that comes from above goes to the smaller operand: the head's gradient is the largest of all.
         if ctx.whole:
             hidden_KD, head_VD, slope = ctx.saved_tensors
-            return (slope @ head_VD) * grads[0], slope.mT @ (hidden_KD * grads[0]), *(None,) * 4
+            head = slope.mT @ (hidden_KD * grads[0]) if ctx.needs_input_grad[1] else None
+            return (slope @ head_VD) * grads[0], head, *(None,) * 4
         hidden_grad, head_grad = ctx.saved_tensors
-        scaled = torch.empty(head_grad.shape, dtype=hidden_grad.dtype, device=head_grad.device)
-        return hidden_grad * grads[0], torch.mul(head_grad, grads[0], out=scaled), *(None,) * 4
+        scaled = None
+        # A head that does not learn has none, which would be as large as itself in float32.
+        if head_grad is not None:
+            scaled = torch.empty(head_grad.shape, dtype=hidden_grad.dtype, device=head_grad.device)
+            torch.mul(head_grad, grads[0], out=scaled)
+        return hidden_grad * grads[0], scaled, *(None,) * 4
 
 
 def _accumulate(total: Tensor | None, slope_KV: Tensor, hidden_KD: Tensor) -> Tensor:
