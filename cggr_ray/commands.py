@@ -8,6 +8,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 
 from cggr_ray.codec import nearest, to_plain
-from cggr_ray.data.dataset import AnySource, open_data, prepare
+from cggr_ray.data.dataset import AnySource, is_prepared, open_data, prepare
 from cggr_ray.data.sources import DATA_PRESETS
 from cggr_ray.device import pick_device
 from cggr_ray.environment import fingerprint
@@ -99,10 +100,10 @@ def race(
         check_present(spec)
         show_plan(spec, trials)
         return
-    check(spec, executor, address)
+    check(spec, executor, address, folder)
     begin(folder, spec, trials)
     console = Console()
-    failed = run_left(trials, folder, executor, address, most, console)
+    failed = run_left(with_kept_questions(trials, folder), folder, executor, address, most, console)
     finish(folder, failed, console)
 
 
@@ -137,14 +138,16 @@ def run_left(
         return run_trials(left, folder, executor, address, live.show)
 
 
-def check(spec: RaceSpec, executor: str, address: str | None) -> None:
+def check(spec: RaceSpec, executor: str, address: str | None, folder: Path) -> None:
     """Before anything starts: the executor, the data's files, whether the recipes fit the model and the micro-batches
-    and, on a local machine, the device that is asked for."""
+    and, on a local machine, the device that is asked for. What `folder` keeps is not asked for: it may have been moved
+    to a machine that has none of the files it was made from."""
     check_executor(executor, spec)
-    spec.data.check()
+    if not is_prepared(spec.data, folder / "data"):
+        spec.data.check()
     spec.check()
     if spec.evaluation is not None:
-        spec.evaluation.check()
+        spec.evaluation.kept_in(folder).check()
     if address is None:
         pick_device(spec.device)
 
@@ -220,9 +223,23 @@ def default_race(device: str) -> str:
     return "gpu" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def with_kept_questions(trials: Sequence[Trial], folder: Path) -> list[Trial]:
+    """The trials of a race, asked the questions that its folder keeps."""
+    asked = [trial.race.evaluation and trial.race.evaluation.kept_in(folder) for trial in trials]
+    return [
+        replace(trial, race=replace(trial.race, evaluation=kept)) for trial, kept in zip(trials, asked, strict=True)
+    ]
+
+
 def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
-    """Makes the folder the race's own, or checks that it is."""
-    names = [spec.recipe(name).name for name in spec.recipes]
+    """Makes the folder the race's own, or checks that it is; it keeps the questions that are read from files.
+
+    Raises:
+        ValueError: it holds something else, or a recipe is another than the race began with.
+    """
+    recipes = {name: spec.recipe(name) for name in spec.recipes}
+    check_recipes(folder, recipes)
+    names = [recipe.name for recipe in recipes.values()]
     record = {
         "name": spec.name,
         "recipes": names,
@@ -230,11 +247,23 @@ def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
         "budget_seconds": spec.budget_seconds,
         "seeds": list(spec.seeds),
         "spec": spec.to_plain(),
+        "parts": {name: recipe.to_plain() for name, recipe in recipes.items()},
         "versions": fingerprint(),
         "command": shlex.join(["cggr-ray", *sys.argv[1:]]),
         "trials": [trial.trial_id for trial in trials],
     }
     claim(folder, RACE_FILE, record)
+    if spec.evaluation is not None:
+        spec.evaluation.keep(folder)
+
+
+def check_recipes(folder: Path, recipes: Mapping[str, Recipe]) -> None:
+    """Raises ValueError where the race in a folder began with another recipe: the file of one may have been edited."""
+    known = json.loads((folder / RACE_FILE).read_text()) if (folder / RACE_FILE).is_file() else {}
+    for name, parts in known.get("parts", {}).items():
+        if name in recipes and Recipe.from_plain(parts) != recipes[name]:
+            raise ValueError(f"recipe {name!r} is another than {str(folder)!r} began with; accepted: the recipe as "
+                             f"parts of {RACE_FILE} have it, or a new race")  # fmt: skip
 
 
 def claim(folder: Path, file: str, record: Mapping[str, Any]) -> None:

@@ -107,6 +107,8 @@ def specified(run: Path, tasks: Path | None, rows: int | None) -> Evaluation:
         if table is None:
             raise ValueError("no evaluation; accepted: --tasks with a .toml file that has an [evaluation]")
         spec = Evaluation.from_plain(table)
+        if tasks is None and len(run.resolve().parents) > 1:
+            spec = spec.kept_in(run.resolve().parents[1])
         spec.check_sources(from_plain(DataSpec, trained["data"]).sources if "data" in trained else ())
         return spec if rows is None else replace(spec, rows=rows)
     except (tomllib.TOMLDecodeError, ValueError) as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +18,18 @@ class DiskFullError(OSError):
 
 def write_whole(path: Path, text: str) -> None:
     """Writes UTF-8 text, in place of what is there. A process that is killed leaves the old file, or none."""
+    _whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copies a file in the same way."""
+    _whole(path, lambda aside: shutil.copyfile(source, aside))
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
     aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(text, encoding="utf-8")
+        write(aside)
         flush(aside)
         aside.replace(path)
     finally:

@@ -15,8 +15,9 @@ A run folder holds
     milestones/     of such a race: <milestone>/, the weights then as a Hugging Face folder, and milestone.json
 
 and a race folder holds race.json, runs/<trial id>/ and, with evaluation tasks, overlap.json: which of their questions
-training documents have. That of a tuning holds tuning.json, runs/<trial id>/, tuning.jsonl with a row a trial, and the
-race it leads to. The file `stop` in one of these asks its runs to end with a checkpoint. Readers need nothing else.
+training documents have, and questions/, the tasks' files. That of a tuning holds tuning.json, runs/<trial id>/,
+tuning.jsonl with a row a trial, and the race it leads to. The file `stop` in one of these asks its runs to end with a
+checkpoint. Readers need nothing else.
 
 A sweep's folder holds sweep.json (what is searched, and how), runs/<trial id>/, best/ with the best recipe and a race
 of it, and sweep.jsonl: one event a line, append-only, `at` in Unix seconds.
@@ -55,6 +56,7 @@ TUNED_FILE: Final = "tuned.toml"
 CALIBRATION_FILE: Final = "calibration.json"
 CALIBRATED_FILE: Final = "calibrated.toml"
 EVALUATION_FOLDER: Final = "evaluation"
+QUESTIONS_FOLDER: Final = "questions"
 LATE_FILE: Final = "late.jsonl"
 MILESTONES_FOLDER: Final = "milestones"
 MILESTONE_FILE: Final = "milestone.json"

@@ -51,7 +51,7 @@ def sweep(
     else:
         spec = specify_sweep(name, race_name, changes, values, search)
         folder = out or new_folder(spec.race.name)
-    check(spec.race, executor, address)
+    check(spec.race, executor, address, folder)
     check_sweep(spec, executor, folder)
     check_growing(growing, spec.race.device, address)
     if dry_run:

@@ -35,7 +35,7 @@ def tune(
     else:
         spec = specify(name, changes, {})
         folder = out or new_folder(f"{spec.name}-tuning")
-    check(spec, executor, address)
+    check(spec, executor, address, folder)
     trials = plan_tuning(spec, folder)
     if dry_run:
         show_plan(trials[0].race, trials)

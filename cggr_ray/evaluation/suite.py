@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,10 @@ from cggr_ray.evaluation.estimates import Overlap
 from cggr_ray.evaluation.generate import check_lengths, fill, generate
 from cggr_ray.evaluation.generated import Generated
 from cggr_ray.evaluation.gsm8k import Gsm8k
-from cggr_ray.evaluation.task import Question, Sample, Task, Verdict
-from cggr_ray.files import write_whole
+from cggr_ray.evaluation.task import FileTask, Question, Sample, Task, Verdict
+from cggr_ray.files import copy_whole, write_whole
 from cggr_ray.out_of_memory import with_fewer
-from cggr_ray.schema import EVAL, EVALUATION_FOLDER
+from cggr_ray.schema import EVAL, EVALUATION_FOLDER, QUESTIONS_FOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +77,17 @@ class Evaluation(Plain):
         """Looks at every task's files, before anything is started."""
         for task in self.tasks:
             task.check()
+
+    def keep(self, folder: Path) -> None:
+        """Copies the tasks' files into a race's folder, which can then be moved without them."""
+        for task in self.tasks:
+            if isinstance(task, FileTask) and not (kept := kept_file(folder, task)).is_file():
+                kept.parent.mkdir(exist_ok=True)
+                copy_whole(Path(task.path), kept)
+
+    def kept_in(self, folder: Path) -> Evaluation:
+        """The same, with the files that `folder` keeps in place of those they were copied from."""
+        return replace(self, tasks=tuple(_kept(folder, task) for task in self.tasks))
 
     def overlaps(self, sources: Sequence[Source]) -> dict[str, Any]:
         """By task, the questions of which a document of the sources has some words in a row; reads every document."""
@@ -143,6 +154,17 @@ class Suite:
         """Every task's largest batch at its full length: the memory that `run` may need at most."""
         for task, questions in self._asked:
             fill(model, self._tokenizer, questions, task, self._rows)
+
+
+def kept_file(folder: Path, task: FileTask) -> Path:
+    """Where a race's folder keeps the file of a task: of its format, so with its endings."""
+    return folder / QUESTIONS_FOLDER / f"{task.name}{''.join(Path(task.path).suffixes)}"
+
+
+def _kept(folder: Path, task: AnyTask) -> AnyTask:
+    if not isinstance(task, FileTask) or not (kept := kept_file(folder, task)).is_file():
+        return task
+    return replace(task, path=str(kept.resolve()))
 
 
 def milestone_name(fraction: float) -> str:
