@@ -224,12 +224,15 @@ def rates_of(recipe: Recipe) -> dict[str, float]:
 
 
 def check_rates(recipe: Recipe) -> None:
-    """Raises ValueError where trained weights would learn at a rate for random ones: where one of two was set."""
+    """Raises ValueError where trained weights would learn at a rate for random ones, or above: where one of two was
+    set, or a rate was taken from training from scratch."""
     usual = rates_of(Recipe("usual"))
     for key, rate in rates_of(recipe).items():
-        if rate == usual[key]:
-            raise ValueError(f"{key} = {rate:g}, a rate for random weights, and the model's are trained; "
-                             "accepted: optimizer.lr_scale, or rates of both matrix and rest")  # fmt: skip
+        if rate >= usual[key]:
+            raise ValueError(
+                f"{key} = {rate:g}, a rate for random weights, and the model's are trained; "
+                f"accepted: less than {usual[key]:g}, by optimizer.lr_scale or by rates of both matrix and rest"
+            )
 
 
 def check_positions(data: DataSpec, most: int) -> None:

@@ -1,7 +1,8 @@
 """The same small sweep for every arm of a race, before it: what runs, what was best, and the race file it leads to.
 
 Every entry of `tuning.values` is one trial of every recipe, on the race's model, data and order, with one validation at
-its end. The lowest loss of a recipe's finished trials decides; its values become the arm's own in tuned.toml.
+its end: the race in small, with as small a part of its warm-up, or that would be most of a short trial. The lowest loss
+of a recipe's finished trials decides; its values become the arm's own in tuned.toml.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import tomli_w
 
 from cggr_ray.race import RaceSpec, Trial, Tuning, plan_trial, refuse_doubles
+from cggr_ray.recipe import Recipe
 from cggr_ray.schema import SUMMARY_FILE, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 from cggr_ray.telemetry.tracker import Row
 
@@ -51,9 +53,18 @@ def plan_tuning(spec: RaceSpec, folder: Path) -> list[Trial]:
             tuning=None,
             evaluation=None,
         )
-        trials += [plan_trial(short, name, tuning.seed, str(number + 1), folder) for name in spec.recipes]
+        part = tuning.seconds / spec.budget_seconds
+        planned = [plan_trial(short, name, tuning.seed, str(number + 1), folder) for name in spec.recipes]
+        trials += [replace(trial, recipe=with_short_warmup(trial.recipe, part)) for trial in planned]
     refuse_doubles(trials)
     return trials
+
+
+def with_short_warmup(recipe: Recipe, part: float) -> Recipe:
+    """The recipe with a part of its warm-up, which is counted in tokens; all else follows the budget by itself."""
+    schedule = recipe.optimizer.schedule
+    short = replace(schedule, warmup_tokens=round(part * schedule.warmup_tokens))
+    return replace(recipe, optimizer=replace(recipe.optimizer, schedule=short))
 
 
 def tuning_rows(spec: RaceSpec, trials: Sequence[Trial]) -> list[Row]:

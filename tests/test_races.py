@@ -15,7 +15,7 @@ from cggr_ray import cli
 from cggr_ray.evaluation.aime import Aime
 from cggr_ray.evaluation.gsm8k import Gsm8k
 from cggr_ray.planning import absent
-from cggr_ray.race import RACES, load_race, plan_trials
+from cggr_ray.race import RACES, check_rates, load_race, plan_trials
 
 FILES = sorted((Path(__file__).parents[1] / "races").glob("*.toml"))
 SHIPPED = [*map(str, FILES), *(path.stem for path in RACES.glob("*.toml"))]
@@ -73,6 +73,15 @@ def test_the_real_race_is_the_protocol_s() -> None:
     for needed in ("model google/gemma-3-4b-it", "dataset AI-MO/NuminaMath-1.5", "questions of aime", "of gsm8k"):
         assert f"not here: {needed}" in said or f"not here: questions {needed}" in said
     assert "milestones after 1800, 3600, 5400 s" in said and "GiB" not in said
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_a_shipped_tuning_tries_is_accepted_of_trained_weights(path: Path) -> None:
+    spec = load_race(str(path))
+    for values in spec.tuning.values if spec.tuning and spec.model.pretrained else ():
+        tried = spec.with_arms(dict.fromkeys(spec.recipes, values))
+        for name in spec.recipes:
+            check_rates(tried.recipe(name))
 
 
 def test_the_short_race_has_its_arms_and_its_caps() -> None:

@@ -112,6 +112,18 @@ def test_trials_run_entry_by_entry_with_all_recipes(tmp_path: Path) -> None:
     assert Trial.from_plain(json.loads(json.dumps(trials[0].to_plain()))) == trials[0]
 
 
+def test_a_short_trial_warms_up_for_the_part_that_the_race_does(tmp_path: Path) -> None:
+    warmup = "optimizer.schedule.warmup_tokens"
+    spec = RaceSpec(
+        recipes=("baseline", "cggr_loss"), budget_seconds=16.0, values={warmup: 1000}, arms={"cggr_loss": {warmup: 80}},
+        tuning=TUNING,
+    )  # fmt: skip
+    trials = plan_tuning(spec, tmp_path)
+    assert [t.recipe.optimizer.schedule.warmup_tokens for t in trials] == [125, 10] * 3
+    rows = tuning_rows(spec, trials)
+    assert all(row["values"] in spec.tuning.values for row in rows if spec.tuning)
+
+
 def test_a_race_without_a_tuning_has_no_trials_of_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"race 'race' has no \[tuning\]; accepted"):
         plan_tuning(RaceSpec(), tmp_path)
@@ -187,7 +199,8 @@ def test_a_reference_among_the_values_is_relative_to_the_file(tmp_path: Path) ->
 
 def test_a_part_that_is_replaced_whole_keeps_the_values_inside_it(tmp_path: Path) -> None:
     values = {MATRIX: 0.5, "optimizer.matrix": {"kind": "adamw"}}
-    spec = RaceSpec(recipes=("baseline",), values={MATRIX: 0.1}, tuning=Tuning(1.0, 9, (values,)))
+    tuning = Tuning(1.0, 9, (values,))
+    spec = RaceSpec(recipes=("baseline",), budget_seconds=1.0, values={MATRIX: 0.1}, tuning=tuning)
     (trial,) = plan_tuning(spec, tmp_path)
     write_tuned(spec, [row("baseline", 1.0, values=values)], tmp_path / "tuned.toml")
     assert load_race(str(tmp_path / "tuned.toml")).recipe("baseline") == trial.recipe

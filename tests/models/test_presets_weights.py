@@ -273,7 +273,10 @@ def test_one_of_two_rates_is_not_enough_for_trained_weights(tmp_path: Path) -> N
     spec = replace(spec, data=DataSpec(row_tokens=16))
     with pytest.raises(ValueError, match=r"optimizer.rest.lr = 0.003, a rate for random weights, and the model's are"):
         spec.check()
-    replace(spec, values={**spec.values, "optimizer.rest.lr": 2e-5}).check()
+    both = {**spec.values, "optimizer.rest.lr": 2e-5}
+    replace(spec, values=both).check()
+    with pytest.raises(ValueError, match=r"optimizer.matrix.lr = 0.02, a rate for random weights.*: less than 0.003"):
+        replace(spec, values=both | {"optimizer.matrix.lr": 0.02}).check()
 
 
 def test_seeds_of_trained_weights_have_an_order_of_their_own(tmp_path: Path) -> None:
