@@ -105,11 +105,24 @@ def caveats(race: Race) -> list[str]:
         runs = "run was" if len(resumed) == 1 else "runs were"
         words = "steps after it were done again, and only the second time counts."
         notes.append(f"{len(resumed)} {runs} taken up again from a checkpoint ({', '.join(resumed)}): {words}")
+    notes += moved_caveats(race)
     versions = [str(name) for name in race.runs.columns if str(name).startswith("versions/")]
     mixed = [name.removeprefix("versions/") for name in versions if race.runs[name].dropna().nunique() > 1]
     if mixed:
         notes.append(f"**Runs of this race had different versions of {', '.join(mixed)}.**")
     return notes + data_caveats(race)
+
+
+def moved_caveats(race: Race) -> list[str]:
+    """Runs that were not on one machine all along, and where they were."""
+    if "earlier" not in race.runs.columns:
+        return []
+    notes = []
+    for run in race.runs[race.runs["earlier"].notna()].to_dict("records"):
+        before = ", ".join(f"{where['device']} of {where['host']}" for where in run["earlier"])
+        here = f"{run['device/name']} of {run['process/host']}"
+        notes.append(f"**{run['trial_id']} was moved in its midst, from {before} to {here}: its speed is neither's.**")
+    return notes
 
 
 def pair_caveats(race: Race) -> list[str]:

@@ -269,4 +269,18 @@ def _other_devices(race: Race, recipe: str) -> bool:
     if "device/name" not in race.runs.columns:
         return False
     pairs = race.runs[race.runs["recipe"].isin((recipe, race.baseline))]
-    return bool((pairs.groupby("seed")["device/name"].nunique() > 1).any())
+    used = devices(pairs).groupby(pairs["seed"]).agg(lambda sets: len(set().union(*sets)))
+    return bool((used > 1).any())
+
+
+def devices(runs: pd.DataFrame) -> pd.Series:
+    """The names of the devices that every run ran on: it may have been moved."""
+    earlier = runs["earlier"] if "earlier" in runs.columns else pd.Series(None, index=runs.index, dtype=object)
+    names = [
+        {
+            *([] if pd.isna(last) else [last]),
+            *(where["device"] for where in (before if isinstance(before, list) else ())),
+        }
+        for last, before in zip(runs["device/name"], earlier, strict=True)
+    ]
+    return pd.Series(names, index=runs.index, dtype=object)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from pathlib import Path
 
 from cggr_ray import hub
 from cggr_ray.batches import rows_of_worker
@@ -43,3 +45,16 @@ def description(trial: Trial, adapter: Adapter, rows_per_step: int) -> Row:
         "global_rows": rows_per_step,
         "micro_rows": min(spec.micro_rows, rows_of_worker(rows_per_step, spec.workers)),
     }
+
+
+def with_earlier(run: Row, file: Path) -> Row:
+    """What goes on from a checkpoint, and as `earlier` the other devices and hosts it ran on, from its run.json."""
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    here = _where(run)
+    earlier = [*before.get("earlier", ()), *([_where(before)] if "process" in before else ())]
+    elsewhere = [where for number, where in enumerate(earlier) if where != here and where not in earlier[:number]]
+    return run | ({"earlier": elsewhere} if elsewhere else {})
+
+
+def _where(run: Row) -> Row:
+    return {"device": run["device"]["name"], "host": run["process"]["host"]}

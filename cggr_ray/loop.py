@@ -25,7 +25,7 @@ from cggr_ray.counts import Counts
 from cggr_ray.data.batch import Batch
 from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
-from cggr_ray.description import description
+from cggr_ray.description import description, with_earlier
 from cggr_ray.device import deterministic, pick_device
 from cggr_ray.files import flush, room_for, write_whole
 from cggr_ray.flight import Flight
@@ -180,6 +180,8 @@ class Run:
     def _files(self) -> tuple[list[Tracker], ProgressFile]:
         """Writes what runs, and opens what is written while it does."""
         spec, run = self.spec, description(self.trial, self.learner.adapter, self.rows_per_step)
+        if self.counts.step > 0:
+            run = with_earlier(run, self.folder / RUN_FILE)
         write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1))
         trackers = open_trackers(self.folder, run, spec.wandb, spec.wandb_project, spec.tensorboard)
         return trackers, ProgressFile(self.folder / PROGRESS_FILE, self.counts.step)

@@ -3,9 +3,10 @@
 A run folder holds the trial (run.json), what the clock said to every step (progress.f64) and what came of it. The
 replay has the same parts, seeds and rows, and a clock that says the same again, so on a CPU every bit has to be the
 same: losses, norms and decisions of every recorded step, the validations, the marks of the data order and the totals.
-On a GPU, after memory ran out, of several workers (the replay has one), and with a cache of activations, sums are taken
-in another order; there the final validation loss has to lie as close as the race's seeds lie: within the half width of
-their 95 % t interval, or within `TOLERANCE` of it where fewer than two seeds ended.
+On a GPU, after memory ran out, of several workers (the replay has one), with a cache of activations, and of a run that
+was moved to another machine in its midst, sums are taken in another order; there the final validation loss has to lie
+as close as the race's seeds lie: within the half width of their 95 % t interval, or within `TOLERANCE` of it where
+fewer than two seeds ended.
 
 Tasks of an evaluation are left out: how many questions they get through depends on the seconds they have.
 """
@@ -87,9 +88,10 @@ class Recorded:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the same arithmetic is there again: on a CPU, in the micro-batches that the trial asks for, by one
-        worker, and with nothing computed before."""
-        repeats = self.run["device"]["type"] == "cpu" and not self.summary["out_of_memory"]
+        """Whether the same arithmetic is there again: on a CPU, one all along, in the micro-batches that the trial asks
+        for, by one worker, and with nothing computed before."""
+        one_cpu = self.run["device"]["type"] == "cpu" and not self.run.get("earlier")
+        repeats = one_cpu and not self.summary["out_of_memory"]
         return repeats and self.spec.workers == 1 and self.recipe.execution.activation_cache is None
 
     @property

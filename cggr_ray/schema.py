@@ -2,7 +2,8 @@
 
 A run folder holds
 
-    run.json        what ran: recipe, race, seeds, model, data, device, versions (written before the first step)
+    run.json        what ran: recipe, race, seeds, model, data, device, versions (written before the first step), and
+                    in `earlier` other devices and hosts on which it ran before it went on from a checkpoint here
     metrics.jsonl   one JSON object a line, append-only: `step`, `milestone`, `resumed`, `adopted` and `out_of_memory`
                     rows; one that was resumed from an older checkpoint than its last says why in `message`, and
                     rows before an adopted one are those of its `donor`, with whose weights the run goes on

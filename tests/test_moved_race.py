@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from cggr_ray import cli
 from cggr_ray.loop import run_race
 from cggr_ray.race import Trial
+from cggr_ray.reproduce import read_recorded
 from cggr_ray.stopping import StoppedError
 
 RACE = """
@@ -93,6 +94,8 @@ def test_a_race_goes_on_elsewhere_without_the_files_it_was_made_from(
     moved.parent.mkdir()
     (tmp_path / "parts").rename(moved)
     shutil.rmtree(files)
+    elsewhere = {"name": "another", "type": "cpu", "threads": 1}
+    monkeypatch.setattr("cggr_ray.description.device_info", lambda device: elsewhere)
     # A recipe of one's own, and a model's folder, are read where they were.
     files.mkdir()
     (files / "own.toml").write_text(recipe)
@@ -103,6 +106,10 @@ def test_a_race_goes_on_elsewhere_without_the_files_it_was_made_from(
     assert parts["eval/aime/n"] == 2 and parts["ledgers"]["train"] == whole["ledgers"]["train"] == 6.0
     metrics = [json.loads(line) for line in (moved / "runs/own-s0/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics if row["kind"] == "resumed"] == [STEPS]
+    here, there = (json.loads((race / "runs/own-s0/run.json").read_text()) for race in (tmp_path / "whole", moved))
+    assert there["earlier"] == [{"device": here["device"]["name"], "host": here["process"]["host"]}]
+    assert "earlier" not in here and read_recorded(tmp_path / "whole/runs/own-s0").is_exact
+    assert not read_recorded(moved / "runs/own-s0").is_exact
     again = tmp_path / "third"
     moved.rename(again)
     shown = CliRunner().invoke(cli.app, ["evaluate", str(again), "--device", "cpu"])

@@ -17,6 +17,7 @@ import pytest
 
 from analysis.cautions import caveats
 from analysis.frames import Race, read_race
+from analysis.logs import write_logs
 from analysis.output import write_report
 from analysis.plots import BASELINE_COLOUR, plot_memory, styles
 from analysis.report import render, summary_table, verdicts
@@ -325,6 +326,25 @@ def test_runs_that_went_on_from_a_checkpoint_are_told(pair_race: Path) -> None:
     with (pair_race / "runs" / "quick-1" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "resumed", "step": 20}\n')
     assert "1 run was taken up again from a checkpoint (quick-1)" in render(read_race(pair_race))
+
+
+def test_a_run_that_was_moved_is_told_and_its_pair_supports_no_claim(
+    tmp_path: Path, run_writer: Writer, milestone_row: RowMaker
+) -> None:
+    for seed in range(3):
+        for recipe, loss in (("baseline", 2.0), ("other", 1.0)):
+            run_writer(
+                *(tmp_path, recipe, seed, [milestone_row(20, 20, 1000, loss + 0.01 * seed)], {}),
+                device={"name": "B"},
+                process={"host": "b"},
+            )
+    assert "**better**" in render(read_race(tmp_path)) and "moved in its" not in render(read_race(tmp_path))
+    file = tmp_path / "runs" / "other-1" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"earlier": [{"device": "A", "host": "a"}]}))
+    text = render(read_race(tmp_path))
+    assert "**other-1 was moved in its midst, from A of a to B of b: its speed is neither's.**" in text
+    assert "not supported: the runs of a pair had other devices" in text and "**better**" not in text
+    write_logs(read_race(tmp_path), tmp_path)
 
 
 def test_what_a_ratio_could_have_shown_is_a_factor_both_ways(
