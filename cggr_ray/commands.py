@@ -260,8 +260,9 @@ def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
 def check_recipes(folder: Path, recipes: Mapping[str, Recipe]) -> None:
     """Raises ValueError where the race in a folder began with another recipe: the file of one may have been edited."""
     known = json.loads((folder / RACE_FILE).read_text()) if (folder / RACE_FILE).is_file() else {}
-    for name, parts in known.get("parts", {}).items():
-        if name in recipes and Recipe.from_plain(parts) != recipes[name]:
+    for name, recipe in recipes.items():
+        began = Recipe.from_plain(known["parts"][name]) if name in known.get("parts", {}) else recipe
+        if replace(began, description=recipe.description) != recipe:
             raise ValueError(f"recipe {name!r} is another than {str(folder)!r} began with; accepted: the recipe as "
                              f"parts of {RACE_FILE} have it, or a new race")  # fmt: skip
 

@@ -25,7 +25,7 @@ INSTRUCTION = (
 class Aime(FileTask):
     """`path`: a JSONL file with columns problem and answer. `pass_at`: the k of pass@k, at most `samples`.
 
-    A time cap can leave a problem with fewer samples than some k: that pass@k is then left out.
+    A problem of which the time cap left a sample out is left out whole.
     """
 
     name: str = "aime"

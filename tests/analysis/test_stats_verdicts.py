@@ -113,6 +113,19 @@ def test_a_win_names_the_controls_that_it_does_not_beat(better_race: Path) -> No
     assert row_of(claims(race), "chance", LOSS)["verdict"] == "better"
 
 
+@pytest.mark.parametrize(
+    ("control", "words"), [(-0.5, "better; not shown to beat the control chance"), (0.5, "better")]
+)
+def test_a_control_is_beaten_only_from_the_better_side(control: float, words: str, better_race: Path) -> None:
+    race = read_race(better_race)
+    own = race.milestones["recipe"] == "chance"
+    at_the_end = own & (race.milestones["step"] == 20)
+    spread = race.milestones["seed"] / 100
+    losses = race.milestones["val/loss"].mask(at_the_end, 1.5 + control + spread**2)
+    row = row_of(claims(replace(race, milestones=race.milestones.assign(**{"val/loss": losses}))), "arm", LOSS)
+    assert row["verdict"] == words
+
+
 def test_fewer_rows_control_every_method_and_chance_its_own_part(better_race: Path, run_writer: Writer) -> None:
     parts = {"rows": {"kind": "fewer_rows"}, "tokens": {"kind": "all_tokens"}, "updates": {"kind": "full_update"}}
     run_writer(better_race, "less", 0, [], {}, parts=parts)
@@ -129,6 +142,17 @@ def test_a_win_without_the_runs_that_diverged_is_not_supported(better_race: Path
     assert "not supported: 1 run diverged of arm, left out" in row["verdict"] and not row["supported"]
     run_writer(better_race, "chance", 3, [])
     assert row_of(claims(read_race(better_race)), "chance", LOSS)["supported"]  # unfinished is not yet an ending
+
+
+def test_a_claim_against_an_arm_does_not_hold_without_the_baseline_s_lost_runs(
+    better_race: Path, run_writer: Writer
+) -> None:
+    race = read_race(better_race)
+    turned = {**race.spec, "baseline": "arm"}
+    assert row_of(claims(replace(race, spec=turned)), "baseline", LOSS)["supported"]
+    run_writer(better_race, "arm", 3, [], {"status": "failed", "tokens_seen": 0})
+    row = row_of(claims(replace(read_race(better_race), spec=turned)), "baseline", LOSS)
+    assert row["verdict"] == "worse, not supported: 1 run failed of arm, left out" and not row["supported"]
 
 
 def changed(race: Race, **columns: list[Any]) -> Race:
