@@ -247,6 +247,17 @@ def test_what_is_known_is_not_tried_again(tmp_path: Path) -> None:
     assert once_more.asked
 
 
+@pytest.mark.parametrize("what", ["device_info", "versions"])
+def test_what_another_device_or_version_found_is_tried_again(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, most = tmp_path / "calibration.json", {"baseline": 6, "random_tokens": 40}
+    calibrate(SPEC, Memory(most), file, SETTINGS)
+    monkeypatch.setattr(f"cggr_ray.calibration.{what}", lambda *_: {"name": "another"})
+    calibrate(SPEC, everything := Memory(most), file, SETTINGS)
+    assert {trial.recipe.name for trial in everything.asked} == {"baseline", "random_tokens"}
+
+
 class StoppedError(Exception):
     pass
 
