@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -39,6 +40,13 @@ def peak_bytes(device: torch.device) -> int:
 def device_info(device: torch.device) -> dict[str, str | float]:
     """Name and size of the device, for run.json."""
     if device.type != "cuda":
-        return {"type": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        return {"type": "cpu", "name": cpu_name(), "threads": torch.get_num_threads()}
     properties = torch.cuda.get_device_properties(device)
     return {"type": "cuda", "name": properties.name, "memory_mib": properties.total_memory / MIB}
+
+
+def cpu_name(file: Path = Path("/proc/cpuinfo")) -> str:
+    """The model of the processor where Linux names it, else its kind."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
