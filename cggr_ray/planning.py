@@ -13,7 +13,7 @@ from cggr_ray.batches import rows_of_worker
 from cggr_ray.evaluation.task import FileTask
 from cggr_ray.hub import TOKENIZER, WEIGHTS, is_cached
 from cggr_ray.models.presets import parameter_count
-from cggr_ray.race import RaceSpec, Trial
+from cggr_ray.race import RaceSpec, Trial, check_rates
 
 
 def check_present(spec: RaceSpec) -> None:
@@ -26,6 +26,9 @@ def check_present(spec: RaceSpec) -> None:
         spec.data.check()
     if spec.model.is_here:
         spec.check()
+    elif spec.model.pretrained is not None:
+        for name in spec.recipes:
+            check_rates(spec.recipe(name))
     for task in spec.evaluation.tasks if spec.evaluation else ():
         if not isinstance(task, FileTask) or Path(task.path).is_file():
             task.check()

@@ -111,6 +111,10 @@ SOURCE = '[[data.sources]]\nkind = "jsonl"\nname = "mine"\npath = "mine.jsonl"\n
 TASK = '[[evaluation.tasks]]\nkind = "aime"\npath = "aime.jsonl"\n'
 
 
+def test_a_rate_that_the_race_would_refuse_is_refused_by_its_plan() -> None:
+    assert "optimizer.matrix.lr = 0.006, a rate for random" in plan(REAL, "--set", "optimizer.lr_scale=2")[1]
+
+
 def test_what_is_there_is_checked(tmp_path: Path) -> None:
     name = race_file(tmp_path, SOURCE + TASK)
     code, said = plan(name)
