@@ -2,6 +2,7 @@
 
 A union of dataclasses is a table with a `kind` key, the snake-case name of the class. An unknown key is an error that
 names the nearest known one; so is a value of the wrong type, a missing required key, and an unknown kind.
+TOML has no null: an optional part or number that is not there is the word `none`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Self
+
+NONE = "none"
 
 
 def kind_of(cls: type) -> str:
@@ -41,6 +44,15 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     return value
+
+
+def to_toml(plain: Any) -> Any:
+    """Plain data as TOML can hold it: with the word that stands for nothing."""
+    if isinstance(plain, list):
+        return [to_toml(item) for item in plain]
+    if isinstance(plain, Mapping):
+        return {key: to_toml(item) for key, item in plain.items()}
+    return NONE if plain is None else plain
 
 
 def from_plain(annotation: Any, value: Any, where: str = "") -> Any:
@@ -80,7 +92,13 @@ def with_values(instance: Any, values: Mapping[str, Any]) -> Any:
         table, current = plain, instance
         for depth, name in enumerate(parents):
             if not isinstance(table.get(name), dict):
-                raise ValueError(f"{'.'.join(parents[: depth + 1])!r} is not a table; {nearest(name, table)}")
+                where = ".".join(parents[: depth + 1])
+                if name not in table and name in _parts(current):
+                    rest = key.removeprefix(f"{where}.")
+                    raise ValueError(
+                        f"{key!r} where {where!r} is none; accepted: the whole part, {where}={{{rest}=...}}"
+                    )
+                raise ValueError(f"{where!r} is not a table; {nearest(name, table)}")
             table, current = table[name], getattr(current, name, None)
         known = {f.name for f in dataclasses.fields(current)} if dataclasses.is_dataclass(current) else set(table)
         if last not in known:
@@ -98,8 +116,16 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def _parts(instance: Any) -> set[str]:
+    """Names of the fields that hold one of several dataclasses, or none."""
+    cls: Any = type(instance)
+    hints = _hints(cls) if hasattr(cls, "__dataclass_fields__") else {}
+    return {name for name, hint in hints.items() if any(map(dataclasses.is_dataclass, typing.get_args(hint)))}
+
+
 def _from_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in choices:
+    optional = type(None) in choices
+    if optional and (value is None or (value == NONE and str not in choices)):
         return None
     tables = {kind_of(c): c for c in choices if isinstance(c, type) and dataclasses.is_dataclass(c)}
     if not tables:
@@ -111,18 +137,22 @@ def _from_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
             except ValueError as error:
                 errors.append(str(error))
         raise ValueError(errors[0])
+    only = next(iter(tables.values())) if len(tables) == 1 else None
+    if only is not None and not getattr(only, "IS_PART", False):
+        return _from_table(only, value, where, optional)
+    accepted = [*tables, NONE] if optional else list(tables)
     table = {"kind": value} if isinstance(value, str) else value
     if not isinstance(table, Mapping):
-        raise ValueError(f"{where} = {value!r}; accepted: a table with kind = one of {', '.join(sorted(tables))}")
+        raise ValueError(f"{where} = {value!r}; accepted: a table with kind = one of {', '.join(sorted(accepted))}")
     kind = table.get("kind", next(iter(tables)) if len(tables) == 1 else None)
     if kind not in tables:
-        raise ValueError(f"{where}.kind = {kind!r}; {nearest(str(kind), tables)}")
+        raise ValueError(f"{where}.kind = {kind!r}; {nearest(str(kind), accepted)}")
     return _from_table(tables[kind], table, where)
 
 
-def _from_table(cls: type, value: Any, where: str) -> Any:
+def _from_table(cls: type, value: Any, where: str, optional: bool = False) -> Any:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where or cls.__name__} = {value!r}; accepted: a table")
+        raise ValueError(f"{where or cls.__name__} = {value!r}; accepted: a table{' or none' if optional else ''}")
     table = {key: item for key, item in value.items() if key != "kind" or not getattr(cls, "IS_PART", False)}
     if "kind" in value and getattr(cls, "IS_PART", False) and value["kind"] != kind_of(cls):
         raise ValueError(f"{where}.kind = {value['kind']!r}; accepted: {kind_of(cls)}")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import tomllib
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import pytest
+import tomli_w
 
-from cggr_ray.codec import from_plain, kind_of, to_plain, with_values
+from cggr_ray.codec import from_plain, kind_of, to_plain, to_toml, with_values
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Room:
     labels: dict[str, dict[str, Any]] = field(default_factory=dict)
     area: float | None = None
     furnished: bool = False
+    beside_bed: Lamp | None = None
 
 
 FULL = Room(
@@ -101,6 +104,9 @@ def test_a_bare_kind_and_a_whole_number_for_a_float_are_accepted() -> None:
         ({"name": 5}, r"name = 5; accepted: str"),
         ({"name": "x", "lamps": [{"watts": 1}, {}]}, r"missing key 'lamps\[1\]\.watts' of lamp"),
         ({"name": "x", "lamps": [4]}, r"lamps\[0\] = 4; accepted: a table"),
+        ({"name": "x", "beside_bed": True}, r"beside_bed = True; accepted: a table or none"),
+        ({"name": "x", "beside_bed": "lamp"}, r"beside_bed = 'lamp'; accepted: a table or none"),
+        ({"name": "x", "wall": {"kind": "azure", "mixed_with": 3}}, r"wall\.mixed_with = 3; .*one of none, red_paint"),
         ({"name": "x", "doors": 4}, r"doors = 4; accepted: a list"),
         ({"name": "x", "doors": [1, "b"]}, r"doors\[1\] = 'b'; accepted: int"),
         ({"name": "x", "labels": {"north": 1}}, r"labels\.north = 1; accepted: a table"),
@@ -132,9 +138,29 @@ def test_a_part_can_be_replaced_and_then_changed() -> None:
     assert table == {"kind": "azure"}
 
 
+def test_what_is_not_there_is_a_word_in_toml() -> None:
+    taken = {"wall.mixed_with": None, "area": None, "doors": [3], "labels": {"north": {"a": None}}}
+    written = tomllib.loads(tomli_w.dumps(to_toml(taken)))
+    assert written == {"wall.mixed_with": "none", "area": "none", "doors": [3], "labels": {"north": {"a": "none"}}}
+    changed = with_values(FULL, {key: value for key, value in written.items() if key != "labels"})
+    assert changed == Room("hall", BluePaint("dark"), FULL.lamps, (3,), FULL.labels, None, True)
+    lit = replace(FULL, beside_bed=Lamp(5))
+    assert with_values(lit, {"beside_bed": "none"}) == FULL and with_values(FULL, {"beside_bed": {"watts": 5}}) == lit
+    with pytest.raises(ValueError, match=r"wall\.kind = 'none'; accepted: azure, red_paint"):
+        with_values(FULL, {"wall": "none"})
+    with pytest.raises(ValueError, match="furnished = 'none'; accepted: bool"):
+        with_values(FULL, {"furnished": "none"})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (
+            {"wall": "azure", "wall.mixed_with.coats": 9},
+            r"where 'wall.mixed_with' is none; .*wall.mixed_with={coats=...}",
+        ),
+        ({"beside_bed.watts": 9}, r"'beside_bed.watts' where 'beside_bed' is none; .*beside_bed={watts=...}"),
+        ({"area.size": 9}, r"'area' is not a table"),
         ({"wall.dept": 1.0}, r"unknown key 'wall\.dept'; did you mean 'depth'\?"),
         ({"wal.depth": 1.0}, r"'wal' is not a table; did you mean 'wall'\?"),
         ({"name.first": "x"}, r"'name' is not a table"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tomli_w
 
+from cggr_ray.codec import to_toml
 from cggr_ray.files import write_whole
 from cggr_ray.recipe import Recipe, load_recipe
 from cggr_ray.schema import BEST_FOLDER, VAL_LOSS
@@ -44,5 +45,5 @@ def write_best(spec: SweepSpec, best: Drawn, folder: Path) -> tuple[Path, Path]:
     batches = race.batches | ({name: race.batches[own]} if own in race.batches else {})
     beside = file.parent / "race.toml"
     compared = replace(race, name=f"{race.name}-best", recipes=(own, name), arms=arms, batches=batches)
-    write_whole(beside, tomli_w.dumps(compared.to_plain()))
+    write_whole(beside, tomli_w.dumps(to_toml(compared.to_plain())))
     return file, beside

@@ -12,6 +12,7 @@ import torch
 
 from cggr_ray.out_of_memory import asked_mib
 from cggr_ray.race import RaceSpec, load_race
+from cggr_ray.recipe import load_recipe
 from cggr_ray.sweep_command import check_sweep, specify_sweep
 from search_spaces.domains import LogUniform
 from trainables.best import write_best
@@ -182,6 +183,22 @@ def test_the_best_arm_of_the_race_is_the_trial_that_was_best(
     race = load_race(str(beside))
     first, raced = map(race.recipe, race.recipes)
     assert raced.optimizer == ran.optimizer != first.optimizer
+
+
+def test_a_best_trial_may_have_left_parts_out(tmp_path: Path) -> None:
+    """Of the shipped space half of the draws have no gate, and half no moving limits."""
+    gate = {"window": 4, "mean_change": 0.1, "variation": 0.1}
+    race = RaceSpec(recipes=("dynamic_suffix_seed",), budget_seconds=8.0, values={"updates.stability": gate})
+    spec = SweepSpec("suffix", "dynamic_suffix_seed", {"updates.beta": LogUniform(0.1, 0.9)}, race, Search())
+    values = {"updates.stability": None, "updates.limits": None, "updates.cadence": {"first": 12}}
+    best = Drawn("t0000", *(values,) * 2, end={"status": "finished", "val/loss": 1.0})
+    file, beside = write_best(spec, best, tmp_path)
+    compared = load_race(str(beside))
+    first, raced = (compared.recipe(name).updates for name in compared.recipes)
+    ran = sweep_trial(spec, sweep_race(spec), best.values, "t0000", tmp_path).recipe.updates
+    assert raced == ran == load_recipe(str(file)).updates
+    assert (raced.stability, raced.limits, raced.cadence.first) == (None, None, 12)
+    assert first.stability is not None and first.limits is not None
 
 
 def test_a_population_goes_on_when_a_slow_step_has_taken_a_trial_beyond_an_interval() -> None:
