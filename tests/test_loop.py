@@ -176,7 +176,11 @@ SMALL = {
     "cggr_seed": {"tokens.router.layers": 1},
     "cggr_skip": {"tokens.entry": 1, "tokens.exit": 1},
     "cggr_tuned": {"tokens.entry": 1, "tokens.exit": 1},
-    "dynamic_suffix": {"updates.cadence": {"first": 3, "shortest": 2}, "updates.hysteresis": 1},
+    "dynamic_suffix": {
+        "updates.cadence": {"first": 3, "shortest": 2},
+        "updates.hysteresis": 1,
+        "updates.threshold": 0.4,
+    },
     "dynamic_suffix_seed": {
         "updates.cadence": {"first": 3, "shortest": 3, "longest": 3},
         "updates.stability": {"window": 2, "mean_change": 9.0, "variation": 9.0},
@@ -271,6 +275,8 @@ def test_every_recipe_resumes_exactly(recipe: str, spec: RaceSpec, data_folder: 
     kinds = [json.loads(line)["kind"] for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("resumed") == 1
     assert losses(parts) == losses(whole)
+    layers = [row["updates/active_layers"] for row in step_rows(whole).values()]
+    assert (min(layers) < max(layers)) == ("suffix" in recipe or "blocks" in recipe)
     same = ("val/loss", "steps", "tokens_seen", "labelled_tokens", "epochs", "train_seconds", "best_val_loss", "order")
     for name in same:
         assert found[name] == expected[name], name

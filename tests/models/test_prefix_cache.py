@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,23 @@ from small_batches import packed
 from small_models import small_model
 
 from cggr_ray.data.batch import MicroBatch
+from cggr_ray.data.packing import RowOrder
+from cggr_ray.data.store import TokenStore
+from cggr_ray.learner import Learner
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.prefix_cache import GIB, ActivationCache, PrefixCache
 from cggr_ray.objectives.next_token import NextToken
+from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.rows import RandomRows
 from cggr_ray.routing.scorers import Probe
 from cggr_ray.routing.tokens import SelectedTokens, SkippedTokens
+from cggr_ray.schema import TRAIN_LOSS
 from cggr_ray.sparse.plan import Dense, KeptRows, Plan, TwoPass
 from cggr_ray.updates.fixed import StaticSuffix
 from cggr_ray.updates.random import RandomBlocks
+from cggr_ray.warmup import first_batch, warm_up
 
 POSITIONS, WIDTH, LAYERS = 126, 32, 3
 ROW = 4 * WIDTH
@@ -157,6 +164,29 @@ def test_a_change_below_is_noticed(tmp_path: Path) -> None:
         adapter.layers[0].mlp.up_proj.weight.mul_(1.5)
     adapter.forget()
     assert torch.equal(entering(False, False, True), below(adapter, MICRO)[REAL])
+
+
+def test_a_warm_up_leaves_nothing_kept(make_store: Callable[..., TokenStore], tmp_path: Path) -> None:
+    """It takes steps of every layer, then of the upper ones over what these have made, and puts the weights back."""
+
+    class Held:
+        def evaluate(self, adapter: Adapter) -> None:
+            """Nothing to compile here."""
+
+    store, losses = make_store([20, 11, 32, 7, 30], vocabulary=96), []
+    order = RowOrder([store], (1.0,), (None,), 32, False, 2)
+    for kept in (False, True):
+        adapter = Adapter(small_model("llama_biased"))
+        recipe = Recipe("x", updates=StaticSuffix(1 / 3)).with_values({"optimizer.schedule.warmup_tokens": 1})
+        learner = Learner(recipe, adapter, 0, 100)
+        if kept:
+            cpu = torch.device("cpu")
+            adapter.cache = PrefixCache(ActivationCache(1.0), 100, WIDTH, torch.float32, cpu, tmp_path / "kept.bin")
+        warm_up(learner, Held(), order, 2, 2, learner.levels())  # type: ignore[arg-type]
+        assert adapter.cache is None or adapter.cache.hits > 0
+        row = learner.step(first_batch(order, 2, 2, adapter.device), Progress(0, 0.0, 1.0, 64))
+        losses.append(float(row.device_values[TRAIN_LOSS]))
+    assert losses[0] == losses[1]
 
 
 def test_padding_is_neither_kept_nor_missed(tmp_path: Path) -> None:
