@@ -14,8 +14,10 @@ def pick_device(wanted: str) -> torch.device:
     """`auto` is the GPU where there is one.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: another word, or a GPU is asked for and there is none.
     """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {wanted!r}; accepted: auto, cpu, cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda', and no GPU is visible; accepted: cpu, auto")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

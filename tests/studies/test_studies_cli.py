@@ -87,3 +87,9 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["study", "attention-backends", "--out", str(tmp_path)])
     assert isinstance(done.exception, ValueError) and "is not an empty folder; accepted" in str(done.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_another_word_for_a_device_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["study", "attention-backends", "--device", "gpu", "--out", str(tmp_path / "a")])
+    assert isinstance(done.exception, ValueError) and "device 'gpu'; accepted: auto, cpu, cuda" in str(done.exception)
+    assert not (tmp_path / "a").exists()
