@@ -54,8 +54,7 @@ class Planned:
     route: TokenRoute | None
     statistics: dict[str, Tensor]
     whole: Callable[[], Seen] | None = None
-    """What a router would see behind all layers, of all positions: without gradient, and where they are not all run,
-    at the cost of those that are left."""
+    """What a router would see behind all layers, of all positions, where the plan has run them, or nearly."""
 
 
 class Plan(Protocol):
@@ -287,9 +286,7 @@ class Skip:
         joined = padded.index_copy(0, target, kept.flatten(0, 1))[:-1].view_as(hidden)
         trunk = Trunk(adapter, joined)
         joined = adapter.run_layers(joined, micro.positions_BT, documents, slice(middle.stop, None), trunk)
-        stream = adapter.finish(joined, trunk.hidden_BTD if self.exit else None)
-        # Nobody has run the middle layers on all positions: whoever asks pays for a forward of its own.
-        return Planned(stream, None, route.statistics, partial(seen_after, adapter, micro, len(adapter.layers)))
+        return Planned(adapter.finish(joined, trunk.hidden_BTD if self.exit else None), None, route.statistics)
 
 
 def among_kept(documents: Documents, route: TokenRoute, micro: MicroBatch) -> Documents:

@@ -96,18 +96,6 @@ def test_agreement_is_logged_on_steps_that_compare_alone(name: str) -> None:
     assert not AGREEMENT & run(part, 0.25, compare=False, visits=1)[1].keys()
 
 
-@pytest.mark.parametrize("choice", ["confidence", "stratified"])
-def test_a_probe_that_lets_others_skip_is_compared_with_the_whole_model(choice: Any) -> None:
-    part = SkippedTokens(0.25, choice, entry=1, exit=1)
-    one, seen = run(part, 0.25, compare=True, visits=1)
-    assert not AGREEMENT & run(part, 0.25, compare=False, visits=1)[1].keys()
-    assert isinstance(one.router, routers.ScoreRouter)
-    labelled = MICRO.labels_BT >= 0
-    own = true_scores(lens_logits(small_model("llama"), MICRO, 3), MICRO.labels_BT)["loss"]
-    expected = spearmanr(one.router._last_BT[labelled], own[labelled]).statistic
-    assert seen[ROUTER_SPEARMAN].item() == pytest.approx(expected, abs=1e-3)
-
-
 @pytest.mark.parametrize("ratio", [0.25, 0.6])
 @pytest.mark.parametrize("name", ["truncated, dense", "truncated, before", "truncated over the batch"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
