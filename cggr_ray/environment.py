@@ -8,7 +8,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "datasets", "ray", "numpy", "cggr-ray")
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "datasets", "ray", "numpy", "math-verify", "cggr-ray")
 
 
 def version(package: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cggr_ray.batches import rows_of_worker
 from cggr_ray.evaluation.task import FileTask
@@ -60,13 +60,11 @@ def absent(spec: RaceSpec) -> list[str]:
 def show_plan(spec: RaceSpec, trials: Sequence[Trial]) -> None:
     """Trials, seconds, milestones, tokens a step, an estimate of memory from shapes, and what is not here yet."""
     console = Console()
-    table = Table("trial", "recipe", "seed", "train s", "tokens a step", "rows", "micro-batch", "lr scale")
+    table = Table(Column("trial", overflow="fold"), "train s", "tokens a step", "rows", "micro-batch", "lr scale")
     for trial in trials:
         rows = trial.recipe.rows.rows_per_step(trial.race.global_rows)
         table.add_row(
             trial.trial_id,
-            trial.recipe.name,
-            str(trial.seed),
             f"{spec.budget_seconds:g}",
             f"{rows * spec.data.row_tokens:,}",
             str(rows),
