@@ -48,6 +48,10 @@ class Collider:
         self._selected()
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold = {self.threshold}; accepted: in [0, 1], of a loss scaled to that")
+        if self.mode == "quantile" and self.threshold != Collider.threshold:
+            raise ValueError(
+                f"threshold = {self.threshold} with mode 'quantile', which has none; accepted: mode 'upstream'"
+            )
         if self.mode == "upstream" and self.keep == 1:
             raise ValueError("keep = 1 with mode 'upstream', whose threshold chooses among kept positions; "
                              "accepted: keep below 1")  # fmt: skip

@@ -78,6 +78,7 @@ def test_its_plan_runs_backward_on_kept_rows() -> None:
     ("values", "message"),
     [
         ({"keep": 0.0}, "keep = 0.0"),
+        ({"threshold": 0.5}, "mode 'quantile', which has none"),
         ({"threshold": 1.5}, "threshold = 1.5"),
         ({"threshold": -0.1}, "threshold = -0.1"),
         ({"keep": 1.0, "mode": "upstream"}, "keep = 1 with mode 'upstream'"),
