@@ -15,6 +15,7 @@ from cggr_ray.data.sources import Problems
 from cggr_ray.loop import run_race
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.race import RaceSpec, Trial, plan_trials
+from cggr_ray.schema import GRAD_NORM, STEP_LOSSES
 from cggr_ray.stopping import StoppedError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -30,6 +31,7 @@ SPEC = RaceSpec(
     data=DataSpec(sources=(Problems(count=2000),), row_tokens=512, val_documents=8),
     values={"optimizer.schedule.warmup_tokens": 20000, "execution.deterministic": True},
     device="cuda",
+    save_model=True,
 )
 GRAPHS = {"execution.cuda_graphs": True}
 
@@ -50,8 +52,8 @@ def steps_of(folder: Path) -> list[tuple[Any, ...]]:
     """(step, loss, gradient norm) of every step that counts, the last written where there are two."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     by_step = {row["step"]: row for row in rows if row["kind"] == "step"}
-    loss = "train/loss" if "train/loss" in by_step[1] else "train/loss_kept_positions"
-    return [(step, row[loss], row["train/grad_norm"]) for step, row in sorted(by_step.items())]
+    losses = [next(row[name] for name in STEP_LOSSES if name in row) for _, row in sorted(by_step.items())]
+    return [(step, loss, by_step[step][GRAD_NORM]) for step, loss in zip(sorted(by_step), losses, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -80,3 +82,5 @@ def test_a_run_repeats_and_resumes_to_the_bit(
     assert steps_of(again) == steps_of(whole)
     assert steps_of(parts) == steps_of(whole)
     assert repeated["val/loss"] == expected["val/loss"] == resumed["val/loss"]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, again, parts)]
+    assert weights[0] == weights[1] == weights[2]
