@@ -65,7 +65,11 @@ class Grid(Plain):
         size, number = math.prod(map(len, grids.values())), len(past)
         if number >= size or again:
             return None
-        at = random.Random(seed).sample(range(size), number + 1)[number]
+        # One after the other: those that `random.sample` begins with depend on how many it is asked for.
+        generator, order = random.Random(seed), dict[int, None]()
+        while len(order) <= number:
+            order[generator.randrange(size)] = None
+        at = list(order)[number]
         values = {}
         for key, grid in grids.items():
             at, place = divmod(at, len(grid))

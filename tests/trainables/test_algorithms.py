@@ -56,6 +56,16 @@ def test_a_grid_is_every_combination_once() -> None:
     assert new_draw(Grid(3), DOMAINS, [Drawn("t0", v, v) for v in values], 5) is None
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_larger_grid_ends_with_its_last_combination_too(seed: int) -> None:
+    """Its order must not depend on how many were drawn: a repeated one would look like the end."""
+    domains: Domains = {"rate": LogUniform(1e-4, 1e-1), "keep": Uniform(0.0, 1.0)}
+    found: list[Drawn] = []
+    while (values := new_draw(Grid(10), domains, found, seed)) is not None:
+        found.append(Drawn(f"t{len(found):04d}", values, values))
+    assert len({(trial.drawn["rate"], trial.drawn["keep"]) for trial in found}) == len(found) == 100
+
+
 def test_tpe_finds_the_valley_that_random_draws_miss() -> None:
     trials = past(40, finished, Tpe(8))
     losses = [trial.end["val/loss"] for trial in trials if trial.end]
