@@ -19,8 +19,8 @@ class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_P
 
 
 @contextmanager
-def cluster(address: str | None, dashboard: bool = False) -> Iterator[dict[str, float]]:
-    """A Ray session; yields the cluster's resources and shuts down what it started.
+def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[str, float]]]:
+    """A Ray session; yields the resources of each of its machines and shuts down what it started.
 
     Args:
         address: of a running cluster (`auto`, `host:port`); None starts a local one on 127.0.0.1.
@@ -41,6 +41,6 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[dict[str, 
             logging_level=logging.ERROR,
         )
     try:
-        yield ray.cluster_resources()
+        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
         ray.shutdown()

@@ -80,8 +80,8 @@ def run_trials(
         ValueError: the resources of a trial are not there; before anything starts.
         StoppedError: SIGTERM or Ctrl-C; what ran has been saved.
     """
-    with cluster(address) as resources, stoppable(folder) as ending:
-        placement = place(trials[0].race.device, resources, trials[0].race.workers)
+    with cluster(address) as machines, stoppable(folder) as ending:
+        placement = place(trials[0].race.device, machines, trials[0].race.workers)
         session = f"session-{time.time_ns()}"
         storage = (folder / "ray").resolve()
         tune.Tuner(

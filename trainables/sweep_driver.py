@@ -116,9 +116,9 @@ def run_sweep(
     sweep.stopped_before(replay(scheduler, history.events))
 
     # Nested trials that are stopped early give their GPU back only with the dashboard on.
-    with cluster(address, dashboard=executor == "train") as resources, stoppable(folder) as ending:
+    with cluster(address, dashboard=executor == "train") as machines, stoppable(folder) as ending:
         gpus = search.gpus_per_trial
-        placement = place_growing(gpus, growing) if growing else place(spec.race.device, resources, gpus_per_trial=gpus)
+        placement = place_growing(gpus, growing) if growing else place(spec.race.device, machines, gpus_per_trial=gpus)
         history.session()
         session, storage = f"session-{time.time_ns()}", (folder / "ray").resolve()
 

@@ -16,7 +16,7 @@ from trainables.scaling import Placement, place, place_growing
     ],
 )
 def test_place(device: str, cluster: dict[str, float], expected: Placement) -> None:
-    assert place(device, cluster) == expected
+    assert place(device, [cluster]) == expected
 
 
 @pytest.mark.parametrize(
@@ -28,13 +28,13 @@ def test_place(device: str, cluster: dict[str, float], expected: Placement) -> N
     ],
 )
 def test_place_of_two_workers_a_trial(device: str, cluster: dict[str, float], expected: Placement) -> None:
-    assert place(device, cluster, workers=2) == expected
+    assert place(device, [cluster], workers=2) == expected
 
 
 @pytest.mark.parametrize(("cluster", "of"), [({"CPU": 1.0}, "CPU"), ({"CPU": 8.0, "GPU": 1.0}, "GPU")])
 def test_more_workers_than_there_is_room_for_are_refused(cluster: dict[str, float], of: str) -> None:
     with pytest.raises(ValueError, match=f"workers = 2, .* accepted: at most one worker a {of}"):
-        place("auto", cluster, workers=2)
+        place("auto", [cluster], workers=2)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_more_workers_than_there_is_room_for_are_refused(cluster: dict[str, floa
 def test_trials_share_a_gpu_as_often_as_their_part_fits(
     cluster: dict[str, float], share: float, expected: Placement
 ) -> None:
-    assert place("auto", cluster, gpus_per_trial=share) == expected
+    assert place("auto", [cluster], gpus_per_trial=share) == expected
 
 
 def test_a_cluster_that_grows_is_not_asked_what_it_has() -> None:
@@ -57,16 +57,24 @@ def test_a_cluster_that_grows_is_not_asked_what_it_has() -> None:
 
 
 def test_without_gpus_every_machine_runs_a_trial_on_all_its_cores() -> None:
-    machines = {"CPU": 12.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0, "node:10.0.0.3": 1.0}
-    expected = Placement(cpus=4, gpus=0, concurrent=3)
-    assert place("auto", machines | {"node:__internal_head__": 1.0}) == expected
+    assert place("auto", [{"CPU": 4.0}] * 3) == Placement(cpus=4, gpus=0, concurrent=3)
+    # A head without cores runs none.
+    assert place("auto", [{}, {"CPU": 4.0}, {"CPU": 4.0}]) == Placement(cpus=4, gpus=0, concurrent=2)
+
+
+def test_a_trial_asks_for_no_more_cores_than_a_machine_with_a_gpu_has() -> None:
+    """Else it would wait forever: those of a head without a GPU are of no use to it."""
+    small, large = {"CPU": 4.0, "GPU": 1.0}, {"CPU": 24.0, "GPU": 2.0}
+    assert place("cuda", [{"CPU": 64.0}, *[small] * 4]) == Placement(cpus=4, gpus=1, concurrent=4)
+    assert place("auto", [small, large]) == Placement(cpus=4, gpus=1, concurrent=3)
+    assert place("auto", [{"CPU": 64.0}, large], gpus_per_trial=0.5) == Placement(cpus=6, gpus=0.5, concurrent=4)
 
 
 def test_a_gpu_that_the_cluster_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match="no GPU; accepted: cpu, auto"):
-        place("cuda", {"CPU": 2.0})
+        place("cuda", [{"CPU": 2.0}])
 
 
 def test_a_cluster_without_cores_is_refused() -> None:
     with pytest.raises(ValueError, match="0 CPUs; accepted: at least 1"):
-        place("auto", {})
+        place("auto", [{}])
