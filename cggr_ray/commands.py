@@ -257,14 +257,14 @@ def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
         spec.evaluation.keep(folder)
 
 
-def check_recipes(folder: Path, recipes: Mapping[str, Recipe]) -> None:
-    """Raises ValueError where the race in a folder began with another recipe: the file of one may have been edited."""
-    known = json.loads((folder / RACE_FILE).read_text()) if (folder / RACE_FILE).is_file() else {}
+def check_recipes(folder: Path, recipes: Mapping[str, Recipe], file: str = RACE_FILE) -> None:
+    """Raises ValueError where what is in a folder began with another recipe: the file of one may have been edited."""
+    known = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
     for name, recipe in recipes.items():
         began = Recipe.from_plain(known["parts"][name]) if name in known.get("parts", {}) else recipe
         if replace(began, description=recipe.description) != recipe:
             raise ValueError(f"recipe {name!r} is another than {str(folder)!r} began with; accepted: the recipe as "
-                             f"parts of {RACE_FILE} have it, or a new race")  # fmt: skip
+                             f"parts of {file} have it, or a new {Path(file).stem}")  # fmt: skip
 
 
 def claim(folder: Path, file: str, record: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cggr_ray.codec import to_plain
-from cggr_ray.commands import check, check_tokens, claim, new_folder, refuse_changes, specify
+from cggr_ray.commands import check, check_recipes, check_tokens, claim, new_folder, refuse_changes, specify
 from cggr_ray.data.dataset import prepare
 from cggr_ray.environment import fingerprint
 from cggr_ray.schema import SWEEP_FILE, VAL_LOSS
@@ -48,6 +48,7 @@ def sweep(
     if resume is not None:
         refuse_changes(name or race_name or out or changes or values or search)
         spec, folder = read_sweep(resume), resume
+        check_recipes(folder, {spec.recipe: spec.race.recipe(spec.recipe)}, SWEEP_FILE)
     else:
         spec = specify_sweep(name, race_name, changes, values, search)
         folder = out or new_folder(spec.race.name)
@@ -114,6 +115,7 @@ def begin_sweep(spec: SweepSpec, folder: Path) -> None:
         **{key: plain[key] for key in ("space", "recipe", "domains")},
         "spec": plain["race"],
         "search": plain["search"],
+        "parts": {spec.recipe: spec.race.recipe(spec.recipe).to_plain()},
         "versions": fingerprint(),
         "command": shlex.join(["cggr-ray", *sys.argv[1:]]),
     }

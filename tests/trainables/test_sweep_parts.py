@@ -13,7 +13,7 @@ import torch
 from cggr_ray.out_of_memory import asked_mib
 from cggr_ray.race import RaceSpec, load_race
 from cggr_ray.recipe import load_recipe
-from cggr_ray.sweep_command import check_sweep, specify_sweep
+from cggr_ray.sweep_command import begin_sweep, check_sweep, specify_sweep, sweep
 from search_spaces.domains import LogUniform
 from trainables.best import write_best
 from trainables.history import Drawn, History
@@ -224,3 +224,20 @@ def test_trials_of_a_sweep_have_one_worker(tmp_path: Path) -> None:
     spec = sweep_of({}, {})
     with pytest.raises(ValueError, match="workers = 2 in a sweep; accepted: workers = 1, and trials side by side"):
         check_sweep(replace(spec, race=replace(spec.race, workers=2)), "train", tmp_path)
+
+
+def test_a_recipe_that_was_edited_in_the_middle_of_a_sweep_is_refused(tmp_path: Path) -> None:
+    own, folder = tmp_path / "own.toml", tmp_path / "sweep"
+    own.write_text("[optimizer]\nlr_scale = 0.5\n")
+    race = RaceSpec(recipes=(str(own),), budget_seconds=8.0, device="cpu")
+    begin_sweep(SweepSpec("mine", str(own), {"optimizer.matrix.lr": LogUniform(1e-3, 1e-1)}, race, Search()), folder)
+
+    def resumed() -> None:
+        sweep(None, None, None, {}, {}, {}, "inprocess", None, None, folder, dry_run=True)
+
+    resumed()
+    own.write_text("[optimizer]\nlr_scale = 0.25\n")
+    with pytest.raises(
+        ValueError, match=r"own.toml' is another than .* as parts of sweep.json have it, or a new sweep"
+    ):
+        resumed()
