@@ -36,7 +36,8 @@ GpusPerTrial = Annotated[
     float | None, typer.Option(help="Below 1, trials share a GPU: speeds are not comparable then.")
 ]
 Growing = Annotated[
-    int | None, typer.Option(help="Trials side by side on a cluster that starts GPU machines for them.")
+    int | None,
+    typer.Option(help="Trials side by side on a cluster that starts GPU machines, of 8 cores a GPU, for them."),
 ]
 MemoryMib = Annotated[float | None, typer.Option(help="MiB that there are; on a CPU, of data of a process.")]
 ScaleBatch = Annotated[

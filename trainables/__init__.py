@@ -15,6 +15,8 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A sweep hands out as many trials as may run side by side; Tune would let one at a time wait for its machine.
+    "TUNE_MAX_PENDING_TRIALS_PG": "200",
     # Reports between validations carry no val/loss; the scheduler waits for one that does.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }

@@ -20,6 +20,7 @@ from trainables.history import Drawn, History
 from trainables.population import Population
 from trainables.settings import Search, SweepSpec, load_parts
 from trainables.sweep import Sweep, sweep_race, sweep_trial
+from trainables.sweep_driver import Draws
 from trainables.worker import out_of_memory
 
 MINE = """
@@ -241,3 +242,13 @@ def test_a_recipe_that_was_edited_in_the_middle_of_a_sweep_is_refused(tmp_path: 
         ValueError, match=r"own.toml' is another than .* as parts of sweep.json have it, or a new sweep"
     ):
         resumed()
+
+
+def test_all_trials_that_may_run_wait_for_their_machines_at_once(tmp_path: Path) -> None:
+    """A cluster that grows starts machines for what waits, as many at a time."""
+    from ray.tune.execution.tune_controller import _get_max_pending_trials
+    from ray.tune.search import SearchGenerator
+
+    with History(tmp_path) as history:
+        draws = Draws(Sweep(sweep_of({}, {}), tmp_path, history), 8)
+        assert _get_max_pending_trials(SearchGenerator(draws)) >= 8
