@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from cggr_ray import options
+from cggr_ray.files import FULL
 from cggr_ray.recipe_command import recipe_app
 from cggr_ray.stopping import StoppedError
 
@@ -278,7 +279,8 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The console script: a user's mistake is one line and exit code 2; stopped by SIGTERM is 143, by Ctrl-C 130."""
+    """The console script: a user's mistake is one line and exit code 2, a full disk one line and 1; SIGTERM is 143,
+    Ctrl-C 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # As an exception, so that what has processes of its own ends them.
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
@@ -287,6 +289,11 @@ def main() -> None:
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        typer.echo(f"error: {error}; what was saved before is whole", err=True)
+        sys.exit(1)
     except StoppedError as stopped:
         typer.echo(stopped, err=True)
         sys.exit(stopped.exit_code)

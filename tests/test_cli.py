@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -194,3 +195,25 @@ def test_recipe_show_explains_every_part_and_prints_all_values() -> None:
     assert all(part in shown.output for part in ("rows", "tokens", "objective", "optimizer", "updates"))
     plain = json.loads(shown.output[shown.output.index("{") :])
     assert plain["tokens"]["selection"] == "stratified" and plain["optimizer"]["matrix"]["kind"] == "muon"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_no_traceback(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it is met; any other error of the system is shown as it is."""
+
+    def failing(number: int) -> None:
+        def body(*_: object) -> None:
+            raise OSError(number, "words", "best/baseline.toml")
+
+        monkeypatch.setattr("cggr_ray.sweep_command.sweep", body)
+        monkeypatch.setattr("sys.argv", ["cggr-ray", "sweep", "baseline"])
+        cli.main()
+
+    with pytest.raises(SystemExit) as exit_:
+        failing(number)
+    said = f"error: [Errno {number}] words: 'best/baseline.toml'; what was saved before is whole"
+    assert exit_.value.code == 1 and capsys.readouterr().err.splitlines() == [said]
+    with pytest.raises(PermissionError):
+        failing(errno.EACCES)
