@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cggr_ray import checkpoint
 from cggr_ray.out_of_memory import asked_mib
 from cggr_ray.race import RaceSpec, load_race
 from cggr_ray.recipe import load_recipe
@@ -18,6 +19,7 @@ from search_spaces.domains import LogUniform
 from trainables.best import write_best
 from trainables.history import Drawn, History
 from trainables.population import Population
+from trainables.schedulers import Asha, Named
 from trainables.settings import Search, SweepSpec, load_parts
 from trainables.sweep import Sweep, sweep_race, sweep_trial
 from trainables.sweep_driver import Draws
@@ -252,3 +254,35 @@ def test_all_trials_that_may_run_wait_for_their_machines_at_once(tmp_path: Path)
     with History(tmp_path) as history:
         draws = Draws(Sweep(sweep_of({}, {}), tmp_path, history), 8)
         assert _get_max_pending_trials(SearchGenerator(draws)) >= 8
+
+
+def test_what_a_trial_did_after_its_sweep_had_died_counts_as_far_as_its_checkpoint(tmp_path: Path) -> None:
+    """Not what it did before it went on from an earlier step, and not what it will do again."""
+    run = tmp_path / "runs" / "t0000"
+    saved = checkpoint.place(run, 3)
+    saved.mkdir(parents=True)
+    checkpoint.seal(saved)
+    seen = ((1, 1.0, 5.0), (2, 2.0, 4.0), None, (2, 2.0, 4.5), (4, 4.0, 3.0))
+    rows = [
+        {"kind": "milestone", "step": row[0], "train_seconds": row[1], "val/loss": row[2]}
+        if row
+        else {"kind": "resumed", "step": 1}
+        for row in seen
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with History(tmp_path) as history:
+        history.drawn({"optimizer.matrix.lr": 0.002})
+        Sweep(sweep_of({}, {}), tmp_path, history)
+        assert [row["val/loss"] for row in history.trials["t0000"].results] == [5.0, 4.5]
+
+
+@pytest.mark.parametrize(("seconds", "decision"), [(4.0, "STOP"), (8.0, "CONTINUE")])
+def test_a_trial_that_has_used_its_budget_is_not_stopped_any_more(seconds: float, decision: str) -> None:
+    """It has yet to write its summary."""
+    scheduler = Asha().build(8.0)
+    for number, loss in enumerate((1.0, 2.0)):
+        trial = Named(f"t{number:04d}")
+        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+        row = {"train_seconds": seconds, "val/loss": loss}
+        decided = scheduler.on_trial_result(None, trial, row)  # type: ignore[arg-type]
+    assert decided == decision
