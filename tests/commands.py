@@ -12,6 +12,7 @@ import trainables
 
 # Seconds for Ray to start, on a machine that is busy with other tests.
 PATIENCE = 300
+SECONDS_TO_END = 15
 MARK = "CGGR_RAY_TESTED_COMMAND"
 
 
@@ -39,8 +40,15 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def left_behind(mark: str) -> list[str]:
-    """Command lines of processes that still run with this value of MARK, a second after their end."""
-    time.sleep(1)
+    """Command lines of processes that go on running with this value of MARK; on a busy machine one takes a few seconds
+    to end."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (found := running(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def running(mark: str) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
