@@ -225,10 +225,9 @@ def default_race(device: str) -> str:
 
 def with_kept_questions(trials: Sequence[Trial], folder: Path) -> list[Trial]:
     """The trials of a race, asked the questions that its folder keeps."""
-    asked = [trial.race.evaluation and trial.race.evaluation.kept_in(folder) for trial in trials]
-    return [
-        replace(trial, race=replace(trial.race, evaluation=kept)) for trial, kept in zip(trials, asked, strict=True)
-    ]
+    evaluation = trials[0].race.evaluation
+    kept = evaluation and evaluation.kept_in(folder)
+    return [replace(trial, race=replace(trial.race, evaluation=kept)) for trial in trials]
 
 
 def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:

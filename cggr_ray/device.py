@@ -25,7 +25,7 @@ def pick_device(wanted: str) -> torch.device:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Where wanted, torch repeats every operation to the bit, or raises, until the block ends; slower on a GPU."""
+    """Where wanted, torch takes its deterministic algorithms, and raises where it has none, until the block ends."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory

@@ -48,9 +48,9 @@ class Execution:
     `gradient_checkpointing`: see `models.checkpointing`. `cuda_graphs`: on a GPU, forward and backward of a micro-batch
     are one launch; for small models. `prefetch`: batches that the loader's thread has packed and copied ahead.
     `activation_cache`: keeps what layers at rest compute from one epoch to the next, see `models.prefix_cache`; a run
-    with it resumes exactly but for rounding, as it begins with nothing kept. `deterministic`: on a GPU, the same step
-    has the same bits every time, so that a run repeats and resumes to the bit; FlashAttention, which adds up the
-    gradients of queries in no fixed order, is slower for it. A CPU does so anyway.
+    with it resumes exactly but for rounding, as it begins with nothing kept. `deterministic`: torch takes
+    its deterministic algorithms while the run lasts, and raises where it has none. A CPU repeats a run anyway; what it
+    does on a GPU, and costs there, has not been measured.
     """
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
