@@ -49,8 +49,8 @@ class Execution:
     are one launch; for small models. `prefetch`: batches that the loader's thread has packed and copied ahead.
     `activation_cache`: keeps what layers at rest compute from one epoch to the next, see `models.prefix_cache`; a run
     with it resumes exactly but for rounding, as it begins with nothing kept. `deterministic`: torch takes
-    its deterministic algorithms while the run lasts, and raises where it has none. A CPU repeats a run anyway; what it
-    does on a GPU, and costs there, has not been measured.
+    its deterministic algorithms while the run lasts, and raises where it has none. A CPU repeats a run anyway; an H100
+    does with it, to the bit, also what was stopped and goes on. What that costs is not measured yet.
     """
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"

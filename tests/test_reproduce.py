@@ -232,6 +232,15 @@ def test_a_cache_of_activations_is_not_exact(copy: Path) -> None:
     assert not read_recorded(altered_run(copy, parts=cached.to_plain())).is_exact
 
 
+def test_a_gpu_s_run_is_exact_by_deterministic_algorithms_on_a_gpu_of_the_same_name(copy: Path) -> None:
+    h100, h200 = ({"type": "cuda", "name": name, "memory_mib": 1.0} for name in ("NVIDIA H100", "NVIDIA H200"))
+    assert not read_recorded(altered_run(copy, device=h100)).is_exact
+    repeating = load_recipe("baseline").with_values({"execution.deterministic": True})
+    recorded = read_recorded(altered_run(copy, parts=repeating.to_plain()))
+    assert recorded.is_exact
+    assert recorded.is_of_another_gpu(h200) and not recorded.is_of_another_gpu(h100)
+
+
 def test_a_gpu_s_run_needs_a_gpu(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     altered_run(copy, device={"type": "cuda", "name": "NVIDIA H100", "memory_mib": 1.0})

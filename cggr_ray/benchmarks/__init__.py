@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -75,7 +76,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
 
 def check_tests(name: str) -> None:
     """Runs the tests of what a benchmark measures, unless the same files have passed them here with these versions. A
-    figure for something broken is worth nothing."""
+    figure for something broken is worth nothing. One thread a test, as there is a test for every core."""
     root = Path(__file__).resolve().parents[2]
     paths = [str(root / path) for path in TESTS[name]]
     if not all(Path(path).exists() for path in paths):
@@ -86,6 +87,7 @@ def check_tests(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-n", "auto", "-p", "no:cacheprovider", *paths],
         cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -2,7 +2,8 @@
 
 `ours` is everything a run does for a step: loader, routes, chunked loss, clip, optimizer, clock, rows. `bare_blocks`
 compiles the decoder block and plain cross-entropy on whole logits; `bare_whole` compiles the whole forward with its
-loss. Both have no loader (one batch stays on the device), no clock and no rows.
+loss. Both have no loader (one batch stays on the device), no clock and no rows. `ours_deterministic` is ours by torch's
+deterministic algorithms (`execution.deterministic`): what repeating to the bit costs on a GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cggr_ray.benchmarks.timing import Timing, interleaved
 from cggr_ray.benchmarks.workload import NOW, prepared_run
 from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import MicroBatch
+from cggr_ray.device import deterministic
 from cggr_ray.loop import Run
 from cggr_ray.models.adapter import Adapter
 
@@ -28,13 +30,16 @@ STEPS_A_CALL = 20
 
 def bench_loop(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
     run = prepared_run(shape, device, folder)
-    with run.loader:
+    with deterministic(True):
+        repeating = prepared_run(shape, device, folder, values={"execution.deterministic": True})
+    with run.loader, repeating.loader:
         micro = run.loader.next().micros[0]
         bare = Bare(run, micro)
         providers: dict[str, Callable[[], None]] = {
             "ours": lambda: train(run),
             "bare_blocks": lambda: bare.steps(bare.loss_by_blocks),
             "bare_whole": lambda: bare.steps(bare.loss_whole),
+            "ours_deterministic": lambda: train_repeating(repeating),
         }
         times = {name: per_step(t) for name, t in interleaved(providers, rounds, run.device).items()}
         ledgers = run.clock.ledgers
@@ -54,6 +59,11 @@ def train(run: Run) -> None:
     for _ in range(STEPS_A_CALL):
         used = run.advance(used)
     run.clock.switch("idle")
+
+
+def train_repeating(run: Run) -> None:
+    with deterministic(True):
+        train(run)
 
 
 def per_step(timing: Timing) -> Timing:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cggr_ray.benchmarks.rows import Shape
 from cggr_ray.data.dataset import DataSpec, prepare
@@ -27,9 +29,16 @@ def prepared_data(shape: Shape, folder: Path) -> tuple[DataSpec, Path]:
     return spec, where
 
 
-def prepared_run(shape: Shape, device: str, folder: Path, recipe: str = "baseline", workers: Workers = ALONE) -> Run:
-    """A run of `recipe` at its first step: model with the preset's own vocabulary, loader running, warm. Every worker
-    trains the rows of the shape."""
+def prepared_run(
+    shape: Shape,
+    device: str,
+    folder: Path,
+    recipe: str = "baseline",
+    workers: Workers = ALONE,
+    values: Mapping[str, Any] | None = None,
+) -> Run:
+    """A run of `recipe` with `values` at its first step: model with the preset's own vocabulary, loader running, warm.
+    Every worker trains the rows of the shape."""
     data, data_folder = prepared_data(shape, folder)
     spec = RaceSpec(
         name="bench",
@@ -45,9 +54,10 @@ def prepared_run(shape: Shape, device: str, folder: Path, recipe: str = "baselin
         data=data,
         device="cpu" if device == "cpu" else "auto",
         checkpoint_every_seconds=BUDGET_SECONDS,
+        values=values or {},
     )
     trial = plan_trials(spec, folder)[0]
-    where = folder / f"runs/{shape}-{recipe}-{workers.size}".replace("/", "-")
-    run = Run(trial.placed(where, data_folder), lambda row: None, workers=workers)
+    name = "-".join([str(shape), recipe, str(workers.size), *sorted(values or {})]).replace("/", "-")
+    run = Run(trial.placed(folder / "runs" / name, data_folder), lambda row: None, workers=workers)
     run.prepare()
     return run

@@ -15,6 +15,7 @@ from cggr_ray.data.sources import Problems
 from cggr_ray.loop import run_race
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.race import RaceSpec, Trial, plan_trials
+from cggr_ray.reproduce import reproduce
 from cggr_ray.schema import GRAD_NORM, STEP_LOSSES
 from cggr_ray.stopping import StoppedError
 
@@ -84,3 +85,5 @@ def test_a_run_repeats_and_resumes_to_the_bit(
     assert repeated["val/loss"] == expected["val/loss"] == resumed["val/loss"]
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, again, parts)]
     assert weights[0] == weights[1] == weights[2]
+    verdict = reproduce(parts, tmp_path / "replay", print)
+    assert verdict.agrees and verdict.lines[0].startswith("agrees bit for bit"), verdict.lines
