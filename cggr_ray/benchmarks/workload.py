@@ -54,7 +54,7 @@ def prepared_run(
         data=data,
         device="cpu" if device == "cpu" else "auto",
         checkpoint_every_seconds=BUDGET_SECONDS,
-        values=values or {},
+        values=dict(values or {}),
     )
     trial = plan_trials(spec, folder)[0]
     name = "-".join([str(shape), recipe, str(workers.size), *sorted(values or {})]).replace("/", "-")
