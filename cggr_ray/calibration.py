@@ -5,7 +5,8 @@ What is found is tried again, for longer and as often as asked, with generation 
 that fails, a smaller size is, unless the smallest fails too. Every try leaves a part of the memory free, the head-room.
 
 Sizes divide the rows of a step, so that all micro-batches of a step are alike. With `scale_batch` an arm's step grows
-to its micro-batch where this is the larger. A step of several micro-batches keeps float32 sums of gradients beside.
+to its micro-batch where this is the larger; a control that takes a part of a step's rows takes it of the baseline's
+grown step. A step of several micro-batches keeps float32 sums of gradients beside.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class Calibration:
         self._begun = list(before.get("tries", ()))
         entry: Row = {"asked": asked, "tries": []}
         self.arms[name] = entry
-        global_rows, _ = self.spec.rows_of(name)
+        global_rows = self._global_rows(name)
         sizes = sizes_of(self.spec.recipe(name).rows, global_rows, self.settings.scale_batch)
         found = largest(sizes, lambda size: self._try(entry, name, size, SEARCH_STEPS, generates=False))
         if found is not None and not self._verified(entry, name, found):
@@ -156,12 +157,23 @@ class Calibration:
         self._write()
         return entry
 
+    def _global_rows(self, name: str) -> int:
+        """Rows a step before an arm's own step grows."""
+        spec = self.spec
+        own, part = spec.rows_of(name)[0], spec.recipe(name).rows
+        told = name in spec.batches and spec.batches[name].global_rows is not None
+        if told or name == spec.recipes[0] or part.rows_per_step(own) == own:
+            return own
+        return int(self.arms[spec.recipes[0]]["global_rows"])
+
     def _asked(self, name: str) -> Row:
         """All that an arm's answer depends on."""
         spec = self.spec
         whole = {
             "recipe": spec.recipe(name).to_plain(),
-            "race": trial_spec(spec, name, *spec.rows_of(name), 1, generates=True).to_plain(),
+            "race": trial_spec(
+                spec, name, self._global_rows(name), spec.rows_of(name)[1], 1, generates=True
+            ).to_plain(),
             "settings": self.settings.to_plain(),
             "device": self._device,
             "versions": versions(),
@@ -183,7 +195,7 @@ class Calibration:
         return found
 
     def _try(self, entry: Row, name: str, size: int, steps: int, generates: bool) -> bool:
-        began, global_rows = time.perf_counter(), max(self.spec.rows_of(name)[0], size)
+        began, global_rows = time.perf_counter(), max(self._global_rows(name), size)
         row = {"micro_rows": size, "global_rows": global_rows, "steps": steps, "generates": generates}
         known = next((tried for tried in self._begun if row.items() <= tried.items()), None)
         if known is not None:

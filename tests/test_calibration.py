@@ -306,6 +306,19 @@ def test_a_step_grows_to_its_micro_batch(tmp_path: Path) -> None:
     assert all(t["global_rows"] == max(16, t["micro_rows"]) for arm in arms.values() for t in arm["tries"])
 
 
+def test_a_control_takes_its_part_of_the_baseline_s_grown_step(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, scale_batch=True, starts=1)
+    spec = replace(SPEC, recipes=("baseline", "fewer_rows", "random_tokens"))
+    memory = Memory({"baseline": 40, "fewer_rows": 40, "random_tokens": 50})
+    arms = calibrate(spec, memory, tmp_path / "calibration.json", settings)
+    grown = replace(calibrated(spec, arms), batch_lr_rule="linear")
+    assert [grown.rows_of(name) for name in grown.recipes] == [(40, 40), (40, 20), (50, 50)]
+    assert [trial.race.global_rows for trial in plan_trials(grown, tmp_path)] == [40, 40, 50]
+    assert [grown.recipe(name).optimizer.lr_scale for name in grown.recipes] == [2.5, 2.5, 3.125]
+    told = replace(spec, batches={"fewer_rows": ArmBatch(8, 2)})
+    assert calibrate(told, memory, tmp_path / "told.json", settings)["fewer_rows"]["global_rows"] == 8
+
+
 def test_nothing_fits(tmp_path: Path) -> None:
     arms = calibrate(SPEC, Memory({"baseline": 0, "random_tokens": 4}), tmp_path / "calibration.json", SETTINGS)
     assert arms["baseline"]["micro_rows"] is None and len(arms["baseline"]["tries"]) == 1
