@@ -34,6 +34,9 @@ from trainables.settings import SweepSpec
 
 log = logging.getLogger(__name__)
 
+# So many trials in a row that die before their first report die of the machine, not of their values.
+DEAD_IN_A_ROW = 5
+
 
 class Sweep:
     """Hands out trials and takes in what they report.
@@ -51,6 +54,7 @@ class Sweep:
         self._cut: set[str] = set()
         self._left: set[str] = set()
         self._used_up = self._interrupted = False
+        self._dead = 0
         for trial in self.open:
             self._catch_up(trial)
         for trial in history.trials.values():
@@ -133,9 +137,17 @@ class Sweep:
             self._end(trial_id, "stopped", row, "by the scheduler")
 
     def failed(self, trial_id: str, message: str) -> None:
-        """A trial has died more often than it is started again. Its checkpoints stay, for who looks for the cause."""
+        """A trial has died more often than it is started again. Its checkpoints stay, for who looks for the cause.
+
+        After DEAD_IN_A_ROW that have not reported, nothing more is begun: the next ones would fare no better.
+        """
         self.running.discard(trial_id)
         self.history.end(trial_id, "failed", {}, message)
+        self._dead = self._dead + 1 if not self._seconds.get(trial_id) else 0
+        if self._dead == DEAD_IN_A_ROW:
+            self._interrupted = True
+            log.warning("%d trials in a row have died before their first report, of: %s; the sweep ends here, and "
+                        "--resume goes on with it", self._dead, message)  # fmt: skip
 
     def stopped_before(self, trial_ids: set[str]) -> None:
         """Ends those that the scheduler had stopped when the sweep was interrupted."""
@@ -156,6 +168,7 @@ class Sweep:
     def _count(self, row: Mapping[str, Any]) -> None:
         if TRAIN_SECONDS in row:
             self._seconds[row["trial"]] = row[TRAIN_SECONDS]
+            self._dead = 0
 
     def _waiting(self) -> list[Drawn]:
         return [trial for trial in self.open if trial.trial_id not in self.running | self._left]

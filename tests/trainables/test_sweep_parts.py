@@ -223,6 +223,24 @@ def test_a_full_disk_interrupts_a_sweep_and_ends_no_trial(tmp_path: Path) -> Non
         assert again is first
 
 
+def test_a_machine_on_which_every_trial_dies_does_not_use_up_the_sweep(tmp_path: Path) -> None:
+    def after(sweep: Sweep, reports: int) -> int:
+        """Trials that are begun when all die, the first few after a report; each reports before the next is begun."""
+        begun = 0
+        while (drawn := sweep.next()) is not None:
+            begun += 1
+            if begun <= reports:
+                sweep.cuts({"trial": drawn.trial_id, "train_seconds": 1.0})
+            sweep.failed(drawn.trial_id, "CUDA error: no device")
+        return begun
+
+    spec = sweep_of({}, {}, trials=20)
+    with History(tmp_path) as history:
+        assert after(Sweep(spec, tmp_path, history), reports=3) == 3 + 5
+        assert after(Sweep(spec, tmp_path, history), reports=0) == 5, "taken up again, it goes on"
+        assert [trial.status for trial in history.trials.values()] == ["failed"] * 13
+
+
 def test_trials_of_a_sweep_have_one_worker(tmp_path: Path) -> None:
     spec = sweep_of({}, {})
     with pytest.raises(ValueError, match="workers = 2 in a sweep; accepted: workers = 1, and trials side by side"):
