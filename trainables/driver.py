@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 import ray.train.torch
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.experiment import Trial as TuneTrial
 
 from cggr_ray.schema import SUMMARY_FILE
@@ -84,7 +85,7 @@ def run_trials(
         placement = place(trials[0].race.device, machines, trials[0].race.workers)
         session = f"session-{time.time_ns()}"
         storage = (folder / "ray").resolve()
-        tune.Tuner(
+        tuner = tune.Tuner(
             trainable(executor, placement, storage / session, lambda config: config),
             param_space={"trial": tune.grid_search([trial.to_plain() for trial in trials])},
             tune_config=tune.TuneConfig(max_concurrent_trials=placement.concurrent),
@@ -96,8 +97,19 @@ def run_trials(
                 stop=ending,
                 failure_config=failures(executor),
             ),
-        ).fit()
+        )
+        fit(tuner)
     return [trial.trial_id for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()]
+
+
+def fit(tuner: tune.Tuner) -> None:
+    """Runs an experiment. What a callback raises, as on a full disk, is raised as it is; Tune makes text of it."""
+    try:
+        tuner.fit()
+    except TuneError as error:
+        if error.__context__ is None:
+            raise
+        raise error.__context__ from None
 
 
 def failures(executor: str) -> tune.FailureConfig:

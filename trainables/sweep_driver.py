@@ -16,7 +16,7 @@ from ray.tune.stopper import CombinedStopper
 
 from cggr_ray.stopping import Stop, never
 from trainables.cluster import cluster
-from trainables.driver import OnRow, failures, trainable
+from trainables.driver import OnRow, failures, fit, trainable
 from trainables.history import History
 from trainables.scaling import place, place_growing
 from trainables.schedulers import own_id, replay
@@ -125,7 +125,7 @@ def run_sweep(
         def work_of(config: dict[str, Any]) -> dict[str, Any]:
             return {"trial": config["trial"], "searched": {"saved": saved}}
 
-        tune.Tuner(
+        tuner = tune.Tuner(
             trainable(executor, placement, storage / session, work_of),
             tune_config=tune.TuneConfig(
                 num_samples=sweep.most_runs,
@@ -140,5 +140,6 @@ def run_sweep(
                 stop=CombinedStopper(OwnBudget(sweep), ending),
                 failure_config=failures(executor),
             ),
-        ).fit()
+        )
+        fit(tuner)
     sweep.tidy()
