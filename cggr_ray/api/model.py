@@ -202,7 +202,10 @@ def mean_loss(planned: Planned, micro: MicroBatch) -> Tensor:
 
 def of_step(loss: Tensor, micro: MicroBatch, num_items_in_batch: Tensor | int | None) -> Tensor:
     """A mean over a micro-batch's labels as its part of the mean over all labels of the step, where they are given."""
-    return loss if num_items_in_batch is None else loss * ((micro.labels_BT >= 0).sum() / num_items_in_batch)
+    if num_items_in_batch is None:
+        return loss
+    # A step without labels would divide 0 by 0, and its gradients would not be finite.
+    return loss * ((micro.labels_BT >= 0).sum() / torch.as_tensor(num_items_in_batch).clamp_min(1))
 
 
 def as_output(loss: Tensor) -> Any:
