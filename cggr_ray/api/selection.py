@@ -82,6 +82,7 @@ class Chooser:
         unbiased = self.config.weights == "inverse_probability"
         return route_of(selection, keep, labelled, snap(ratio, self._levels), unbiased)
 
+    @torch.compiler.disable
     def _generator(self, device: torch.device, steps: int) -> torch.Generator:
         self._at, self._call = steps, self._call + 1 if steps == self._at else 0
         return torch.Generator(device).manual_seed(seed_of(self._seed, TOKENS, steps, self._call))

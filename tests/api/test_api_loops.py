@@ -11,7 +11,7 @@ from small_models import small_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cggr_ray import CGGRModel, CGGRWrapper
+from cggr_ray import CGGRLoss, CGGRModel, CGGRWrapper, create_truncated_router
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, WIDTH, VOCABULARY = 3, 17, 96
@@ -34,3 +34,27 @@ def test_a_step_without_labels_changes_nothing(count: int | Tensor) -> None:
         loss.backward()
         assert loss.item() == 0
         assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"plan": "dense", "selection": "stratified"}, {"router": 1}])
+def test_a_loop_may_compile_the_whole(options: dict[str, Any]) -> None:
+    def make() -> CGGRModel:
+        model = small_model("qwen2")
+        own = {"router": create_truncated_router(model, 1)} if "router" in options else {}
+        return selecting(model, **options | own)
+
+    plain, compiled = make(), make()
+    run = torch.compile(compiled, backend="eager")
+    for seed in range(2):
+        losses = [call(input_ids=tokens(seed), labels=tokens(seed)) for call in (plain, run)]
+        torch.testing.assert_close(losses[1], losses[0])
+        for loss in losses:
+            loss.backward()
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad)
+
+
+def test_a_loop_may_compile_the_criterion() -> None:
+    logits = torch.randn(ROWS, WIDTH, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    found = torch.compile(CGGRLoss(warmup_steps=0), backend="eager")(logits, tokens(), shift=True)
+    torch.testing.assert_close(found, CGGRLoss(warmup_steps=0)(logits, tokens(), shift=True))
