@@ -93,6 +93,12 @@ class StepCurriculum(StepCount):
             return base
         return self.dynamic.ratio(base, confidence, confidence if reference != reference else reference)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> StepCurriculum:
+        """Stays in float32 when a loop casts its module, as with `.bfloat16()`: a slow average would stand still."""
+        super()._apply(fn, recurse)
+        self.confidence = self.confidence.float()
+        return self
+
     @torch.no_grad()
     def observe(self, mean_confidence: Tensor) -> None:
         """Takes the mean confidence of a call, 0-d; NaN, of a batch without labels, changes nothing."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cggr_ray import CGGRLoss, CGGRModel, CGGRWrapper, create_truncated_router
+from cggr_ray.api.curriculum import StepCurriculum
+from cggr_ray.routing.curriculum import DynamicThreshold
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, WIDTH, VOCABULARY = 3, 17, 96
@@ -58,3 +60,14 @@ def test_a_loop_may_compile_the_criterion() -> None:
     logits = torch.randn(ROWS, WIDTH, VOCABULARY, generator=torch.Generator().manual_seed(1))
     found = torch.compile(CGGRLoss(warmup_steps=0), backend="eager")(logits, tokens(), shift=True)
     torch.testing.assert_close(found, CGGRLoss(warmup_steps=0)(logits, tokens(), shift=True))
+
+
+def test_a_cast_of_the_module_leaves_the_mean_confidence_exact() -> None:
+    """In bf16 a mean that moves by a twentieth of a small difference would stand still."""
+    curriculum = StepCurriculum(0.25, 0, DynamicThreshold("corrected")).bfloat16()
+    expected = 0.5
+    curriculum.observe(torch.tensor(0.5))
+    for _ in range(40):
+        curriculum.observe(torch.tensor(0.51))
+        expected = 0.95 * expected + 0.05 * 0.51
+    assert curriculum.confidence[-1, 0].item() == pytest.approx(expected, abs=1e-6)
