@@ -93,3 +93,10 @@ def _check_shapes(tokens: Tensor, mask: Tensor | None, labels: Tensor, positions
         one_row = name == "position_ids" and value is not None and value.shape == (1, tokens.shape[1])
         if value is not None and value.shape != tokens.shape and not one_row:
             raise ValueError(f"{name} of shape {tuple(value.shape)}; accepted: {tuple(tokens.shape)}, as input_ids")
+    check_whole("labels", labels)
+
+
+def check_whole(name: str, labels: Tensor) -> None:
+    """Raises ValueError for labels that are no whole numbers."""
+    if labels.is_floating_point():
+        raise ValueError(f"{name} of {labels.dtype}; accepted: whole numbers")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cggr_ray.api.batches import check_whole
 from cggr_ray.api.curriculum import StepCurriculum
 from cggr_ray.api.selection import Chooser, kept_fraction, on_host, score_name, seen_by, selected_tokens
 from cggr_ray.data.batch import IGNORE
@@ -42,14 +43,19 @@ class CGGRLoss(nn.Module):
     Args:
         scoring: entropy (H, in nats), entropy_confidence (H - p1), margin, loss, gnorm, surprise (loss - H), or
             combined, upstream's sum.
-        selection: topk, stratified, sequence_aware, importance, or fixed_quota, which is topk without
-            the dynamic threshold.
+        selection: topk; stratified, draws from `num_strata` quantiles of difficulty, more from the harder;
+            sequence_aware, topk with `min_tokens_per_sequence` of every row; fixed_quota, topk without the dynamic
+            threshold; importance, draws by the score, with scoring loss or gnorm and weights `inverse_probability`.
         weights: `mean` over the kept positions; `inverse_probability`, for stratified and importance, makes the
             expected gradient that of all positions.
         dynamic_threshold: moves the ratio with the mean confidence of two calls before. `threshold_rule`: `upstream`
             can only raise it, `corrected` lowers it as confidence grows past its value at the end of the warm-up.
         min_tokens_ratio: reached after `warmup_steps` calls of `step`, linearly from 1.
+        threshold_sensitivity: how far confidence moves the ratio, see `routing.curriculum.DynamicThreshold`.
         seed: of the draws of stratified and importance.
+
+    Raises:
+        ValueError: an option, or two together, that are not accepted; in a call, shapes or dtypes that do not fit.
     """
 
     def __init__(
@@ -191,9 +197,10 @@ class CGGRScorer(nn.Module):
 
 def _rows(values: Tensor, targets: Tensor, ignore_index: int, what: str, shift: bool = False) -> tuple[Tensor, Tensor]:
     """(labels (B, T), -100 where there is none; values as rows). Two dimensions are one row of N positions."""
-    if values.ndim not in (2, 3) or targets.shape != values.shape[:-1]:
+    if values.ndim not in (2, 3) or targets.shape != values.shape[:-1] or targets.numel() == 0:
         shapes = f"{what} {tuple(values.shape)}, targets {tuple(targets.shape)}"
-        raise ValueError(f"{shapes}; accepted: (B, T, ...) with (B, T), or (N, ...) with (N,)")
+        raise ValueError(f"{shapes}; accepted: (B, T, ...) with (B, T), or (N, ...) with (N,), none of them empty")
+    check_whole("targets", targets)
     labels = torch.where((targets == ignore_index) | (targets < 0), IGNORE, targets).long()
     if shift:
         # Labels move rather than logits: a slice of the logits would have to be copied.

@@ -57,6 +57,10 @@ class CGGRModel(nn.Module):
             `state_dict` copies tied tensors, as its checkpoints must not share memory.
 
     The other arguments are those of `CGGRLoss`.
+
+    Raises:
+        ValueError: a model that cannot be run like this, see `borrowed.Borrowed`; a router of another model; an option,
+            or two together, that are not accepted.
     """
 
     # Read by `transformers.Trainer`: `num_items_in_batch` is understood, and counts labels as a causal LM does.
@@ -131,6 +135,7 @@ class CGGRModel(nn.Module):
         position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> Any:
         """The loss, 0-d, or an output that holds it as `loss`; in eval mode or without labels the model's own output.
 
@@ -139,11 +144,21 @@ class CGGRModel(nn.Module):
             labels: as for Hugging Face models: unshifted, -100 where there is none.
             position_ids: of packed rows: each document counts from 0. Not needed for padded rows.
             num_items_in_batch: labels of all micro-batches of the step, to divide by instead of this batch's own.
+            others: the model's own, in eval mode or without labels.
+
+        Raises:
+            ValueError: shapes, dtypes or values that make no batch; `others` in a training call; no labels in train
+                mode where outputs are for `transformers.Trainer`.
         """
+        if self.training and self.return_dict and labels is None:
+            raise ValueError("no labels in train mode with return_dict=True; accepted: labels with every call, which "
+                             "Trainer keeps for itself with label_smoothing_factor or compute_loss_func")  # fmt: skip
         if labels is None or not self.training:
-            extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            options = {"num_items_in_batch": num_items_in_batch, "return_dict": return_dict}
+            given = others | {name: value for name, value in options.items() if value is not None}
             masks = {"attention_mask": attention_mask, "position_ids": position_ids}
-            return self.model(input_ids=input_ids, labels=labels, **masks, **extra)
+            return self.model(input_ids=input_ids, labels=labels, **masks, **given)
+        refuse(others)
         micro = self.borrowed.micro_batch(input_ids, attention_mask, labels, position_ids)
         with self.borrowed.running() as adapter:
             loss = self._loss(adapter, micro, self.curriculum.ratio())
@@ -189,6 +204,13 @@ class CGGRModel(nn.Module):
         if self._plan is None or self._plan[0] is not adapter:
             self._plan = adapter, build_plan(self.tokens.plan, self.tokens.detach, adapter)
         return self._plan[1]
+
+
+def refuse(others: dict[str, Any]) -> None:
+    """Raises ValueError for what a model takes and a training call on it does not."""
+    if others:
+        raise ValueError(f"{', '.join(others)} with labels in train mode; accepted: input_ids, attention_mask, labels, "
+                         "position_ids, num_items_in_batch, return_dict")  # fmt: skip
 
 
 def mean_loss(planned: Planned, micro: MicroBatch) -> Tensor:

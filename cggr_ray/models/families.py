@@ -75,8 +75,9 @@ class Family:
     """A causal LM of a supported family, read part by part.
 
     Raises:
-        ValueError: the family is not supported, or its configuration asks for what would change from run to run
-            (dropout) or for what the blocks here do not have (soft-capped logits, cross attention).
+        ValueError: the family is not supported, it is no causal LM itself (a body without a head, another library's
+            wrapper around one), or it has what would change from run to run (dropout) or what the blocks here do not
+            have (soft-capped logits, cross attention, a bias of the head).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -84,9 +85,17 @@ class Family:
         self.name = model.config.model_type
         if self.name not in SUPPORTED:
             raise ValueError(f"model family {self.name!r}; accepted: {', '.join(SUPPORTED)}")
-        body: Any = model.model if self.name != "gpt2" else model.transformer
+        body: Any = getattr(model, "transformer" if self.name == "gpt2" else "model", None)
         self.body: Any = getattr(body, "language_model", body)
+        self._check_parts()
         self._check()
+
+    def _check_parts(self) -> None:
+        head = self.model.get_output_embeddings()
+        if head is None or not hasattr(self.body, "h" if self.name == "gpt2" else "layers"):
+            raise ValueError(f"{type(self.model).__name__}; accepted: a causal LM of transformers")
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(f"{head} as the head; accepted: a head without bias")
 
     def _check(self) -> None:
         dropped = ", ".join(f"{name} = {rate}" for name, rate in self._dropout().items())

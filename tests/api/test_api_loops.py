@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_models import small_model
-from torch import Tensor
-from transformers import PreTrainedModel
+from small_models import CONFIGS, small_model
+from torch import Tensor, nn
+from transformers import LlamaForSequenceClassification, LlamaModel, PreTrainedModel
 
 from cggr_ray import CGGRLoss, CGGRModel, CGGRWrapper, create_truncated_router
 from cggr_ray.api.curriculum import StepCurriculum
@@ -71,3 +72,59 @@ def test_a_cast_of_the_module_leaves_the_mean_confidence_exact() -> None:
         curriculum.observe(torch.tensor(0.51))
         expected = 0.95 * expected + 0.05 * 0.51
     assert curriculum.confidence[-1, 0].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_call_on_the_model_takes_what_the_model_takes(training: bool) -> None:
+    """In eval mode, and in train mode without labels."""
+    model, labels = small_model("llama"), None if training else tokens()
+    cggr = selecting(model).train(training)
+    found = cggr(tokens(), labels=labels, output_hidden_states=True)
+    expected = model(tokens(), labels=labels, output_hidden_states=True)
+    assert len(found.hidden_states) == 4
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(ours, theirs)
+    assert isinstance(cggr(tokens(), labels=labels, return_dict=False), tuple)
+
+
+class Around(nn.Module):
+    """Another library's wrapper, which hands on what it does not have itself."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model, name)
+
+
+def mistakes() -> list[tuple[Callable[[], Any], str]]:
+    llama, biased = small_model("llama"), small_model("llama")
+    biased.lm_head = nn.Linear(32, VOCABULARY)
+    body, classifier = LlamaModel(CONFIGS["llama"]()), LlamaForSequenceClassification(CONFIGS["llama"]())
+    ids, logits = tokens(), torch.zeros(ROWS, WIDTH, VOCABULARY)
+    wrapper = CGGRWrapper(llama)
+    return [
+        (lambda: CGGRModel(body), "LlamaModel; accepted: a causal LM"),
+        (lambda: create_truncated_router(body), "LlamaModel; accepted: a causal LM"),
+        (lambda: CGGRModel(classifier), "LlamaForSequenceClassification; accepted: a causal LM"),
+        (lambda: CGGRModel(Around(llama)), "Around; accepted: a causal LM"),
+        (lambda: CGGRModel(biased), "bias=True.* as the head; accepted: a head without bias"),
+        (lambda: selecting(llama)(ids, labels=ids.float()), "labels of torch.float32; accepted: whole numbers"),
+        (lambda: selecting(llama)(ids, labels=ids, token_type_ids=ids), "token_type_ids with labels in train mode"),
+        (lambda: wrapper(input_ids=ids, labels=ids, token_type_ids=ids), "token_type_ids with labels in train mode"),
+        (lambda: selecting(llama, return_dict=True)(ids), "no labels in train mode with return_dict=True; accepted"),
+        (lambda: CGGRLoss()(logits, ids.float()), "targets of torch.float32; accepted: whole numbers"),
+        (lambda: CGGRLoss()(logits[:, :0], ids[:, :0]), r"targets \(3, 0\); accepted: .* none of them empty"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(11))
+def test_mistakes_are_named(number: int) -> None:
+    call, message = mistakes()[number]
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert len(mistakes()) == 11
