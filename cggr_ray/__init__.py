@@ -4,6 +4,20 @@ Public names resolve on first use, so that `import cggr_ray.schema` needs nothin
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cggr_ray.api import CGGRLoss as CGGRLoss
+    from cggr_ray.api import CGGRModel as CGGRModel
+    from cggr_ray.api import CGGRScorer as CGGRScorer
+    from cggr_ray.api import CGGRWrapper as CGGRWrapper
+    from cggr_ray.api import create_truncated_router as create_truncated_router
+    from cggr_ray.loop import run_race as run_race
+    from cggr_ray.race import RaceSpec as RaceSpec
+    from cggr_ray.race import load_race as load_race
+    from cggr_ray.race import plan_trials as plan_trials
+    from cggr_ray.recipe import Recipe as Recipe
+    from cggr_ray.recipe import load_recipe as load_recipe
 
 _PUBLIC = {
     "CGGRLoss": "cggr_ray.api",
@@ -25,3 +39,7 @@ def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'cggr_ray' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

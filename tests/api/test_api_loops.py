@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 import torch
 from small_models import CONFIGS, small_model
 from torch import Tensor, nn
-from transformers import LlamaForSequenceClassification, LlamaModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel, PreTrainedModel
 
+import cggr_ray
 from cggr_ray import CGGRLoss, CGGRModel, CGGRWrapper, create_truncated_router
 from cggr_ray.api.curriculum import StepCurriculum
 from cggr_ray.routing.curriculum import DynamicThreshold
@@ -26,6 +29,35 @@ def tokens(seed: int = 0) -> Tensor:
 
 def selecting(model: PreTrainedModel, **options: Any) -> CGGRModel:
     return CGGRModel(model, **{"dynamic_threshold": False, "warmup_steps": 0, "min_tokens_ratio": 0.3} | options)
+
+
+def test_the_readme_s_loops_run_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "README.md").read_text().split("## In your own loop")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 5
+    model, ids = AutoModelForCausalLM.from_config(config), tokens()
+    before = model.lm_head.weight.detach().clone()
+    mask = torch.ones_like(ids)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    exec(blocks[0], {"model": model, "loader": [batch] * 2, "optimizer": optimizer})
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert torch.equal(saved.lm_head.weight, model.lm_head.weight) and not torch.equal(saved.lm_head.weight, before)
+    out = model(ids, output_hidden_states=True)
+    names = {"model": model, "input_ids": ids, "labels": ids, "targets": ids.roll(-1, 1)}
+    exec(blocks[1], names | {"logits": out.logits, "hidden": out.hidden_states[-1]})
+    assert len(blocks) == 2
+
+
+def test_public_names_are_listed_and_known_to_type_checkers() -> None:
+    assert set(cggr_ray.__all__) <= set(dir(cggr_ray))
+    tree = ast.parse((ROOT / "cggr_ray" / "__init__.py").read_text())
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "cggr_ray" in (node.module or "")]
+    typed = {alias.asname: node.module for node in froms for alias in node.names}
+    assert sorted(typed, key=str) == cggr_ray.__all__
+    assert all(module == cggr_ray._PUBLIC[str(name)] for name, module in typed.items())
 
 
 @pytest.mark.parametrize("count", [0, torch.tensor(0)])
