@@ -93,7 +93,15 @@ def _check_shapes(tokens: Tensor, mask: Tensor | None, labels: Tensor, positions
         one_row = name == "position_ids" and value is not None and value.shape == (1, tokens.shape[1])
         if value is not None and value.shape != tokens.shape and not one_row:
             raise ValueError(f"{name} of shape {tuple(value.shape)}; accepted: {tuple(tokens.shape)}, as input_ids")
+        if value is not None:
+            check_device(name, value, tokens.device, "input_ids")
     check_whole("labels", labels)
+
+
+def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
+    """Raises ValueError for a tensor that is not where what it is used with is."""
+    if value.device != device:
+        raise ValueError(f"{name} on {str(value.device)!r}; accepted: {str(device)!r}, as {other}")
 
 
 def check_whole(name: str, labels: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cggr_ray.api.batches import FAULTS, prepare
+from cggr_ray.api.batches import FAULTS, check_device, prepare
 from cggr_ray.api.curriculum import DELAY, HostCopy
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
@@ -61,9 +61,10 @@ class Borrowed:
         """What a call is given, as the plans take it.
 
         Raises:
-            ValueError: shapes that do not fit, or values that make no documents. The latter are found on the device:
-                on a GPU, where asking at once would cost time, by a call two later.
+            ValueError: shapes, dtypes or devices that do not fit, or values that make no documents. These values are
+                found on the device: on a GPU, where asking at once would cost time, by a call two later.
         """
+        check_device("input_ids", input_ids, self.adapter.device, "the model's weights")
         absolute = self.adapter.family.name == "gpt2"
         micro, faults = prepare(input_ids, attention_mask, labels, position_ids, absolute)
         self._faults.append(HostCopy(faults))

@@ -31,6 +31,11 @@ class HostCopy:
                 self._event = torch.cuda.Event()
                 self._event.record()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What has arrived, for a loop that copies its model: an event cannot be copied."""
+        self.values()
+        return {"_host": self._host, "_event": None}
+
     def values(self) -> list[float]:
         """Waits if it has not arrived."""
         if self._event is not None:

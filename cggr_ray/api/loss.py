@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cggr_ray.api.batches import check_whole
+from cggr_ray.api.batches import check_device, check_whole
 from cggr_ray.api.curriculum import StepCurriculum
 from cggr_ray.api.selection import Chooser, kept_fraction, on_host, score_name, seen_by, selected_tokens
 from cggr_ray.data.batch import IGNORE
@@ -201,6 +201,7 @@ def _rows(values: Tensor, targets: Tensor, ignore_index: int, what: str, shift: 
         shapes = f"{what} {tuple(values.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"{shapes}; accepted: (B, T, ...) with (B, T), or (N, ...) with (N,), none of them empty")
     check_whole("targets", targets)
+    check_device("targets", targets, values.device, what)
     labels = torch.where((targets == ignore_index) | (targets < 0), IGNORE, targets).long()
     if shift:
         # Labels move rather than logits: a slice of the logits would have to be copied.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,31 @@ def test_a_cast_of_the_module_leaves_the_mean_confidence_exact() -> None:
     assert curriculum.confidence[-1, 0].item() == pytest.approx(expected, abs=1e-6)
 
 
+class Event:
+    """As one of a GPU: what it waits for is there when it has been asked for."""
+
+    def __init__(self, host: Tensor, value: float) -> None:
+        self.host, self.value = host, value
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle 'Event' object")
+
+    def synchronize(self) -> None:
+        self.host.fill_(self.value)
+
+
+def test_a_model_may_be_copied_while_values_are_on_their_way() -> None:
+    ids = tokens()
+    cggr = CGGRModel(small_model("llama"), warmup_steps=0)
+    cggr(ids, labels=ids)
+    arriving = cggr.curriculum._arriving[-1]
+    arriving._event = Event(arriving._host, 0.25)
+    again = copy.deepcopy(cggr)
+    assert again.curriculum._arriving[-1].values() == [0.25, 0.25]
+    again(ids, labels=ids).backward()
+    assert all(p.grad is None for p in cggr.parameters()) and all(p.grad is not None for p in again.parameters())
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_call_on_the_model_takes_what_the_model_takes(training: bool) -> None:
     """In eval mode, and in train mode without labels."""
@@ -138,7 +164,7 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
     biased.lm_head = nn.Linear(32, VOCABULARY)
     body, classifier = LlamaModel(CONFIGS["llama"]()), LlamaForSequenceClassification(CONFIGS["llama"]())
     ids, logits = tokens(), torch.zeros(ROWS, WIDTH, VOCABULARY)
-    wrapper = CGGRWrapper(llama)
+    wrapper, meta = CGGRWrapper(llama), ids.to("meta")
     return [
         (lambda: CGGRModel(body), "LlamaModel; accepted: a causal LM"),
         (lambda: create_truncated_router(body), "LlamaModel; accepted: a causal LM"),
@@ -150,13 +176,16 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
         (lambda: wrapper(input_ids=ids, labels=ids, token_type_ids=ids), "token_type_ids with labels in train mode"),
         (lambda: selecting(llama, return_dict=True)(ids), "no labels in train mode with return_dict=True; accepted"),
         (lambda: CGGRLoss()(logits, ids.float()), "targets of torch.float32; accepted: whole numbers"),
+        (lambda: CGGRLoss()(logits, ids.to("meta")), "targets on 'meta'; accepted: 'cpu', as logits"),
+        (lambda: selecting(llama)(ids, labels=ids.to("meta")), "labels on 'meta'; accepted: 'cpu', as input_ids"),
+        (lambda: selecting(llama)(meta, labels=meta), "input_ids on 'meta'; accepted: 'cpu', as the model's weights"),
         (lambda: CGGRLoss()(logits[:, :0], ids[:, :0]), r"targets \(3, 0\); accepted: .* none of them empty"),
     ]
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(14))
 def test_mistakes_are_named(number: int) -> None:
     call, message = mistakes()[number]
     with pytest.raises(ValueError, match=message):
         call()
-    assert len(mistakes()) == 11
+    assert len(mistakes()) == 14
