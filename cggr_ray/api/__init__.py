@@ -6,7 +6,8 @@
     create_truncated_router   decides which, by the model's own first layers
     CGGRWrapper               the easier a position, the fewer layers learn from it
 
-Schedules count steps here, as such loops do; `step()` is to be called once an optimizer step.
+Schedules count steps here, as such loops do; `step()` is to be called once an optimizer step. Losses and entropies are
+in nats. Upstream, where names, defaults and formulas come from, is github.com/MinimaML/CGGR, on PyPI as `cggr`.
 """
 
 from cggr_ray.api.loss import CGGRLoss, CGGRScorer

@@ -41,8 +41,9 @@ class CGGRLoss(nn.Module):
     the ratio is 1, every label counts and nothing is scored. A batch without labels has loss 0.
 
     Args:
-        scoring: entropy (H, in nats), entropy_confidence (H - p1), margin, loss, gnorm, surprise (loss - H), or
-            combined, upstream's sum.
+        scoring: entropy (H, in nats), entropy_confidence (H - p1), margin (1 - (p1 - p2)), loss, gnorm (|p - onehot|),
+            surprise (loss - H), or combined, upstream's sum of entropy_confidence, margin and loss; p1 and p2 are the
+            two largest probabilities.
         selection: topk; stratified, draws from `num_strata` quantiles of difficulty, more from the harder;
             sequence_aware, topk with `min_tokens_per_sequence` of every row; fixed_quota, topk without the dynamic
             threshold; importance, draws by the score, with scoring loss or gnorm and weights `inverse_probability`.
@@ -163,6 +164,11 @@ class CGGRScorer(nn.Module):
         scores = CGGRScorer("loss")(logits[:, :-1], labels[:, 1:])   # targets are those of these very positions
 
     Without targets every position is scored, by entropy, entropy_confidence or margin. No gradient flows through.
+    `scoring` and `ignore_index` are as for `CGGRLoss`.
+
+    Raises:
+        ValueError: a score of another name; in a call, shapes or dtypes that do not fit, or no targets for a score that
+            needs them.
     """
 
     def __init__(self, scoring: str = "combined", ignore_index: int = IGNORE) -> None:

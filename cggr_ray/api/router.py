@@ -34,7 +34,7 @@ class TruncatedModel:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T, V), without gradient."""
+        """Logits (B, T, V), without gradient. Arguments, and what is refused, are as for `CGGRModel`."""
         micro = self.borrowed.micro_batch(input_ids, attention_mask, input_ids, position_ids)
         found = self._seen(micro)
         return (found.final_ND @ found.head_VD.mT).view(*input_ids.shape, -1)

@@ -65,6 +65,10 @@ class CGGRWrapper(nn.Module):
         layers: the stack, where it cannot be found in the model.
         gradient_checkpointing: of `sparse`, recomputes layers in the backward pass; the hooks take the model's own.
         return_dict: for `transformers.Trainer`, as for `CGGRModel`.
+
+    Raises:
+        ValueError: options that are not accepted together, no stack of layers or several, a model that an engine asked
+            for cannot run; in a call, logits that are not (B, T, V), or no labels for a score that needs them.
     """
 
     def __init__(
