@@ -206,6 +206,11 @@ class StackedOptimizer:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         mine = self.state_dict()
         if mine.keys() != state.keys():
-            raise ValueError(f"optimizer state holds {sorted(state)[:3]}..., expected {sorted(mine)[:3]}...")
+            less, more = sorted(mine.keys() - state.keys())[:3], sorted(state.keys() - mine.keys())[:3]
+            raise ValueError(f"optimizer state without {less}, with {more}; accepted: that of this optimizer")
         for key, value in mine.items():
-            value.copy_(state[key])
+            stored = state[key]
+            if stored.shape != value.shape:
+                shapes = tuple(stored.shape), tuple(value.shape)
+                raise ValueError(f"optimizer state {key!r} of shape {shapes[0]}; accepted: {shapes[1]}")
+            value.copy_(stored)

@@ -267,8 +267,17 @@ def test_save_and_load_in_the_middle_changes_no_bit_of_any_state(dtype, config):
 
 def test_state_of_another_optimizer_is_refused():
     muon, adamw = build(llama(), Optimizer()), build(llama(), Optimizer(matrix=AdamW()))
-    with pytest.raises(ValueError, match="optimizer state holds"):
+    with pytest.raises(ValueError, match=r"without \['matrix.16x16.count', .*'matrix.16x16.momentum'"):
         adamw.load_state_dict(muon.state_dict())
+
+
+def test_state_of_a_model_of_another_depth_is_refused():
+    """One row of a stack would be copied to all of them, unnoticed."""
+    one, two = (build(llama(num_hidden_layers=layers), Optimizer()) for layers in (1, 2))
+    state = {key: value[:1] if key.startswith("matrix.") else value for key, value in two.state_dict().items()}
+    assert one.state_dict().keys() == state.keys()
+    with pytest.raises(ValueError, match=r"'matrix.16x16.awake' of shape \(1, 1, 1\); accepted: \(4, 1, 1\)"):
+        two.load_state_dict(state)
 
 
 def test_a_scale_of_the_rates_scales_both():
