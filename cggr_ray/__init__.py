@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from cggr_ray.api import CGGRModel as CGGRModel
     from cggr_ray.api import CGGRScorer as CGGRScorer
     from cggr_ray.api import CGGRWrapper as CGGRWrapper
+    from cggr_ray.api import MatrixOptimizer as MatrixOptimizer
     from cggr_ray.api import create_truncated_router as create_truncated_router
     from cggr_ray.loop import run_race as run_race
+    from cggr_ray.optim.adamw import AdamW as AdamW
+    from cggr_ray.optim.galore import GaLore as GaLore
+    from cggr_ray.optim.muon import Muon as Muon
+    from cggr_ray.optim.state_formats import Int8Blockwise as Int8Blockwise
     from cggr_ray.race import RaceSpec as RaceSpec
     from cggr_ray.race import load_race as load_race
     from cggr_ray.race import plan_trials as plan_trials
@@ -20,10 +25,15 @@ if TYPE_CHECKING:
     from cggr_ray.recipe import load_recipe as load_recipe
 
 _PUBLIC = {
+    "AdamW": "cggr_ray.optim.adamw",
     "CGGRLoss": "cggr_ray.api",
     "CGGRModel": "cggr_ray.api",
     "CGGRScorer": "cggr_ray.api",
     "CGGRWrapper": "cggr_ray.api",
+    "GaLore": "cggr_ray.optim.galore",
+    "Int8Blockwise": "cggr_ray.optim.state_formats",
+    "MatrixOptimizer": "cggr_ray.api",
+    "Muon": "cggr_ray.optim.muon",
     "RaceSpec": "cggr_ray.race",
     "Recipe": "cggr_ray.recipe",
     "create_truncated_router": "cggr_ray.api",

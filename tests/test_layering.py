@@ -78,8 +78,7 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "cggr_ray.api": (
         *("torch", "numpy", "transformers", "cggr_ray.api", "cggr_ray.models", "cggr_ray.objectives"),
-        *BELOW_METHODS,
-        *METHODS,
+        *("cggr_ray.optim", *BELOW_METHODS, *METHODS),
     ),
     "cggr_ray.studies": (
         *("torch", "numpy", "matplotlib", "flash_attn", "cggr_ray.studies", "cggr_ray.data", "cggr_ray.evaluation"),

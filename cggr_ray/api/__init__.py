@@ -5,6 +5,7 @@
     CGGRModel                 a causal LM whose backward pass runs on the hardest positions alone
     create_truncated_router   decides which, by the model's own first layers
     CGGRWrapper               the easier a position, the fewer layers learn from it
+    MatrixOptimizer           Muon or GaLore for hidden matrices, AdamW for the rest, state in float32 or 8 bits
 
 Schedules count steps here, as such loops do; `step()` is to be called once an optimizer step. Losses and entropies are
 in nats. Upstream, where names, defaults and formulas come from, is github.com/MinimaML/CGGR, on PyPI as `cggr`.
@@ -12,7 +13,16 @@ in nats. Upstream, where names, defaults and formulas come from, is github.com/M
 
 from cggr_ray.api.loss import CGGRLoss, CGGRScorer
 from cggr_ray.api.model import CGGRModel
+from cggr_ray.api.optimizer import MatrixOptimizer
 from cggr_ray.api.router import TruncatedModel, create_truncated_router
 from cggr_ray.api.wrapper import CGGRWrapper
 
-__all__ = ["CGGRLoss", "CGGRModel", "CGGRScorer", "CGGRWrapper", "TruncatedModel", "create_truncated_router"]
+__all__ = [
+    "CGGRLoss",
+    "CGGRModel",
+    "CGGRScorer",
+    "CGGRWrapper",
+    "MatrixOptimizer",
+    "TruncatedModel",
+    "create_truncated_router",
+]

@@ -134,9 +134,13 @@ class StackedOptimizer:
     def begin(self, progress: Progress) -> None:
         """Before the backward pass of a step; `step` makes up for it where no gradient is accumulated or projected
         before."""
-        self._begun = progress.step
+        self.begin_number(progress.step)
+
+    def begin_number(self, step: int) -> None:
+        """The same by the number of the step alone."""
+        self._begun = step
         for stack in self.stacks.values():
-            stack.begin(progress.step)
+            stack.begin(step)
 
     def rewind(self) -> None:
         """Back to where `begin` left it, before `step`: drops gradients and sums, undoes refreshed projections."""
@@ -150,19 +154,23 @@ class StackedOptimizer:
             if which := [i for i, p in enumerate(stack.parameters) if id(p) in woken]:
                 stack.wake(which, steps)
 
-    @torch.no_grad()
     def step(self, progress: Progress, gauge: Gauge | None = None) -> Tensor:
+        """`update` at the schedule's learning rates."""
+        multiplier = self._multiplier(progress)
+        return self.update(progress.step, self.config.matrix.lr * multiplier, self.config.rest.lr * multiplier, gauge)
+
+    @torch.no_grad()
+    def update(self, step: int, matrix_lr: float, rest_lr: float, gauge: Gauge | None = None) -> Tensor:
         """Clips by the global norm, updates every parameter in place, drops the gradients; returns the norm, 0-d.
 
         A norm that is not finite changes nothing: no weight, no moment, no count, but for a refresh that was due, or a
         period of GaLore's correction that was to begin.
         """
-        if self._begun != progress.step:
-            self.begin(progress)
+        if self._begun != step:
+            self.begin_number(step)
         self._begun = None
-        multiplier = self._multiplier(progress)
-        for rule in (self.config.matrix, self.config.rest):
-            self._rates[id(rule)].fill_(rule.lr * multiplier)
+        for rule, lr in ((self.config.matrix, matrix_lr), (self.config.rest, rest_lr)):
+            self._rates[id(rule)].fill_(lr)
         learning = {name: stack for name, stack in self.stacks.items() if stack.learning}
         gradients = {name: stack.gradient() for name, stack in learning.items()}
         norm = self._norm(learning, gradients)

@@ -58,6 +58,20 @@ class Stack:
         self._due = {i: step == 0 or i in self._woken for i in self.learning if i in due}
         self._sum, self._arrived, self._woken, self._refreshed = None, [0] * len(self.parameters), set(), {}
 
+    def rest_without_gradient(self) -> None:
+        """After `begin`, in loops where a parameter may have none: it rests in this step, and what its basis lacks is
+        due in the next."""
+        self.learning = [i for i in self.learning if self.parameters[i].grad is not None]
+        self._woken |= {i for i, first in self._due.items() if first} - {*self.learning}
+
+    @torch.no_grad()
+    def read_again(self, which: list[int]) -> None:
+        """Takes weights that somebody else has written over; masters of values that are as they were stay."""
+        if self.master is not self.weights:
+            for i in which:
+                same = self.master[i].to(self.weights.dtype) == self.weights[i]
+                self.master[i] = torch.where(same, self.master[i], self.weights[i].float())
+
     @torch.no_grad()
     def rewind(self) -> None:
         """Back to where `begin` left it, before the update."""

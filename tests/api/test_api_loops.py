@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel, PreTrainedModel
 
 import cggr_ray
-from cggr_ray import CGGRLoss, CGGRModel, CGGRWrapper, create_truncated_router
+from cggr_ray import CGGRLoss, CGGRModel, CGGRWrapper, MatrixOptimizer, create_truncated_router
 from cggr_ray.api.curriculum import StepCurriculum
 from cggr_ray.routing.curriculum import DynamicThreshold
 
@@ -49,7 +49,11 @@ def test_the_readme_s_loops_run_as_they_are_written(tmp_path: Path, monkeypatch:
     out = model(ids, output_hidden_states=True)
     names = {"model": model, "input_ids": ids, "labels": ids, "targets": ids.roll(-1, 1)}
     exec(blocks[1], names | {"logits": out.logits, "hidden": out.hidden_states[-1]})
-    assert len(blocks) == 2
+    names = {"model": model, "torch": torch}
+    exec(blocks[2], names)
+    MatrixOptimizer(small_model("llama"), *names["eight_bits"])
+    MatrixOptimizer(small_model("llama"), *names["low_rank"])
+    assert len(blocks) == 3
 
 
 def test_public_names_are_listed_and_known_to_type_checkers() -> None:

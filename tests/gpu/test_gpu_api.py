@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,17 @@ from on_gpu import DEVICE, DTYPE, no_waiting, small_twins
 from small_models import small_model
 from torch import Tensor, nn
 
-from cggr_ray import CGGRLoss, CGGRModel, CGGRWrapper, create_truncated_router
+from cggr_ray import (
+    AdamW,
+    CGGRLoss,
+    CGGRModel,
+    CGGRWrapper,
+    GaLore,
+    Int8Blockwise,
+    MatrixOptimizer,
+    Muon,
+    create_truncated_router,
+)
 from cggr_ray.schema import KEPT_LOSS, ROUTER_KEPT_FRACTION, TRAIN_LOSS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -163,3 +174,22 @@ def test_no_selection_makes_the_host_wait(selection: str) -> None:
 def test_float32_on_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="precision 'fp32' on a GPU"):
         CGGRModel(small_model("llama").to(DEVICE))
+
+
+@pytest.mark.parametrize("rules", [(), (Muon(state=Int8Blockwise()), AdamW(state=Int8Blockwise())), (GaLore(rank=8),)])
+def test_the_public_optimizer_learns_as_on_a_cpu(rules: tuple[Any, ...]) -> None:
+    """bf16 with float32 masters, compiled, against float32, eager; a step waits for nothing."""
+    losses = []
+    for device, dtype in ((torch.device("cpu"), torch.float32), (DEVICE, DTYPE)):
+        model, batch = small_model("llama").to(device, dtype), inputs_on(device)
+        optimizer = MatrixOptimizer(model, *rules)
+        found = []
+        for step in range(12):
+            loss = model(**batch).loss
+            loss.backward()
+            with no_waiting() if device.type == "cuda" and step > 2 else nullcontext():
+                optimizer.step()
+            found.append(loss.detach())
+        losses.append(torch.stack(found).cpu())
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.03, atol=0.03)
+    assert losses[0][-1] < losses[0][0] - 0.1

@@ -1,0 +1,173 @@
+"""The optimizers of the races as an optimizer of PyTorch: Muon, GaLore and AdamW, with state in float32 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cggr_ray.optim.adamw import AdamW
+from cggr_ray.optim.galore import GaLore
+from cggr_ray.optim.muon import Muon
+from cggr_ray.optim.optimizer import Optimizer
+from cggr_ray.optim.partition import Named, partition
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """One rule for a model's hidden matrices, AdamW for its embeddings, head, norms and biases.
+
+        optimizer = MatrixOptimizer(model, Muon(lr=2e-3, state=Int8Blockwise()), AdamW(lr=2e-3))
+        loss.backward(); optimizer.step(); scheduler.step()
+
+    Takes the parameters that require a gradient when it is made, on one device. Those of one shape are views of one
+    tensor from then on and are updated together, in a few kernels that are compiled on a GPU. 16-bit parameters have
+    float32 masters here. Learning rates stand in `param_groups`, `matrix` before `rest`, for schedulers of torch; all
+    else is in the rules. A step drops the gradients, and where one is not finite it changes nothing at all. A
+    parameter without a gradient rests.
+
+    Sources: Muon, Jordan et al. 2024 and arXiv:2502.16982; 8-bit state, arXiv:2509.23106; GaLore, arXiv:2403.03507 and
+    arXiv:2504.20437; AdamW, arXiv:1711.05101.
+
+    Args:
+        model: weights may be loaded into it later too; moved or cast it must not be.
+        matrix: `Muon`, `GaLore` around it or around `AdamW`, or `AdamW`. rest: `AdamW`.
+        hidden: names of parameters in the model's blocks, of which the two-dimensional ones are hidden matrices. By
+            default all in a `nn.ModuleList`, but for embeddings and for what `get_output_embeddings` returns.
+        clip_norm: of all gradients together, for loops that do not clip by themselves.
+
+    Raises:
+        ValueError: no parameter learns, there is no hidden matrix, a name is unknown, or a parameter is of a dtype, a
+            kind or a device that cannot be updated with the others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        matrix: Muon | GaLore | AdamW | None = None,
+        rest: AdamW | None = None,
+        hidden: Iterable[str] | None = None,
+        clip_norm: float = inf,
+    ) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        check_parameters(named)
+        inside = inside_blocks(model, named) if hidden is None else known(hidden, named)
+        matrices, others = partition(named, inside)
+        if not matrices:
+            raise ValueError("no hidden matrix: no two-dimensional parameter that learns in a nn.ModuleList, or among "
+                             "the names; accepted: hidden = the names of the blocks' parameters")  # fmt: skip
+        # Copies: the rates of the two groups are told apart by the rules, which may be one object.
+        config = Optimizer(replace(matrix or Muon()), replace(rest or AdamW()), clip_norm=clip_norm)
+        self._names, self._steps, self._complete = {id(p): name for name, p in named}, 0, False
+        groups = (("matrix", matrices, config.matrix.lr), ("rest", others, config.rest.lr))
+        super().__init__([{"params": [p for _, p in own], "lr": lr, "name": n} for n, own, lr in groups if own], {})
+        self._complete = True
+        self._inner = config.build(named, inside, named[0][1].device)
+        self._versions = self._read_versions()
+        # Of all gradients in the last step, 0-d; None before the first.
+        self.grad_norm: Tensor | None = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what `closure` does.
+
+        Raises:
+            RuntimeError: the model was moved or cast after the optimizer was made.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._look_at_weights()
+        self._inner.begin_number(self._steps)
+        for stack in self._inner.stacks.values():
+            stack.rest_without_gradient()
+        if any(stack.learning for stack in self._inner.stacks.values()):
+            rates = {group["name"]: float(group["lr"]) for group in self.param_groups}
+            self.grad_norm = self._inner.update(self._steps, rates["matrix"], rates.get("rest", 0.0))
+            self._steps += 1
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises ValueError: the parameters of a shape are stacked once, when the optimizer is made."""
+        if self._complete:
+            raise ValueError("add_param_group; accepted: a new optimizer, made when all parameters are there")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of all stacks, float32 masters too, and the groups; for `torch.save`, or `accelerate`."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            | {"params": [self._names[id(p)] for p in group["params"]]}
+            for group in self.param_groups
+        ]
+        return {"state": {"steps": self._steps, "tensors": self._inner.state_dict()}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on as the optimizer that was saved.
+
+        Raises:
+            ValueError: the state is that of other parameters or other rules.
+        """
+        mine, stored = self.state_dict()["param_groups"], state_dict["param_groups"]
+        if [group["params"] for group in mine] != [group["params"] for group in stored]:
+            raise ValueError("state of an optimizer of other parameters; accepted: that of the same model")
+        self._inner.load_state_dict(state_dict["state"]["tensors"])
+        self._steps = int(state_dict["state"]["steps"])
+        for group, values in zip(self.param_groups, stored, strict=True):
+            group.update({key: value for key, value in values.items() if key != "params"})
+
+    def _look_at_weights(self) -> None:
+        """Whether all weights are where they were, and which were written by others since the last step."""
+        now = self._read_versions()
+        for name, stack in self._inner.stacks.items():
+            for parameter, view in zip(stack.parameters, stack.weights.unbind(), strict=True):
+                if parameter.data_ptr() != view.data_ptr():
+                    raise RuntimeError(f"parameter {self._names[id(parameter)]!r} was moved or cast after the "
+                                       "optimizer was made; accepted: first the model's device and dtype, then "
+                                       "the optimizer")  # fmt: skip
+            before = self._versions[name]
+            if written := [i for i, version in enumerate(now[name]) if version != before[i]]:
+                stack.read_again(written)
+        self._versions = now
+
+    def _read_versions(self) -> dict[str, list[int]]:
+        """By stack, how often each parameter was written in place; writes of the stack itself do not count."""
+        return {name: [p._version for p in stack.parameters] for name, stack in self._inner.stacks.items()}
+
+
+def check_parameters(named: list[Named]) -> None:
+    """Raises ValueError where parameters cannot be stacked."""
+    if not named:
+        raise ValueError("no parameter requires a gradient; accepted: a model of which something learns")
+    for name, p in named:
+        if type(p.data) is not Tensor or p.is_meta:
+            raise ValueError(f"parameter {name!r} is a {type(p.data).__name__} on {p.device}; accepted: plain tensors, "
+                             "not sharded, quantised or on the meta device")  # fmt: skip
+        if p.dtype not in DTYPES:
+            raise ValueError(f"parameter {name!r} of dtype {p.dtype}; accepted: float32, bfloat16, float16")
+        if p.device != named[0][1].device:
+            raise ValueError(f"parameter {name!r} on {p.device}, others on {named[0][1].device}; accepted: one device")
+
+
+def inside_blocks(model: nn.Module, named: list[Named]) -> list[str]:
+    """Names of the parameters in a `nn.ModuleList`, but for embeddings and the output embedding."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if callable(head := getattr(model, "get_output_embeddings", None)) and (found := head()) is not None:
+        outside.append(found)
+    blocks, others = ({id(p) for module in modules for p in module.parameters()} for modules in (lists, outside))
+    return [name for name, p in named if id(p) in blocks - others]
+
+
+def known(hidden: Iterable[str], named: list[Named]) -> list[str]:
+    """The names, of which each is that of a parameter that learns; ValueError names the first that is not."""
+    names, learning = list(hidden), {name for name, _ in named}
+    for name in names:
+        if name not in learning:
+            raise ValueError(f"hidden name {name!r}; accepted: names of the model's parameters that require a gradient")
+    return names

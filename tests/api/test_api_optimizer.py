@@ -1,0 +1,261 @@
+"""MatrixOptimizer in other people's loops: against torch's AdamW, and through all that loops do with an optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import CONFIGS
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from cggr_ray import AdamW, GaLore, Int8Blockwise, MatrixOptimizer, Muon
+from cggr_ray.optim.state_formats import Float32
+
+BOTH8 = Int8Blockwise()
+RULES: dict[str, Callable[[], tuple[Muon | GaLore | AdamW, AdamW]]] = {
+    "muon": lambda: (Muon(lr=0.01, weight_decay=0.1), AdamW(lr=0.01)),
+    "muon_8bit": lambda: (Muon(lr=0.01, state=BOTH8), AdamW(lr=0.01, state=BOTH8)),
+    "galore": lambda: (GaLore(Muon(lr=0.01), rank=4, refresh_every=3, smallest=8), AdamW(lr=0.01)),
+    "galore_8bit": lambda: (
+        GaLore(AdamW(lr=0.01, state=BOTH8), rank=4, refresh_every=3, smallest=8, basis=BOTH8),
+        AdamW(lr=0.01, state=BOTH8),
+    ),
+}
+
+
+def model_of(seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS["llama"]()).to(dtype)
+
+
+def batch(step: int) -> Tensor:
+    return torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(step))
+
+
+def train(model: nn.Module, optimizer: Any, steps: range, after: Callable[[], object] = lambda: None) -> list[float]:
+    losses = []
+    for step in steps:
+        loss = model(batch(step), labels=batch(step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+        losses.append(loss.item())
+    return losses
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_with_adamw_everywhere_it_is_torch_s_with_its_schedulers() -> None:
+    ours, theirs = model_of(), model_of()
+    rule = AdamW(lr=0.02, beta1=0.9, beta2=0.95, weight_decay=0.1)
+    mine = MatrixOptimizer(ours, rule, rule)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+    schedules = [torch.optim.lr_scheduler.StepLR(o, step_size=5, gamma=0.5) for o in (mine, adamw)]
+    found = train(ours, mine, range(15), schedules[0].step)
+    assert found == pytest.approx(train(theirs, adamw, range(15), schedules[1].step), rel=1e-5)
+    assert [group["lr"] for group in mine.param_groups] == [0.0025, 0.0025]
+    for name, value in weights(theirs).items():
+        torch.testing.assert_close(ours.get_parameter(name), value, rtol=1e-3, atol=1e-4)
+
+
+def test_hidden_matrices_are_those_of_the_blocks() -> None:
+    model = model_of()
+    optimizer = MatrixOptimizer(model)
+    matrix, rest = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    for name, p in model.named_parameters():
+        assert (id(p) in matrix) == ("layers" in name and p.ndim == 2) != (id(p) in rest), name
+    only = MatrixOptimizer(model_of(), hidden=["model.layers.0.mlp.up_proj.weight"])
+    assert [len(group["params"]) for group in only.param_groups] == [1, len(matrix) + len(rest) - 1]
+
+
+class Two(nn.Module):
+    """Two ways through; one of them may be left out of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList([nn.Linear(16, 16, bias=False) for _ in range(2)])
+
+    def forward(self, x: Tensor, ways: tuple[int, ...]) -> Tensor:
+        for way in ways:
+            x = self.ways[way](x).tanh()
+        return x.square().sum()
+
+
+@pytest.mark.parametrize("name", ["adamw", *RULES])
+def test_what_has_no_gradient_rests(name: str) -> None:
+    torch.manual_seed(0)
+    model = Two()
+    matrix, rest = RULES[name]() if name != "adamw" else (AdamW(lr=0.01), AdamW())
+    other = copy.deepcopy(model)
+    optimizer, torch_s = MatrixOptimizer(model, matrix, rest), torch.optim.AdamW(other.parameters(), 0.01, (0.9, 0.95),
+                                                                                weight_decay=0)  # fmt: skip
+    for ways in ((0,), (0, 1), (1,), (1,), (0, 1)):
+        before = weights(model)
+        for net, steps in ((model, optimizer), (other, torch_s)):
+            net(torch.ones(3, 16), ways).backward()
+            steps.step()
+            steps.zero_grad()
+        for way in range(2):
+            key = f"ways.{way}.weight"
+            moved = not torch.equal(before[key], weights(model)[key])
+            assert moved == (way in ways) and weights(model)[key].isfinite().all(), (key, ways)
+    if name == "adamw":
+        for key, value in weights(other).items():
+            torch.testing.assert_close(weights(model)[key], value, rtol=1e-5, atol=1e-7)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    assert all(torch.equal(value, weights(model)[key]) for key, value in before.items())
+    assert optimizer.state_dict()["state"]["steps"] == state["state"]["steps"] == 5
+
+
+@pytest.mark.parametrize("basis", [Float32(), BOTH8])
+def test_a_basis_waits_for_the_first_gradient(basis: Float32 | Int8Blockwise) -> None:
+    model = Two()
+    optimizer = MatrixOptimizer(model, GaLore(rank=4, refresh_every=200, smallest=8, basis=basis))
+
+    def stepped(way: int) -> list[Tensor]:
+        model(torch.ones(3, 16), (way,)).backward()
+        optimizer.step()
+        found = optimizer.state_dict()["state"]["tensors"]
+        return [value.clone() for key, value in found.items() if key.endswith(".left")]
+
+    first, second = stepped(0), stepped(1)
+    assert first and all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("model_first", [True, False])
+def test_what_is_saved_goes_on_to_the_bit(name: str, dtype: torch.dtype, model_first: bool) -> None:
+    model = model_of(dtype=dtype)
+    optimizer = MatrixOptimizer(model, *RULES[name]())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    train(model, optimizer, range(5), scheduler.step)
+    file = BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lr": scheduler.state_dict()}, file)
+    whole = train(model, optimizer, range(5, 9), scheduler.step)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = model_of(seed=1, dtype=dtype)
+    other = MatrixOptimizer(again, *RULES[name]())
+    later = torch.optim.lr_scheduler.ExponentialLR(other, 0.9)
+    train(again, other, range(2), later.step)
+    loads = [lambda: again.load_state_dict(saved["model"]), lambda: other.load_state_dict(saved["optimizer"])]
+    for load in loads if model_first else reversed(loads):
+        load()
+    later.load_state_dict(saved["lr"])
+    assert train(again, other, range(5, 9), later.step) == whole
+    assert all(torch.equal(value, weights(again)[key]) for key, value in weights(model).items())
+
+
+def test_weights_that_are_loaded_later_are_what_learns() -> None:
+    """And not the masters of those that were there before."""
+    model, loaded = model_of(dtype=torch.bfloat16), model_of(seed=1, dtype=torch.bfloat16)
+    optimizer = MatrixOptimizer(model, Muon(lr=0.0), AdamW(lr=0.0))
+    train(model, optimizer, range(2))
+    model.load_state_dict(loaded.state_dict())
+    train(model, optimizer, range(2))
+    assert all(torch.equal(value, weights(loaded)[name]) for name, value in weights(model).items())
+
+
+def test_masters_keep_what_16_bits_lose() -> None:
+    model = model_of(dtype=torch.bfloat16)
+    optimizer = MatrixOptimizer(model, AdamW(lr=1e-5), AdamW(lr=1e-5))
+    start = weights(model)["model.norm.weight"].float()
+    assert (start == 1).all()
+    for step in range(500):
+        loss = model(batch(0), labels=batch(0)).loss
+        loss.backward()
+        optimizer.step()
+        if step == 0:
+            assert torch.equal(weights(model)["model.norm.weight"].float(), start), "a step is below what bf16 holds"
+    assert not torch.equal(weights(model)["model.norm.weight"].float(), start)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_a_clip_is_of_all() -> None:
+    model = model_of()
+    optimizer = MatrixOptimizer(model, Muon(lr=0.01), AdamW(lr=0.01), clip_norm=0.5)
+    train(model, optimizer, range(2))
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"]["tensors"])
+    model(batch(3), labels=batch(3)).loss.backward()
+    squares = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None)
+    next(model.parameters()).grad[0, 0] = torch.inf  # type: ignore[index]
+    optimizer.step()
+    assert all(torch.equal(value, weights(model)[name]) for name, value in before.items())
+    now = optimizer.state_dict()["state"]["tensors"]
+    assert all(torch.equal(value, now[key]) for key, value in state.items())
+    model(batch(3), labels=batch(3)).loss.backward()
+    optimizer.step()
+    assert float(optimizer.grad_norm or 0) == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def test_the_trainer_saves_and_goes_on_with_it(tmp_path: Path) -> None:
+    def run(folder: Path, resume: bool, steps: int) -> PreTrainedModel:
+        model, data = model_of(dtype=torch.bfloat16), [{"input_ids": t, "labels": t} for t in batch(0).repeat(4, 1)]
+        optimizer = MatrixOptimizer(model, *RULES["galore_8bit"]())
+        linear = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=4)
+        arguments = TrainingArguments(
+            str(folder), per_device_train_batch_size=2, max_steps=steps, save_steps=2, report_to=[], use_cpu=True
+        )
+        Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, linear)).train(
+            resume_from_checkpoint=resume
+        )
+        return model
+
+    start, whole = weights(model_of(dtype=torch.bfloat16)), weights(run(tmp_path / "whole", False, 4))
+    run(tmp_path / "parts", False, 2)
+    resumed = weights(run(tmp_path / "parts", True, 4))
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    assert sum(not torch.equal(value, whole[name]) for name, value in start.items()) == len(start)
+
+
+def test_a_closure_is_called_with_gradients() -> None:
+    model = model_of()
+    optimizer = MatrixOptimizer(model)
+
+    def closure() -> Tensor:
+        loss = model(batch(0), labels=batch(0)).loss
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        first, second = optimizer.step(closure), optimizer.step(closure)
+    assert second < first
+
+
+def test_mistakes_are_named() -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match="no parameter requires a gradient; accepted: a model of which something"):
+        MatrixOptimizer(copy.deepcopy(model).requires_grad_(False))
+    with pytest.raises(ValueError, match=r"parameter 'weight' of dtype torch\.float64; accepted: float32, bfloat16"):
+        MatrixOptimizer(nn.Linear(4, 4, bias=False, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"no hidden matrix: .*accepted: hidden = the names"):
+        MatrixOptimizer(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="parameter 'weight' is a Tensor on meta; accepted: plain tensors"):
+        MatrixOptimizer(nn.Linear(4, 4, bias=False, device="meta"))
+    with pytest.raises(ValueError, match="hidden name 'up'; accepted: names of the model's parameters that require"):
+        MatrixOptimizer(model, hidden=["up"])
+    optimizer = MatrixOptimizer(model)
+    with pytest.raises(ValueError, match="add_param_group; accepted: a new optimizer"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(ValueError, match="state of an optimizer of other parameters; accepted: that of the same model"):
+        optimizer.load_state_dict(MatrixOptimizer(Two()).state_dict())
+    with pytest.raises(ValueError, match="optimizer state without"):
+        optimizer.load_state_dict(MatrixOptimizer(model_of(), Muon(state=BOTH8, row_beta=0.9)).state_dict())
+    model.to(torch.bfloat16)
+    train_one = model(batch(0), labels=batch(0)).loss
+    train_one.backward()
+    with pytest.raises(
+        RuntimeError, match=r"parameter '.*' was moved or cast after the optimizer was made; accepted: "
+    ):
+        optimizer.step()
