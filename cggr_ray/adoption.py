@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,15 +14,20 @@ from cggr_ray.telemetry.jsonl import JsonlTracker
 # What stays the run's own: its clocks.
 OWN = ("ledgers", "wall_seconds")
 
+log = logging.getLogger(__name__)
 
-def adopt(donor: Path, receiver: Path) -> None:
+
+def adopt(donor: Path, receiver: Path) -> bool:
     """Makes the last checkpoint of a run's folder that of another's, at the receiver's own place in the budget.
 
     Weights, optimizer, parts, place in the data and the rows that led there become the donor's, and a row says so.
-    Neither may run, and both have a checkpoint; done again, it does the same.
+    Neither may run; done again, it does the same. Where no checkpoint of the donor is as it was written, nothing
+    changes: the receiver goes on with its own, a warning says so, and False is returned.
     """
     theirs, own = checkpoint.newest(donor)[0], checkpoint.newest(receiver)[0]
-    assert theirs is not None, f"{donor} has no checkpoint"
+    if theirs is None:
+        log.warning("%s: goes on with its own weights, as %s has no whole checkpoint", receiver.name, donor.name)
+        return False
     state = json.loads((theirs / checkpoint.STATE).read_text())
     if own is not None:
         before = json.loads((own / checkpoint.STATE).read_text())
@@ -40,3 +46,4 @@ def adopt(donor: Path, receiver: Path) -> None:
         shutil.copyfile(donor / name, aside)
         aside.replace(receiver / name)
     JsonlTracker(receiver).log({KIND: "adopted", STEP: checkpoint.step_of(theirs), "donor": donor.name})
+    return True

@@ -60,7 +60,7 @@ def test_the_next_step_is_the_donors_and_the_clock_its_own(tmp_path: Path) -> No
     to_the_milestone(donor)
     to_the_milestone(receiver)
     for _ in range(2):
-        adopt(Path(donor.folder), Path(receiver.folder))
+        assert adopt(Path(donor.folder), Path(receiver.folder))
     assert [path.name for path in (tmp_path / "receiver" / "checkpoints").iterdir()] == ["step_00000006"]
     summary = run_race(receiver)
 
@@ -81,6 +81,19 @@ def test_the_next_step_is_the_donors_and_the_clock_its_own(tmp_path: Path) -> No
     assert read_race(tmp_path / "receiver").runs["resumes"].tolist() == [1]
     kept = json.loads((tmp_path / "whole" / "summary.json").read_text())["order"]
     assert all(kept[mark] == value for mark, value in summary["order"].items() if mark in kept)
+
+
+def test_a_donor_without_a_whole_checkpoint_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    donor, receiver = trial_of(tmp_path, "donor", 0.5, 0.002), trial_of(tmp_path, "receiver", 0.7, 0.01)
+    to_the_milestone(donor)
+    to_the_milestone(receiver)
+    for state in (tmp_path / "donor" / "checkpoints").glob("*/state.json"):
+        state.write_text("{}")
+    before = {path: path.read_bytes() for path in (tmp_path / "receiver").rglob("*") if path.is_file()}
+    assert not adopt(Path(donor.folder), Path(receiver.folder))
+    assert {path: path.read_bytes() for path in (tmp_path / "receiver").rglob("*") if path.is_file()} == before
+    assert "receiver: goes on with its own weights, as donor has no whole checkpoint" in caplog.text
+    assert run_race(receiver)["status"] == "finished"
 
 
 def test_a_milestone_is_reported_once_there_is_a_checkpoint_of_it(tmp_path: Path) -> None:

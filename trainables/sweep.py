@@ -202,8 +202,8 @@ class Sweep:
             return
         search = self._search
         for trial_id, donor, values in self._scheduler.exploits(self.open, generation, self.spec.domains, search.seed):
-            if generation not in self.history.trials[trial_id].exploits:
-                adopt(self.run_folder(donor), self.run_folder(trial_id))
+            known = generation in self.history.trials[trial_id].exploits
+            if not known and adopt(self.run_folder(donor), self.run_folder(trial_id)):
                 self.history.exploit(trial_id, donor, generation, values)
         self.history.begun(generation)
 

@@ -97,6 +97,17 @@ def test_a_population_goes_on_with_the_weights_of_its_best(tmp_path: Path) -> No
         values |= {e["trial_id"]: e["values"] for e in now}
 
 
+def test_a_population_goes_on_where_no_checkpoint_of_its_best_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every trial with its own weights and values, and nothing in the history says otherwise."""
+    monkeypatch.setattr("trainables.sweep.adopt", lambda donor, receiver: False)
+    events = run(spec_of(scheduler={"kind": "pbt", "interval": 0.25}, trials=4), tmp_path / "sweep")
+    assert [event["status"] for event in events if event["kind"] == "end"] == ["finished"] * 4
+    assert not [event for event in events if event["kind"] == "exploit"]
+    assert [event["generation"] for event in events if event["kind"] == "generation"] == [1, 2, 3]
+
+
 def test_no_draw_equals_an_earlier_one_and_a_space_that_is_used_up_ends_the_sweep(tmp_path: Path) -> None:
     for number, algorithm in enumerate(("random", "grid", {"kind": "tpe", "startup": 2})):
         spec = spec_of(SMALL, algorithm=algorithm, scheduler="none", trials=9)
