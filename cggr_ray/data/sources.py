@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import pyarrow.parquet as parquet
+from pyarrow import ArrowInvalid
 
 from cggr_ray.data.problems import LEVELS, problems
 
@@ -86,6 +87,13 @@ class Problems(Source):
     seed: int = 0
     levels: tuple[int, ...] = LEVELS
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < 1:
+            raise ValueError(f"count = {self.count} of source {self.name!r}; accepted: at least 1 problem")
+        if not self.levels or not set(self.levels) <= set(LEVELS):
+            raise ValueError(f"levels = {list(self.levels)} of source {self.name!r}; accepted: some of {list(LEVELS)}")
+
     def documents(self) -> Iterator[Document]:
         for p in problems(self.seed, self.count, self.levels):
             yield Document(p.question, p.solution)
@@ -100,18 +108,26 @@ class Jsonl(Source):
     columns: Columns = Columns()
 
     def documents(self) -> Iterator[Document]:
+        chosen: tuple[str | None, str] | None = None
+        for where, row in self.rows():
+            chosen = chosen or self.columns.resolve(list(row), where)
+            yield document(row, chosen, where)
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every line's object, after its file and number; blank lines are left out."""
         path = existing(self.path)
         opened = lzma.open if path.suffix == ".xz" else open
-        chosen: tuple[str | None, str] | None = None
         number = 0
         try:
-            with opened(path, "rt", encoding="utf-8") as lines:
+            with opened(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        row = _json_row(line, f"{path}:{number}")
-                        chosen = chosen or self.columns.resolve(list(row), f"{path}:{number}")
-                        yield _document(row, chosen, f"{path}:{number}")
-        except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+                    # A mark of the byte order, as some editors write it, is no text.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if text.strip():
+                        yield f"{path}:{number}", _json_row(text, f"{path}:{number}")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); accepted: UTF-8, plain or .xz") from None
+        except (lzma.LZMAError, EOFError) as error:
             raise ValueError(
                 f"{path}: unreadable after line {number} ({error}); accepted: UTF-8, plain or .xz"
             ) from None
@@ -127,11 +143,14 @@ class Parquet(Source):
 
     def documents(self) -> Iterator[Document]:
         path = existing(self.path)
-        table = parquet.ParquetFile(path)
+        try:
+            table = parquet.ParquetFile(path)
+        except ArrowInvalid as error:
+            raise ValueError(f"{path}: {error}; accepted: a Parquet file") from None
         chosen = self.columns.resolve(table.schema_arrow.names, str(path))
         for batch in table.iter_batches(columns=[name for name in chosen if name]):
             for row in batch.to_pylist():
-                yield _document(row, chosen, str(path))
+                yield document(row, chosen, str(path))
 
 
 @dataclass(frozen=True)
@@ -156,7 +175,7 @@ class HuggingFace(Source):
             if self.max_documents is not None and number >= self.max_documents:
                 return
             chosen = chosen or self.columns.resolve(list(row), self.dataset)
-            yield _document(row, chosen, f"{self.dataset} row {number}")
+            yield document(row, chosen, f"{self.dataset} row {number}")
 
 
 # `--data NAME` on the command line: sources by a short name.
@@ -185,10 +204,17 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _document(row: dict[str, Any], columns: tuple[str | None, str], where: str) -> Document:
+def document(row: dict[str, Any], columns: tuple[str | None, str], where: str) -> Document:
+    """The document of a row; ValueError where what a column holds is no text."""
     prompt, completion = columns
     values = [row.get(name) if name else "" for name in (prompt, completion)]
     for name, value in zip((prompt, completion), values, strict=True):
+        if value is None:
+            raise ValueError(f"{where}: column {name!r} is missing or null; accepted: text")
         if not isinstance(value, str):
             raise ValueError(f"{where}: column {name!r} is {type(value).__name__}; accepted: text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: column {name!r} has {value[error.start]!r}; accepted: Unicode text") from None
     return Document(str(values[0]), str(values[1]))

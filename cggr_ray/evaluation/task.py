@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cggr_ray.data.sources import Columns, Document, Jsonl, Source
+from cggr_ray.data.sources import Columns, Document, Jsonl, Source, document
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,16 @@ class FileTask(Task):
                                  "accepted: a file that is not trained on")  # fmt: skip
 
     def rows(self, question: str, answer: str) -> list[Document]:
-        """All lines, as (question, answer), from the two named columns.
+        """All lines, as (question, answer), from the two named columns; an answer may be an integer, too.
 
         Raises:
             ValueError: no such file or column, a line that is not JSON, or no line at all.
         """
-        rows = list(Jsonl(self.name, path=self.path, columns=Columns(question, answer)).documents())
+        rows, columns = [], Columns(question, answer)
+        for where, row in Jsonl(self.name, path=self.path).rows():
+            if type(row.get(answer)) is int:
+                row[answer] = str(row[answer])
+            rows.append(document(row, columns.resolve(list(row), where), where))
         if not rows:
             raise ValueError(f"{self.path}: no question; accepted: one JSON object a line")
         return rows

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from cggr_ray.data.sources import Columns, Document, HuggingFace, Jsonl, Parquet
+from cggr_ray.data.sources import Columns, Document, HuggingFace, Jsonl, Parquet, Problems
 
 TEXTS = [("What is 1 + 1?", "Two.\n#### 2"), ("Wie heißt π?", "Pi — ”π“ \U0001f967"), ("", "no prompt")]
 
@@ -83,8 +83,9 @@ def test_a_missing_file_is_named(source: type[Jsonl] | type[Parquet]) -> None:
     [
         ('{"text": "b"', r"bad\.jsonl:3: not JSON"),
         ('["b"]', r"bad\.jsonl:3: list; accepted: one JSON object a line"),
-        ('{"other": "b"}', r"bad\.jsonl:3: column 'text' is NoneType"),
-        ('{"text": null}', r"bad\.jsonl:3: column 'text' is NoneType"),
+        ('{"other": "b"}', r"bad\.jsonl:3: column 'text' is missing or null; accepted: text"),
+        ('{"text": null}', r"bad\.jsonl:3: column 'text' is missing or null; accepted: text"),
+        ('{"text": "a\\ud800"}', r"bad\.jsonl:3: column 'text' has '\\ud800'; accepted: Unicode text"),
     ],
 )
 def test_a_broken_line_is_named_after_the_whole_ones(tmp_path: Path, line: str, message: str) -> None:
@@ -98,19 +99,44 @@ def test_a_broken_line_is_named_after_the_whole_ones(tmp_path: Path, line: str, 
 
 def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     latin, torn, no_xz = tmp_path / "latin.jsonl", tmp_path / "torn.jsonl.xz", tmp_path / "no.jsonl.xz"
-    latin.write_bytes('{"text": "Größe"}\n'.encode("latin-1"))
+    latin.write_bytes(b'{"text": "a"}\n' * 40 + '{"text": "Größe"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.jsonl:41: not UTF-8 \(.*\); accepted: UTF-8, plain or \.xz"):
+        list(Jsonl(path=str(latin)).documents())
     torn.write_bytes(lzma.compress(b'{"text": "a"}\n' * 1000)[:-20])
     no_xz.write_bytes(b'{"text": "a"}\n')
-    for path in (latin, torn, no_xz):
+    for path in (torn, no_xz):
         with pytest.raises(ValueError, match=rf"{path.name}: unreadable"):
             list(Jsonl(path=str(path)).documents())
 
 
 def test_a_file_that_is_no_parquet_is_a_value_error(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
-    path.write_text("no parquet")
-    with pytest.raises(ValueError, match=r"(?i)parquet"):
-        next(Parquet(path=str(path)).documents())
+    for content in ("", "no parquet"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"x\.parquet: .*; accepted: a Parquet file"):
+            next(Parquet(path=str(path)).documents())
+
+
+def test_files_as_other_systems_write_them(tmp_path: Path) -> None:
+    """A mark of the byte order, and lines that end with two characters."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"question": q, "answer": a}, ensure_ascii=False) for q, a in TEXTS]
+    path.write_bytes(("\r\n".join(lines) + "\r\n").encode("utf-8-sig"))
+    assert list(Jsonl(path=str(path)).documents()) == [Document(q, a) for q, a in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": -5}, "count = -5 of source 'problems'; accepted: at least 1 problem"),
+        ({"count": 0}, "count = 0 "),
+        ({"levels": (1, 9)}, r"levels = \[1, 9\] of source 'problems'; accepted: some of \[1, 2, 3, 4, 5\]"),
+        ({"levels": ()}, r"levels = \[\]"),
+    ],
+)
+def test_generated_problems_that_cannot_be_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Problems(**settings)
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,14 @@ def test_questions_and_what_is_refused(tmp_path: Path) -> None:
     question = questions[0]
     assert question.prompt.startswith(f"{question.text}\n") and "\\boxed{}" in question.prompt
     assert question.text == f"Find {int(question.answer)}." and from_plain(Aime, to_plain(task)) == task
+    path.write_text(path.read_text() + json.dumps({"problem": "Find 40.", "answer": 40}) + "\n")
+    assert {question.text: question.answer for question in Aime(path=str(path), questions=99).load()}[
+        "Find 40."
+    ] == "40"
+    for answer, said in ((1000, "answer 0 is '1000'"), (True, "column 'answer' is bool"), (None, "missing or null")):
+        path.write_text(json.dumps({"problem": "Find 1000.", "answer": answer}))
+        with pytest.raises(ValueError, match=said):
+            task.check()
     path.write_text(json.dumps({"problem": "Find x.", "answer": "x"}))
     with pytest.raises(ValueError, match="answer 0 is 'x'; accepted: an integer from 0 to 999"):
         task.check()
