@@ -16,7 +16,7 @@ from analysis.frames import Race, read_race
 from analysis.html import HTML_FILE, write_html
 from analysis.html.sweep import write_sweep_html
 from analysis.logs import write_logs, write_tables
-from analysis.report import PLOTS, REPORT_FILE, layer_plots, render, summary_table
+from analysis.report import REPORT_FILE, layer_plots, race_plots, render, summary_table
 from analysis.sweep_report import best_table, headline, render_sweep, sweep_plots
 from analysis.sweeps import Sweep, is_sweep, read_sweep
 
@@ -49,7 +49,7 @@ def _write_race(race: Race, target: Path) -> str:
     """Writes all but the Markdown, which it returns."""
     write_logs(race, target)
     write_tables(race, target)
-    for name, _, plot in (*PLOTS, *layer_plots(race)):
+    for name, _, plot in (*race_plots(race), *layer_plots(race)):
         plot(race, target / name)
     write_html(race, target / HTML_FILE)
     return render(race)

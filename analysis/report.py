@@ -27,7 +27,7 @@ from analysis.findings import (
 from analysis.frames import Race
 from analysis.judging import LOSS, claims, lost_runs
 from analysis.layers import relevance_shares, resting_rows
-from analysis.measures import FINISHED, comparison, equal_tokens
+from analysis.measures import FINISHED, comparison, equal_tokens, finished_runs
 from analysis.notes import (
     COLUMN_NOTES,
     EFFICIENCY_NOTES,
@@ -72,8 +72,8 @@ PLOTS = (
     ("loss_against_seconds.png", "Validation loss against train seconds: equal time", plot_loss_against_seconds),
     ("loss_against_tokens.png", "Validation loss against tokens seen: equal data", plot_loss_against_tokens),
     ("tokens_per_second.png", "Tokens per train second", plot_speed),
-    ("memory.png", "Peak device memory", plot_memory),
 )
+MEMORY_PLOT = ("memory.png", "Peak device memory", plot_memory)
 LAYER_PLOTS = (
     ("active_layers.png", "Layers that learn between probes, against train seconds", plot_active_layers),
     ("relevance.png", "Relevance of every layer, as shares of what a probe found, first seed", plot_relevance),
@@ -86,7 +86,7 @@ CURVE_NOTE = (
 
 
 def render(race: Race) -> str:
-    """The Markdown of a report; it links to the plots by the names in PLOTS and LAYER_PLOTS."""
+    """The Markdown of a report; it links to the plots by the names in `race_plots` and LAYER_PLOTS."""
     title = f"# Race {race.spec.get('name', race.folder.resolve().name)}"
     specification = json.dumps(race.spec.get("spec", {}), indent=2, ensure_ascii=False)
     sections = (
@@ -96,7 +96,7 @@ def render(race: Race) -> str:
         ("## Comparison", f"{comparison_table(race)}\n\n{_column_notes(race)}"),
         *_scores(race),
         *_findings(race),
-        ("## Curves", f"{CURVE_NOTE}\n\n{_images(PLOTS)}"),
+        ("## Curves", f"{CURVE_NOTE}\n\n{_images(race_plots(race))}"),
         *_layers(race),
         ("## Validation, run by run", f"{validation_table(race)}\n\n{_bullets(unfinished(race))}"),
         ("## Where the time went", f"{ledger_words(race)}\n\n{ledger_table(race)}"),
@@ -175,6 +175,11 @@ def _layers(race: Race) -> list[tuple[str, str]]:
     """The section on resting layers, where some rested."""
     plots = layer_plots(race)
     return [("## Layers that learn", f"{layers_table(race)}\n\n{LAYER_NOTES}\n\n{_images(plots)}")] if plots else []
+
+
+def race_plots(race: Race) -> Plots:
+    """Loss and speed; and memory, where the device said its peak."""
+    return (*PLOTS, MEMORY_PLOT) if finished_runs(race)["peak_memory_mib"].notna().any() else PLOTS
 
 
 def layer_plots(race: Race) -> Plots:

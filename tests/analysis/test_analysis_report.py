@@ -260,6 +260,11 @@ def test_without_a_device_there_is_no_memory_and_still_a_report(pair_race: Path)
     race = read_race(pair_race)
     assert re.search(r"\| 20 ± 0 +\| – +\|", render(race))
     assert plot_memory(race, pair_race / "memory.png").is_file()
+    report = write_report(pair_race)
+    assert "memory.png" not in report.read_text() and not (report.parent / "memory.png").exists()
+    edit_summary(pair_race, "quick-1", peak_memory_mib=512.0)
+    report = write_report(pair_race)
+    assert "(memory.png)" in report.read_text() and (report.parent / "memory.png").is_file()
 
 
 def test_summary_for_a_terminal_is_plain(pair_race: Path) -> None:
