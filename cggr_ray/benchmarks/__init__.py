@@ -30,7 +30,7 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     """Runs a benchmark, appends its rows to `out`/NAME.csv as it finds them, and prints them.
 
     Raises:
-        ValueError: unknown benchmark, a shape that does not parse, or tests that fail.
+        ValueError: unknown benchmark, a shape that does not parse, no repetition, or tests that fail.
     """
     from rich.console import Console
     from rich.table import Table
@@ -51,6 +51,8 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     tables = {"memory": claims.table}
     if name not in benches:
         raise ValueError(f"benchmark {name!r}; {nearest(name, benches)}")
+    if rounds < 1:
+        raise ValueError(f"--repeats {rounds}; accepted: at least 1")
     pick_device(device)
     measure, default_shapes = benches[name]
     parsed = [Shape.parse(text) for text in shapes or default_shapes]

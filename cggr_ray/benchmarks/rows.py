@@ -51,7 +51,7 @@ class Shape:
     def parse(cls, text: str) -> Shape:
         model, _, batch = text.partition("/")
         rows, _, positions = batch.partition("x")
-        if not (model and rows.isdigit() and positions.isdigit()):
+        if not (model and all(part.isdigit() and int(part) > 0 for part in (rows, positions))):
             raise ValueError(f"shape {text!r}; accepted: model/ROWSxPOSITIONS, such as smollm-135m/32x1024")
         return cls(model, int(rows), int(positions))
 
