@@ -48,13 +48,15 @@ def race_beside(folder: Path, race: dict[str, Any]) -> None:
         beside(folder, source, "path")
         _if_there(folder, source, "dataset")
     tasks_beside(folder, race.get("evaluation"))
-    arms = race.get("arms")
-    for values in (
-        race.get("values"),
-        *(arms.values() if isinstance(arms, dict) else ()),
-        *_list(race.get("tuning"), "values"),
-    ):
+    for values in recipe_values(race):
         references_beside(folder, values)
+
+
+def recipe_values(race: dict[str, Any]) -> list[Any]:
+    """The tables of dotted recipe keys in a race: everybody's, the arms' and those to be tried."""
+    arms = race.get("arms")
+    own = arms.values() if isinstance(arms, dict) else ()
+    return [race.get("values"), *own, *_list(race.get("tuning"), "values")]
 
 
 def _if_there(folder: Path, table: Any, key: str) -> None:

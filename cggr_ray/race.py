@@ -23,7 +23,7 @@ from cggr_ray.codec import Plain, nearest
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.evaluation.suite import Evaluation
 from cggr_ray.models.presets import ModelSpec
-from cggr_ray.paths import race_beside
+from cggr_ray.paths import race_beside, recipe_values
 from cggr_ray.progress import Budget
 from cggr_ray.recipe import Recipe, load_recipe
 from cggr_ray.schema import RUNS_FOLDER
@@ -123,6 +123,9 @@ class RaceSpec(Plain):
             raise ValueError(f"milestones {list(self.milestones)}; accepted: fractions of the budget in (0, 1]")
         if self.evaluation:
             self.evaluation.check_race(self.milestones, self.data.sources)
+        if not self.checkpoint_every_seconds > 0:
+            raise ValueError(f"checkpoint_every_seconds = {self.checkpoint_every_seconds}; "
+                             "accepted: a positive number of train seconds")  # fmt: skip
         if self.step_seconds is not None and not self.step_seconds > 0:
             raise ValueError(f"step_seconds = {self.step_seconds}; accepted: a positive number of seconds")
         for name in self.arms:
@@ -280,7 +283,7 @@ def load_race(name: str) -> RaceSpec:
         known = [p.stem for p in RACES.glob("*.toml")]
         raise ValueError(f"unknown race {name!r}; {nearest(name, known)}, or the path of a .toml file")
     try:
-        return race_of(tomllib.loads(path.read_text()), path.parent, path.stem)
+        return race_of(tomllib.loads(path.read_text(encoding="utf-8-sig")), path.parent, path.stem)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
 
@@ -290,7 +293,19 @@ def race_of(table: Any, folder: Path, name: str) -> RaceSpec:
     if not isinstance(table, dict):
         raise ValueError(f"race = {table!r}; accepted: a table")
     race_beside(folder, table)
+    for values in recipe_values(table):
+        refuse_unquoted(values)
     return RaceSpec.from_plain({"name": name} | table)
+
+
+def refuse_unquoted(values: Any) -> None:
+    """Raises ValueError where a table takes the place of a whole part and does not say its kind: so TOML reads dotted
+    keys without quotes, and all else that the recipe says of the part would be lost."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if "." not in key and isinstance(value, dict) and "kind" not in value:
+            inner = next(iter(value), "KEY")
+            raise ValueError(f"{key} = {value} for all of {key!r}; accepted: dotted keys in quotes, such as "
+                             f'"{key}.{inner}", or a table with its kind')  # fmt: skip
 
 
 def plan_trials(spec: RaceSpec, folder: Path) -> list[Trial]:

@@ -37,9 +37,10 @@ def objectives() -> list[dict[str, Any]]:
 
 def optimizers() -> list[dict[str, Any]]:
     """Muon, or GaLore around it, with state of either format, and AdamW with the same."""
-    found = []
+    found = list[dict[str, Any]]()
     for state in FORMATS:
-        shared = {
+        shared: dict[str, Any] = {
+            "kind": "optimizer",
             "rest": {"kind": "adamw", "state": state},
             "schedule": {"kind": "wsd", "decay_start": 0.8, "floor": 0.1},
         }

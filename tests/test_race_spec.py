@@ -88,6 +88,8 @@ def test_a_trial_round_trips_through_json(tmp_path: Path) -> None:
         ({"milestones": [0.0]}, r"milestones \[0\.0\]; accepted"),
         ({"milestones": [0.5, 1.5]}, r"milestones .*; accepted"),
         ({"milestones": [math.nan]}, r"milestones .*; accepted"),
+        ({"checkpoint_every_seconds": -1.0}, r"checkpoint_every_seconds = -1\.0; accepted: a positive"),
+        ({"checkpoint_every_seconds": 0}, r"checkpoint_every_seconds = 0\.0; accepted: a positive"),
         ({"step_seconds": 0.0}, r"step_seconds = 0\.0; accepted"),
         ({"step_seconds": -1.0}, r"step_seconds = -1\.0; accepted"),
         ({"arms": {"cggr_los": {}}}, r"arms\.cggr_los.*did you mean 'cggr_loss'\?"),
