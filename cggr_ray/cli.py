@@ -94,7 +94,9 @@ def tune(
 @app.command()
 def calibrate(
     spec: options.RaceName = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; outputs/RACE-calibration by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; outputs/RACE-calibration by default.", callback=options.writable)
+    ] = None,
     recipes: options.Recipes = None,
     device: options.Device = None,
     memory_mib: options.MemoryMib = None,
@@ -160,7 +162,9 @@ def sweep(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a race or a sweep.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write; <folder>/report by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; <folder>/report by default.", callback=options.writable)
+    ] = None,
 ) -> None:
     """Write benchmark_results.md, report.html and tables of a race or a sweep. Needs no GPU, torch or Ray.
 
@@ -176,7 +180,10 @@ def report(
 @app.command()
 def reproduce(
     run: Annotated[Path, typer.Argument(help="A run's folder: <race>/runs/<trial>.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the replay; a new one below outputs/ by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the replay; a new one below outputs/ by default.", callback=options.writable),
+    ] = None,
 ) -> None:
     """Run a trial again from its folder alone, and say whether both agree; exit code 1 where they do not.
 
@@ -207,7 +214,7 @@ def evaluate(
 def bench(
     name: Annotated[str, typer.Argument(help="step, memory, head-stats, logit-stats, loop, optimizer or workers.")],
     shapes: Annotated[str | None, typer.Option(help="Comma-separated, e.g. smollm-135m/32x1024.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("results/bench"),
+    out: Annotated[Path, typer.Option(help="Folder of the CSV.", callback=options.writable)] = Path("results/bench"),
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each provider, interleaved.")] = 30,
     device: options.Device = None,
 ) -> None:

@@ -39,8 +39,14 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def words(text: str | None) -> list[str] | None:
-    """`a,b` as a list; nothing is none."""
-    return text.split(",") if text else None
+    """`a,b` as a list."""
+    return _listed(text, _name, "names")
+
+
+def _name(text: str) -> str:
+    if not text.strip():
+        raise ValueError
+    return text.strip()
 
 
 def integers(text: str | None) -> list[int] | None:
@@ -69,6 +75,8 @@ def assignments(sets: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text!r}; accepted: key=value")
+        if key in values:
+            raise ValueError(f"--set {text!r} after another value of {key!r}; accepted: a key once")
         try:
             values[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
@@ -88,6 +96,8 @@ def race(
     dry_run: bool,
 ) -> None:
     """Plans a race, or takes one up again, runs what is left of it and writes the report."""
+    if most is not None and most < 1:
+        raise ValueError(f"--trials {most}; accepted: 1 or more")
     if resume is not None:
         refuse_changes(name or out or changes or values)
         spec, folder = read_spec(resume), resume
@@ -237,7 +247,6 @@ def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
         ValueError: it holds something else, or a recipe is another than the race began with.
     """
     recipes = {name: spec.recipe(name) for name in spec.recipes}
-    check_recipes(folder, recipes)
     names = [recipe.name for recipe in recipes.values()]
     record = {
         "name": spec.name,
@@ -256,24 +265,25 @@ def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
         spec.evaluation.keep(folder)
 
 
-def check_recipes(folder: Path, recipes: Mapping[str, Recipe], file: str = RACE_FILE) -> None:
+def check_recipes(folder: Path, parts: Mapping[str, Any], file: str) -> None:
     """Raises ValueError where what is in a folder began with another recipe: the file of one may have been edited."""
-    known = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
-    for name, recipe in recipes.items():
-        began = Recipe.from_plain(known["parts"][name]) if name in known.get("parts", {}) else recipe
+    known = json.loads((folder / file).read_text()).get("parts", {})
+    for name, recipe in ((name, Recipe.from_plain(plain)) for name, plain in parts.items()):
+        began = Recipe.from_plain(known[name]) if name in known else recipe
         if replace(began, description=recipe.description) != recipe:
             raise ValueError(f"recipe {name!r} is another than {str(folder)!r} began with; accepted: the recipe as "
                              f"parts of {file} have it, or a new {Path(file).stem}")  # fmt: skip
 
 
 def claim(folder: Path, file: str, record: Mapping[str, Any]) -> None:
-    """Writes the record of a race, or of a tuning, into a folder that becomes its own, unless it is that already.
+    """Writes the record of a race, a tuning or a sweep into a folder that becomes its own, unless it is that already.
 
     Raises:
-        ValueError: the folder holds something else; nothing is overwritten.
+        ValueError: the folder holds something else, or a recipe is another than it began with; nothing is overwritten.
     """
     what, text = Path(file).stem, json.dumps(record, indent=1)
     if (folder / file).is_file():
+        check_recipes(folder, record["parts"], file)
         # Parsed, as a record of an older version may lack settings that have a default now.
         if read_spec(folder, file).to_plain() != json.loads(text)["spec"]:
             raise ValueError(f"{str(folder)!r} holds another {what}; accepted: a new folder, or --resume {folder}")

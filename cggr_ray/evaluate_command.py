@@ -116,6 +116,6 @@ def specified(run: Path, tasks: Path | None, rows: int | None) -> Evaluation:
 
 
 def read_toml(path: Path) -> Any:
-    table = tomllib.loads(path.read_text()).get("evaluation")
+    table = tomllib.loads(path.read_text(encoding="utf-8-sig")).get("evaluation")
     tasks_beside(path.parent, table)
     return table

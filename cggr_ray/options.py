@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def writable(folder: Path | None) -> Path | None:
+    """A folder for results, as it was given.
+
+    Raises:
+        ValueError: it is a file, or below one, or nothing can be written there.
+    """
+    if folder is not None:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"folder {str(folder)!r} cannot be written, for {str(there)!r}; accepted: a new folder")
+    return folder
+
 
 RaceName = Annotated[str | None, typer.Argument(help="A race file (.toml) or a shipped race; by device if left out.")]
 RecipeName = Annotated[str, typer.Argument(help="A recipe's name, or the path of a .toml file.")]
@@ -13,7 +28,10 @@ Space = Annotated[
     str | None, typer.Argument(help="A search space (baseline, cggr, e3, suffix), or a sweep's .toml file.")
 ]
 
-Out = Annotated[Path | None, typer.Option(help="Folder for the results; a new one below outputs/ by default.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the results; a new one below outputs/ by default.", callback=writable),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and take nothing.")]
 Recipes = Annotated[str | None, typer.Option(help="Comma-separated recipes, the baseline first; all by default.")]
 Sets = Annotated[

@@ -101,7 +101,7 @@ def _model(spec: RaceSpec, trials: Sequence[Trial]) -> list[str]:
     vocabulary = "" if spec.model.pretrained else " with the preset's vocabulary"
     return [
         f"model {spec.model.name}: {parameters:,} parameters{vocabulary}",
-        f"memory a worker, estimated from shapes: {low:.1f} to {high:.1f} GiB with micro-batches of {micro_rows} rows",
+        f"memory a worker, estimated from shapes: {low:.3g} to {high:.3g} GiB with micro-batches of {micro_rows} rows",
     ]
 
 

@@ -157,7 +157,7 @@ def load_recipe(name: str) -> Recipe:
     if not path.is_file():
         raise ValueError(f"unknown recipe {name!r}; {nearest(name, recipe_names())}, or the path of a .toml file")
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         beside(path.parent, table.get("tokens"), "reference")
         return Recipe.from_plain({"name": path.stem if name.endswith(".toml") else name} | table)
     except (tomllib.TOMLDecodeError, ValueError) as error:

@@ -17,8 +17,9 @@ def recipe_list() -> None:
     """
     from cggr_ray.recipe import load_recipe, recipe_names
 
+    width = max(map(len, recipe_names()))
     for name in recipe_names():
-        typer.echo(f"{name:20} {load_recipe(name).description}")
+        typer.echo(f"{name:{width}}  {load_recipe(name).description}")
 
 
 @recipe_app.command("show")

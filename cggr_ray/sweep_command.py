@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def sweep(
     if resume is not None:
         refuse_changes(name or race_name or out or changes or values or search)
         spec, folder = read_sweep(resume), resume
-        check_recipes(folder, {spec.recipe: spec.race.recipe(spec.recipe)}, SWEEP_FILE)
+        check_recipes(folder, parts_of(spec), SWEEP_FILE)
     else:
         spec = specify_sweep(name, race_name, changes, values, search)
         folder = out or new_folder(spec.race.name)
@@ -87,11 +87,22 @@ def specify_sweep(
     parts = load_parts(name)
     if race_name is not None and parts.race is not None:
         raise ValueError(f"--race {race_name!r} with a file that has a race; accepted: one of the two")
+    refuse_searched(values, parts.domains)
     changes = {**changes, "recipes": [parts.recipe], "name": f"sweep-{Path(name).stem}", "evaluation": None}
     race = specify(parts.race or race_name, changes, values)
     settings = Search.from_plain({**parts.search, **search})
     plain = {"space": parts.space, "recipe": race.recipes[0], "domains": to_plain(parts.domains)}
     return SweepSpec.from_plain({**plain, "race": race.to_plain(), "search": settings.to_plain()})
+
+
+def refuse_searched(values: Mapping[str, Any], domains: Iterable[str]) -> None:
+    """Raises ValueError where a value is set that every draw sets again, with its part or by itself."""
+    for key in values:
+        dotted = key.rpartition(":")[2]
+        for domain in domains:
+            if dotted == domain or dotted.startswith(f"{domain}."):
+                raise ValueError(f"--set {key} of a sweep that draws {domain}; accepted: keys that it does not draw, "
+                                 "or a sweep's .toml file with domains of your own")  # fmt: skip
 
 
 def read_sweep(folder: Path) -> SweepSpec:
@@ -115,11 +126,16 @@ def begin_sweep(spec: SweepSpec, folder: Path) -> None:
         **{key: plain[key] for key in ("space", "recipe", "domains")},
         "spec": plain["race"],
         "search": plain["search"],
-        "parts": {spec.recipe: spec.race.recipe(spec.recipe).to_plain()},
+        "parts": parts_of(spec),
         "versions": fingerprint(),
         "command": shlex.join(["cggr-ray", *sys.argv[1:]]),
     }
     claim(folder, SWEEP_FILE, record)
+
+
+def parts_of(spec: SweepSpec) -> dict[str, Any]:
+    """The recipe that is searched around, as a record has it."""
+    return {spec.recipe: spec.race.recipe(spec.recipe).to_plain()}
 
 
 def check_sweep(spec: SweepSpec, executor: str, folder: Path) -> None:
@@ -159,9 +175,11 @@ def show_sweep(spec: SweepSpec) -> None:
     most = min(seconds, search.total_seconds or seconds)
     console.print(f"{search.trials} trials of {spec.recipe}, at most {most:g} train seconds")
     for name in ("algorithm", "scheduler"):
-        console.print(f"{name:12} {to_plain(getattr(search, name))}", highlight=False, soft_wrap=True)
+        kind, *settings = to_plain(getattr(search, name)).items()
+        said = ", ".join(f"{key} {value}" for key, value in settings)
+        console.print(f"{name:12} {kind[1]}{said and f' ({said})'}", highlight=False, soft_wrap=True)
     for key, domain in spec.domains.items():
-        console.print(f"  {key:36} {to_plain(domain)}", highlight=False, soft_wrap=True)
+        console.print(f"  {key:36} {domain.in_words()}", highlight=False, soft_wrap=True)
 
 
 def finish_sweep(spec: SweepSpec, history: History, folder: Path, console: Console) -> None:

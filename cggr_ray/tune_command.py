@@ -42,8 +42,14 @@ def tune(
         for number, values in enumerate(tuning_of(spec).values, 1):
             Console().print(f"  values {number}: {json.dumps(values)}", highlight=False, soft_wrap=True)
         return
-    record = {"name": spec.name, "spec": spec.to_plain(), "versions": fingerprint()}
-    claim(folder, TUNING_FILE, record | {"trials": [trial.trial_id for trial in trials]})
+    record = {
+        "name": spec.name,
+        "spec": spec.to_plain(),
+        "parts": {name: spec.recipe(name).to_plain() for name in spec.recipes},
+        "versions": fingerprint(),
+        "trials": [trial.trial_id for trial in trials],
+    }
+    claim(folder, TUNING_FILE, record)
     console = Console()
     failed = run_left(trials, folder, executor, address, None, console)
     finish_tuning(spec, trials, folder, failed, console)

@@ -1,7 +1,7 @@
 """Domains: the values that a dotted recipe key may take in a search. In a file, a table with its `kind`.
 
-Every domain draws a value itself (`sample`), says which values a grid has (`grid`), and translates to the distributions
-of Optuna and back (`distribution`, `encode`, `decode`).
+Every domain draws a value itself (`sample`), says which values a grid has (`grid`), translates to the distributions of
+Optuna and back (`distribution`, `encode`, `decode`), and says what it is in a line (`in_words`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cggr_ray.codec import Plain
+
+# Characters that the values of a choice may take where all of them are shown.
+SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Choice(Plain):
         """The value itself: there is no near one."""
         return value
 
+    def in_words(self) -> str:
+        values = [_text(value) for value in self.grid(0)]
+        shown = ", ".join(values)
+        return f"one of {shown}" if len(shown) <= SHOWN else f"one of {len(values)}, such as {values[0]}"
+
 
 @dataclass(frozen=True)
 class Uniform(Plain):
@@ -83,6 +91,9 @@ class Uniform(Plain):
         """The value times a factor, within the bounds."""
         return min(max(value * factor, self.low), self.high)
 
+    def in_words(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
 
 @dataclass(frozen=True)
 class LogUniform(Uniform):
@@ -101,6 +112,9 @@ class LogUniform(Uniform):
 
     def distribution(self) -> BaseDistribution:
         return FloatDistribution(self.low, self.high, log=True)
+
+    def in_words(self) -> str:
+        return f"{super().in_words()}, evenly by its logarithm"
 
 
 @dataclass(frozen=True)
@@ -134,6 +148,9 @@ class Integers(Plain):
     def moved(self, value: Any, factor: float) -> Any:
         """The value itself: a size, which weights and states may have taken."""
         return value
+
+    def in_words(self) -> str:
+        return f"whole numbers from {self.low} to {self.high}"
 
 
 Domain = Choice | Uniform | LogUniform | Integers

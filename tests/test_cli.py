@@ -76,7 +76,12 @@ def race_file(folder: Path, data: str) -> Path:
         (["race", "--set", "optimizer.matrix.rl=1"], "unknown key 'optimizer.matrix.rl'; did you mean 'lr'?"),
         (["race", "--set", "nobody:tokens.keep=0.5"], "arms.nobody: no such recipe in the race"),
         (["race", "--set", "tokens.keep"], "accepted: key=value"),
+        (["race", "--set", "tokens.keep=0.5", "--set", "tokens.keep=0.25"], "another value of 'tokens.keep'; accepted"),
         (["race", "--seeds", "0,x"], "accepted: whole numbers"),
+        (["race", "--recipes", ""], "''; accepted: names with commas between"),
+        (["race", "--recipes", "baseline,,cggr_loss"], "'baseline,,cggr_loss'; accepted: names with commas between"),
+        (["race", "cpu", "--trials", 0], "--trials 0; accepted: 1 or more"),
+        (["race", "cpu", "--trials", -1], "--trials -1; accepted: 1 or more"),
         (
             ["race", "cpu", "--dry-run", "--recipes", "baseline,cggr_model"],
             "of at least 5 layers, 'tiny' has 4; accepted",
@@ -87,7 +92,10 @@ def race_file(folder: Path, data: str) -> Path:
             ["race", "cpu", "--recipes", "random_rows", "--set", "rows.keep=0.2"],
             "'random_rows': keep = 0.2 of a micro-",
         ),
-        (["sweep", "cggr", "--set", 'tokens={kind="skipped_tokens"}', "--dry-run"], "at least 5 layers"),
+        (["sweep", "baseline", "--set", 'tokens={kind="skipped_tokens"}', "--dry-run"], "at least 5 layers"),
+        (["sweep", "cggr", "--set", "tokens.keep=0.5"], "--set tokens.keep of a sweep that draws tokens; accepted"),
+        (["sweep", "cggr", "--set", "tokens=all_tokens"], "--set tokens of a sweep that draws tokens; accepted"),
+        (["sweep", "cggr", "--set", "cggr_loss:optimizer.rest.lr=1"], "of a sweep that draws optimizer.rest.lr; acc"),
         (["race", "nowhere.toml"], "unknown race 'nowhere.toml'"),
         (["race", "--executor", "magic"], "executor 'magic'"),
         (["race", "--data", "numina"], "data 'numina'; did you mean 'numinamath'?"),
@@ -119,6 +127,8 @@ def race_file(folder: Path, data: str) -> Path:
         (["study", "attention-backends", "--model", "m"], "unknown key 'model'; accepted: "),
         (["study", "attention-backends", "--shapes", "4x4096"], "shape '4x4096'; accepted: ROWSx"),
         (["bench", "step", "--shapes", "tiny-2x64"], "shape 'tiny-2x64'; accepted: model/ROWSxPOSITIONS"),
+        (["bench", "step", "--shapes", "tiny/0x64"], "shape 'tiny/0x64'; accepted: model/ROWSxPOSITIONS"),
+        (["bench", "step", "--repeats", 0], "--repeats 0; accepted: at least 1"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -139,6 +149,7 @@ def test_a_mistake_is_one_line(
         ('{"question": "1", "answer": "2"}\n{"question": ', "train.jsonl:2: not JSON"),
         ('{"query": "1", "reply": "2"}\n', "accepted: question/answer; problem/solution"),
         ('{"question": "1", "answer": 2}\n', "train.jsonl:1: column 'answer' is int; accepted: text"),
+        ('{"question": "1", "answer": "\\ud800"}\n', "train.jsonl:1: column 'answer' has '\\ud800'; accepted: Unicode"),
         (None, "does not exist; accepted: a .jsonl"),
     ],
 )
@@ -166,6 +177,93 @@ def test_a_folder_that_is_not_a_race_is_left_alone(
     (tmp_path / "thesis.txt").write_text("precious")
     assert "is not empty and holds no race" in fails(monkeypatch, capsys, "race", "--out", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("race", "cpu"),
+        ("tune", "cpu"),
+        ("sweep", "baseline"),
+        ("calibrate", "cpu"),
+        ("report", "race"),
+        ("reproduce", "race/runs/a"),
+        ("bench", "step"),
+        ("study", "low-rank"),
+    ],
+)
+@pytest.mark.parametrize("out", ["thesis.txt", "thesis.txt/race", "/proc/race"])
+def test_results_have_to_go_into_a_folder(
+    arguments: tuple[str, ...],
+    out: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """A file, or a system that gives no right to write, is said before anything begins."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != Path("/proc"))
+    Path("thesis.txt").write_text("precious")
+    said = fails(monkeypatch, capsys, *arguments, "--out", out)
+    assert f"folder '{out}' cannot be written, for" in said and "accepted: a new folder" in said
+    assert Path("thesis.txt").read_text() == "precious"
+
+
+def test_blanks_between_names_are_left_out() -> None:
+    assert commands.words("baseline, cggr_loss") == ["baseline", "cggr_loss"] and commands.words(None) is None
+
+
+def test_dotted_keys_without_quotes_do_not_replace_what_they_are_a_part_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole = """recipes = ["e3/full"]\n[%s]\n%s = "fp32"\n"""
+    for table in ("values", 'arms."e3/full"'):
+        spec = race_file(tmp_path, whole % (table, "execution.precision"))
+        said = fails(monkeypatch, capsys, "race", spec, "--dry-run")
+        assert (
+            """race.toml: execution = {'precision': 'fp32'} for all of 'execution'; accepted: dotted keys in""" in said
+        )
+        assert 'such as "execution.precision", or a table with its kind' in said
+        spec = race_file(tmp_path, whole % (table, '"execution.precision"'))
+        execution = commands.specify(str(spec), {}, {}).recipe("e3/full").execution
+        assert (execution.precision, execution.gradient_checkpointing) == ("fp32", "block")
+
+
+def test_a_file_may_begin_with_a_mark_of_the_byte_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from cggr_ray.race import load_race
+    from cggr_ray.recipe import load_recipe
+    from trainables.settings import load_parts
+
+    for name, text in (("race", "budget_seconds = 7"), ("recipe", 'description = "é"'), ("sweep", 'space = "cggr"')):
+        (tmp_path / f"{name}.toml").write_bytes(f"{text}\n".encode("utf-8-sig"))
+    assert load_race(str(tmp_path / "race.toml")).budget_seconds == 7
+    assert load_recipe(str(tmp_path / "recipe.toml")).description == "é"
+    assert load_parts(str(tmp_path / "sweep.toml")).space == "cggr"
+
+
+def test_names_of_recipes_stand_in_a_column() -> None:
+    lines = CliRunner().invoke(cli.app, ["recipe", "list"]).output.splitlines()
+    starts = {len(line) - len(line[len(line.split()[0]) :].lstrip()) for line in lines}
+    assert len(lines) > 30 and len(starts) == 1
+
+
+def test_the_plan_of_a_sweep_is_readable(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(cli.app, ["sweep", "cggr", "--dry-run"]).output
+    assert max(map(len, shown.splitlines())) < 200
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.splitlines()}
+    assert lines["scheduler"] == "asha (first_rung 0.125, reduction 2.0, brackets 1)"
+    assert lines["algorithm"] == "random" and lines["tokens.num_strata"] == "one of 2, 4, 8"
+    assert lines["tokens.keep"] == "0.25 to 0.75"
+    assert lines["optimizer.matrix.lr"] == "0.0005 to 0.02, evenly by its logarithm"
+    different = {json.dumps(value) for value in load_parts_domain("tokens")}
+    assert lines["tokens"].startswith(f'one of {len(different)}, such as {{"kind": "selected_tokens", ')
+
+
+def load_parts_domain(key: str) -> list[object]:
+    """All that a shipped choice may be."""
+    from search_spaces import SPACES
+
+    return list(SPACES["cggr"].domains()[key].of)
 
 
 def test_dry_run_plans_and_takes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -273,6 +273,22 @@ def test_a_recipe_without_a_finite_loss_is_named_and_resuming_runs_what_is_left(
     assert tune(monkeypatch, nothing, "--resume", out)[0] == 0 and nothing.ran == []
 
 
+def test_a_recipe_that_was_edited_in_the_middle_of_a_tuning_is_refused(
+    race_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, out = race_file.with_name("own.toml"), tmp_path / "out"
+    own.write_text("[objective]\nkind = 'next_token'\n")
+    tune(monkeypatch, Runs({}, fail=["own-1"]), race_file, "--recipes", f"baseline,{own}", "--out", out)
+    before = (out / "tuning.jsonl").read_text()
+    own.write_text("[objective]\nkind = 'next_token'\nlabel_smoothing = 0.1\n")
+    changed = CliRunner().invoke(cli.app, ["tune", "--resume", str(out)])
+    assert "own.toml' is another than" in str(changed.exception) and "or a new tuning" in str(changed.exception)
+    assert not (out / "runs" / "own-1" / SUMMARY_FILE).exists() and (out / "tuning.jsonl").read_text() == before
+    own.write_text("[objective]\nkind = 'next_token'\n")
+    resumed = Runs({})
+    assert tune(monkeypatch, resumed, "--resume", out)[0] == 0 and resumed.ran == ["own-1"]
+
+
 def test_fewer_recipes_are_tuned_and_raced(race_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs({})
     code, _ = tune(monkeypatch, runs, race_file, "--out", tmp_path / "out", "--recipes", "cggr_loss")

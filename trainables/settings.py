@@ -90,7 +90,7 @@ def load_parts(name: str) -> Parts:
     if not path.is_file():
         raise ValueError(f"{name!r} does not exist; accepted: a sweep's .toml file, or {', '.join(sorted(SPACES))}")
     try:
-        return _parts(tomllib.loads(path.read_text()), path)
+        return _parts(tomllib.loads(path.read_text(encoding="utf-8-sig")), path)
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
 

@@ -42,9 +42,11 @@ device = "cpu"
 
 def test_a_file_says_space_search_and_race_and_the_command_line_has_the_last_word(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(MINE)
-    spec = specify_sweep(str(tmp_path / "mine.toml"), None, {}, {"tokens.keep": 0.5}, {"trials": 6, "scheduler": "pbt"})
+    spec = specify_sweep(
+        str(tmp_path / "mine.toml"), None, {}, {"tokens.num_strata": 2}, {"trials": 6, "scheduler": "pbt"}
+    )
     assert spec.recipe == "cggr_loss" and spec.race.recipes == ("cggr_loss",) and spec.race.budget_seconds == 7
-    assert set(spec.domains) == {"tokens.keep", "tokens.score"} and spec.race.values == {"tokens.keep": 0.5}
+    assert set(spec.domains) == {"tokens.keep", "tokens.score"} and spec.race.values == {"tokens.num_strata": 2}
     assert (spec.search.trials, spec.search.algorithm.startup) == (6, 3)  # type: ignore[union-attr]
     assert spec.search.scheduler.milestones == tuple(n / 8 for n in range(1, 8))
     assert type(spec).from_plain(json.loads(json.dumps(spec.to_plain()))) == spec
