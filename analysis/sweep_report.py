@@ -99,10 +99,10 @@ def best_table(sweep: Sweep, style: str = "github") -> str:
 
 def rung_table(sweep: Sweep) -> str:
     """One row a validation time: how many trials came so far, how many went no further, and the losses there."""
-    known = sweep.results.dropna(subset=[VAL_LOSS])
-    budget = sweep.budget_seconds or 1.0
-    # A validation comes up to a step late: times within a hundredth of the budget are one.
-    at = (known[TRAIN_SECONDS] / budget * 100).round()
+    known = sweep.results.dropna(subset=[VAL_LOSS]).sort_values(TRAIN_SECONDS)
+    # A validation comes up to a step late: times closer than half of what lies between two of one trial are one.
+    apart = known.groupby("trial_id")[TRAIN_SECONDS].diff().min()
+    at = (known[TRAIN_SECONDS].diff() > apart / 2).cumsum()
     last = at.groupby(known["trial_id"]).transform("max")
     stopped = set(sweep.trials.loc[sweep.trials["status"] == "stopped", "trial_id"])
     rows = []

@@ -48,17 +48,18 @@ def test_the_report_says_what_was_planted(sweep_folder: Path) -> None:
 
 
 def test_rungs_count_who_came_and_who_stopped(tmp_path: Path) -> None:
+    # Up to a step late, of half a second.
     events = [
         event
         for number in range(4)
-        for event in (drawn(number, x=number), result(number, 5.0 + number / 99, 4.0 + number))
+        for event in (drawn(number, x=number), result(number, 5.0 + number / 6, 4.0 + number))
     ]
     events += [result(0, 10.01, 3.0), result(1, 10.0, 2.5), result(0, 20.0, 2.0)]
     events += [ended(0, "finished", 2.0, 20.0), ended(1, "stopped", 2.5, 10.0), ended(2, "stopped", 6.0, 5.0)]
     events += [ended(3, "failed", 7.0, 6.0)]
     rows = rung_table(read_sweep(write_sweep(tmp_path / "sweep", events))).splitlines()[2:]
     assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows] == [
-        ["5.0", "4", "1", "4.0000", "5.5000", "7.0000"],
+        ["5.2", "4", "1", "4.0000", "5.5000", "7.0000"],
         ["10.0", "2", "1", "2.5000", "2.7500", "3.0000"],
         ["20.0", "1", "0", "2.0000", "2.0000", "2.0000"],
     ]
