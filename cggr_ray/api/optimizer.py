@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__init__([{"params": [p for _, p in own], "lr": lr, "name": n} for n, own, lr in groups if own], {})
         self._complete = True
         self._inner = config.build(named, inside, named[0][1].device)
-        self._versions = self._read_versions()
+        self._seen = {name: seen(stack.parameters) for name, stack in self._inner.stacks.items()}
         # Of all gradients in the last step, 0-d; None before the first.
         self.grad_norm: Tensor | None = None
 
@@ -123,21 +123,28 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _look_at_weights(self) -> None:
         """Whether all weights are where they were, and which were written by others since the last step."""
-        now = self._read_versions()
         for name, stack in self._inner.stacks.items():
-            for parameter, view in zip(stack.parameters, stack.weights.unbind(), strict=True):
-                if parameter.data_ptr() != view.data_ptr():
-                    raise RuntimeError(f"parameter {self._names[id(parameter)]!r} was moved or cast after the "
-                                       "optimizer was made; accepted: first the model's device and dtype, then "
+            before, now = self._seen[name], seen(stack.parameters)
+            written = [i for i, one in enumerate(now) if one != before[i]]
+            for i in written:
+                if now[i].place != before[i].place:
+                    raise RuntimeError(f"parameter {self._names[id(stack.parameters[i])]!r} was moved or cast after "
+                                       "the optimizer was made; accepted: first the model's device and dtype, then "
                                        "the optimizer")  # fmt: skip
-            before = self._versions[name]
-            if written := [i for i, version in enumerate(now[name]) if version != before[i]]:
+            if written:
                 stack.read_again(written)
-        self._versions = now
+                self._seen[name] = now
 
-    def _read_versions(self) -> dict[str, list[int]]:
-        """By stack, how often each parameter was written in place; writes of the stack itself do not count."""
-        return {name: [p._version for p in stack.parameters] for name, stack in self._inner.stacks.items()}
+
+class Seen(NamedTuple):
+    """Where a parameter's values are, and how often they were written in place; writes of its stack do not count."""
+
+    place: int
+    version: int
+
+
+def seen(parameters: Iterable[nn.Parameter]) -> list[Seen]:
+    return [Seen(p.data_ptr(), p._version) for p in parameters]
 
 
 def check_parameters(named: list[Named]) -> None:
