@@ -109,6 +109,8 @@ class RaceSpec(Plain):
 
     def __post_init__(self) -> None:
         Budget(self.budget_seconds)
+        if Path(self.name).name != self.name:
+            raise ValueError(f"name = {self.name!r}; accepted: the name of a folder, not a path")
         if not self.recipes or len(set(self.recipes)) != len(self.recipes):
             raise ValueError(f"recipes {list(self.recipes)}; accepted: at least one, none twice")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:

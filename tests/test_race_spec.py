@@ -80,6 +80,7 @@ def test_a_trial_round_trips_through_json(tmp_path: Path) -> None:
         ({"budget_seconds": "30"}, r"budget_seconds = '30'; accepted: float"),
         ({"seeds": [1, 1]}, r"seeds \[1, 1\]; accepted"),
         ({"seeds": []}, r"seeds \[\]; accepted"),
+        ({"name": "a/b"}, r"name = 'a/b'; accepted: the name of a folder"),
         ({"seeds": [-1]}, r"seeds \[-1\]; accepted"),
         ({"recipes": []}, r"recipes \[\]; accepted"),
         ({"recipes": ["baseline", "baseline"]}, r"recipes .*; accepted"),

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -73,6 +73,9 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.folder is not None and self.hub is not None:
             raise ValueError(f"model folder {self.folder!r} and hub {self.hub!r}; accepted: one of the two")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.pretrained and (of_presets := given.keys() - {"folder", "hub"}):
+            raise ValueError(f"model {self.name!r} with {', '.join(sorted(of_presets))}; accepted: with a preset alone")
         if self.pretrained is None and self.preset not in PRESETS:
             raise ValueError(f"model preset {self.preset!r}; {nearest(self.preset, PRESETS)}")
         if self.hub is not None and not HUB_NAME.fullmatch(self.hub):

@@ -229,6 +229,8 @@ def test_a_tokenizer_that_names_code_is_refused(tmp_path: Path) -> None:
         ({"hub": "gemma"}, "model hub 'gemma'; accepted: owner/name"),
         ({"hub": "https://x/y/z"}, "model hub 'https://x/y/z'; accepted: owner/name"),
         ({"hub": "a/b", "folder": "c"}, "accepted: one of the two"),
+        ({"folder": "c", "preset": "e3"}, "model 'c' with preset; accepted: with a preset alone"),
+        ({"hub": "a/b", "vocab_size": 64, "max_positions": 9}, "with max_positions, vocab_size; accepted"),
     ],
 )
 def test_what_is_no_hub_name(values: dict[str, str], said: str) -> None:
