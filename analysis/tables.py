@@ -18,6 +18,8 @@ from cggr_ray.schema import BUDGET_LEDGERS, LEARNING_RATE, LEDGERS, TRAIN_SECOND
 
 MARKDOWN = "github"
 NONE = "–"
+# Characters of a header's line in a terminal.
+HEADER_WIDTH = 12
 # Behind a difference that is no claim: chance alone could have made it.
 UNSUPPORTED = " †"
 
@@ -31,10 +33,12 @@ def figure(value: float, digits: int, half_width: float = math.nan, sign: bool =
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], style: str = MARKDOWN) -> str:
-    """Rows under headers; everything is text already, so nothing is reformatted. Markdown's | is escaped."""
+    """Rows under headers; everything is text already, so nothing is reformatted. Markdown's | is escaped; elsewhere,
+    in a terminal, long headers are broken."""
     bar = r"\|" if style == MARKDOWN else "|"
     head, *body = ([str(cell).replace("|", bar) for cell in row] for row in (headers, *rows))
-    return tabulate(body, head, tablefmt=style, disable_numparse=True)
+    widest = None if style == MARKDOWN else HEADER_WIDTH
+    return tabulate(body, head, tablefmt=style, disable_numparse=True, maxheadercolwidths=widest)
 
 
 def comparison_table(race: Race, style: str = MARKDOWN) -> str:

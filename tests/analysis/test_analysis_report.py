@@ -311,6 +311,11 @@ def test_a_message_stays_on_its_line_and_a_bar_in_its_cell(pair_race: Path) -> N
     assert table(["x|y"], [["a|b"]], "simple").split("\n")[-1].strip() == "a|b"
 
 
+def test_headers_are_broken_in_a_terminal_and_not_in_markdown() -> None:
+    long, cells = ["time to the loss of another (s)"], [["12.5"]]
+    assert max(map(len, table(long, cells, "simple").splitlines())) < 20 < len(table(long, cells).splitlines()[0])
+
+
 def test_a_baseline_without_a_run_is_refused(pair_race: Path) -> None:
     spec = json.loads((pair_race / "race.json").read_text())
     (pair_race / "race.json").write_text(json.dumps(spec | {"baseline": "full"}))
