@@ -191,10 +191,15 @@ class Learner:
             norm = self.optimizer.step(progress, gauge)
             measured = {} if gauge is None else {RELEVANCE: gauge.of_layers()}
             by_layer = self.layer_norms(self.optimizer.norms, self.optimizer.normed)
+        host_values = self._host_values(progress, kept * levels.tokens, learning)
+        if ROUTER_KEPT_FRACTION in seen:
+            # Counted by a router that may keep less than the ratio.
+            seen = seen | {ROUTER_KEPT_FRACTION: seen[ROUTER_KEPT_FRACTION] * kept}
+            del host_values[ROUTER_KEPT_FRACTION]
         loss_name = TRAIN_LOSS if levels.rows == levels.tokens == 1 else self.run_pass.plan.LOSS
         device_values = {loss_name: loss, GRAD_NORM: norm, GRAD_NORM_LAYERS: by_layer, **measured, **seen}
         device_values = of_all(device_values, self.workers)
-        return StepRow(progress, device_values, self._host_values(progress, kept * levels.tokens, learning))
+        return StepRow(progress, device_values, host_values)
 
     def _gradients(self, batch: Batch, levels: Levels, progress: Progress) -> tuple[Tensor, dict[str, Tensor], float]:
         """Forward and backward of every micro-batch: the loss, what was seen on the way, the share of rows kept."""

@@ -31,7 +31,15 @@ from cggr_ray.progress import Progress
 from cggr_ray.race import RaceSpec, Trial, plan_trials
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing import routers
-from cggr_ray.schema import KEPT_LOSS, ROUTER_KEPT_FRACTION, ROUTER_RECALL, ROUTER_SPEARMAN, SKIP_LOSS, TRAIN_LOSS
+from cggr_ray.schema import (
+    KEPT_LOSS,
+    ROUTER_KEPT_FRACTION,
+    ROUTER_RECALL,
+    ROUTER_SPEARMAN,
+    ROUTER_USAGE,
+    SKIP_LOSS,
+    TRAIN_LOSS,
+)
 
 STEPS, SAVED = 12, 7
 CURRICULUM = {"full_until": 0.25, "target_at": 0.5}
@@ -115,6 +123,24 @@ def test_full_steps_come_first_and_agreement_every_third(
         assert all(v.isfinite().all() for v in seen.values())
     assert learns == bool(untrained)
     assert all(not torch.equal(v, learner.router.tensors()[k]) for k, v in untrained.items())
+
+
+def test_the_share_kept_is_counted_where_a_threshold_keeps_less(tiny_model: PreTrainedModel, store: TokenStore) -> None:
+    order = RowOrder([store], (1.0,), (None,), 32, True, 2)
+    batch = batches_of(order, 1, 4, 4, torch.device("cpu"))[0]
+    tokens = {"kind": "collider", "keep": 0.9, "mode": "upstream", "threshold": 0.5}
+    found = {}
+    for rows in ({"kind": "all_rows"}, {"kind": "random_rows", "keep": 0.5}):
+        recipe = Recipe("x").with_values({"tokens": tokens, "rows": rows})
+        learner = Learner(recipe, Adapter(copy.deepcopy(tiny_model)), 4, len(store.tokens))
+        now = Progress(9, 0.9, 1.0, 9)
+        (picked,), _ = learner._picked(batch, learner.rows.ratio(now), now)
+        row = learner.step(batch, now)
+        share = len(picked.tokens_BT) / 4
+        kept = row.device_values[ROUTER_USAGE].sum() / (picked.labels_BT >= 0).sum()
+        assert values(row)[ROUTER_KEPT_FRACTION] == pytest.approx(share * kept.item()) and kept < 0.85
+        found[share] = kept
+    assert set(found) == {1.0, 0.5}
 
 
 def test_the_first_epoch_is_full_whatever_the_curriculum(

@@ -18,6 +18,7 @@ from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Progress
 from cggr_ray.routing.collider import Collider
 from cggr_ray.routing.scorers import Setting
+from cggr_ray.schema import ROUTER_KEPT_FRACTION
 from cggr_ray.sparse.plan import KeptRows, Seen, seen_after
 
 NOW = Progress(5, 50.0, 100.0, 1)
@@ -67,6 +68,9 @@ def test_the_positions_of_the_largest_loss_are_kept(keep: float, threshold: floa
     for row, weights in zip(range(len(found)), route.weights_BK, strict=True):
         labelled = int((micro.labels_BT[row] >= 0).sum())
         assert weights.sum().item() == pytest.approx(labelled, rel=1e-5)
+    if threshold is not None:
+        share = sum(map(len, expected)) / int((micro.labels_BT >= 0).sum())
+        assert route.statistics[ROUTER_KEPT_FRACTION].item() == pytest.approx(share)
     assert route.index_BK.shape[1] == math.ceil(keep * micro.tokens_BT.shape[1] - 1e-9)
 
 

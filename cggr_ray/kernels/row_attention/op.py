@@ -87,8 +87,6 @@ def row_attention_backward_const(
     q_KHE: Tensor,
     k_NGE: Tensor,
     v_NGE: Tensor,
-    k_KGE: Tensor,
-    v_KGE: Tensor,
     out_KHE: Tensor,
     lse_HK: Tensor,
     spans: Spans,
@@ -96,15 +94,18 @@ def row_attention_backward_const(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_KHE, dk_KGE, dv_KGE) of the const kind.
+    """(dq_KHE, dk_KGE, dv_KGE) of the const kind: of the keys and values of the queries' own positions.
 
     Args:
-        k_KGE: keys of the queries' own positions, as `v_KGE`. among_kept: `kept_spans(index_K, spans)`.
+        spans: of queries that see up to their own position, so that `last_K` is that. among_kept:
+            `kept_spans(last_K, spans)`.
     """
     use = implementation(q_KHE.device)
     with torch.no_grad(), torch.cuda.device_of(q_KHE):
         rows_HK = use.prepare(dout_KHE, out_KHE, lse_HK, spans)
         dq = use.query_gradient(dout_KHE, q_KHE, k_NGE, v_NGE, rows_HK, spans, scale, softcap)
+        # Those that lse was computed with: e^(z - lse) of keys rounded otherwise has no bound where logits are large.
+        k_KGE, v_KGE = (x.index_select(0, spans.last_K) for x in (k_NGE, v_NGE))
         dk, dv = use.key_value_gradients(dout_KHE, q_KHE, k_KGE, v_KGE, rows_HK, among_kept, scale, softcap)
     return dq, dk, dv
 
@@ -148,7 +149,7 @@ class _Const(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        ctx.save_for_backward(q_KHE, k_NGE, v_NGE, k_KGE, v_KGE, out_KHE, lse_HK)
+        ctx.save_for_backward(q_KHE, k_NGE, v_NGE, out_KHE, lse_HK)
         ctx.how = (spans, among_kept, scale, softcap)
         return out_KHE.view_as(out_KHE)
 
@@ -193,8 +194,9 @@ def given_row_attention_const(
     """`out_KHE` itself, as a function of the kept positions' queries, keys and values.
 
     Args:
-        k_KGE: keys of the queries' own positions, which get gradients, as `v_KGE`.
-        k_NGE: keys of all positions, constants, as `v_NGE`.
+        k_KGE: keys of the queries' own positions, which get the gradients and are not read, as `v_KGE`.
+        k_NGE: keys of all positions, constants, as `v_NGE`: what the outputs were computed with.
+        spans, among_kept: as in `row_attention_backward_const`.
     """
     others = (x.detach() for x in (k_NGE, v_NGE, out_KHE, lse_HK))
     return _Const.apply(q_KHE, k_KGE, v_KGE, *others, spans, among_kept, scale, softcap)
