@@ -78,12 +78,15 @@ class Recorder:
         self._last_row, self._reported_at = start, start.train_seconds
 
     def step(self, finished: Finished, at: Position, marks: dict[str, str]) -> None:
-        """Keeps a finished step's row where one is due. `at` is now, up to two steps after the finished one.
+        """Keeps a finished step's row where one is due. `at` is now, up to two steps after the finished one, and counts
+        those that are only queued.
 
         A row of a step that measured the layers is always due: what was decided follows from it.
         """
         if self._progress is not None:
             self._progress.add(finished.progress.train_seconds)
+        steps = finished.progress.step + 1
+        at = at._replace(step=steps, rows=at.rows // at.step * steps, tokens_seen=finished.progress.tokens_seen)
         last = self._last_row
         elapsed, first = at.train_seconds - last.train_seconds, finished.progress.step == 0
         if elapsed < self._between and not first and RELEVANCE not in finished.values:
@@ -92,11 +95,7 @@ class Recorder:
         self._last_row = at
         self._newest = {
             KIND: "step",
-            STEP: finished.progress.step + 1,
-            FRACTION: finished.progress.fraction,
-            TRAIN_SECONDS: at.train_seconds,
-            WALL_SECONDS: at.wall_seconds,
-            TOKENS_SEEN: finished.progress.tokens_seen,
+            **_where(at, steps, finished.progress.fraction),
             **(_rates(last, at) if elapsed > 0 else {}),
             DATA_WAIT_SECONDS: at.data_wait_seconds,
             **finished.values,
@@ -165,5 +164,5 @@ def _rates(last: Position, at: Position) -> Row:
     return {
         TOKENS_PER_SEC: (at.tokens_seen - last.tokens_seen) / elapsed,
         SAMPLES_PER_SEC: (at.rows - last.rows) / elapsed,
-        STEP_SECONDS: elapsed / max(at.step - last.step, 1),
+        STEP_SECONDS: elapsed / (at.step - last.step),
     }

@@ -1,0 +1,67 @@
+"""What a run says of its speed, where steps end one behind the host or two at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cggr_ray.flight import Finished
+from cggr_ray.progress import Budget, Progress
+from cggr_ray.recorder import Position, Recorder
+from cggr_ray.telemetry.tracker import Row
+
+STEPS, SECONDS, ROWS, TOKENS = 20, 0.5, 4, 100
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def log(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def finish(self, summary: Row) -> None:
+        pass
+
+
+@pytest.mark.parametrize("drained", [(), (8,), (3, 8, 9, 19)])
+@pytest.mark.parametrize("start", [0, 5])
+def test_the_rates_are_those_of_steps_that_ended(drained: tuple[int, ...], start: int) -> None:
+    """A device that takes half a second a step, one step behind the host but where the host waits for it."""
+    kept = Kept()
+    began = Position(start, start * ROWS, start * TOKENS, start * SECONDS, 0.0, 0.0)
+    recorder = Recorder("t", [kept], lambda row: None, Budget(100.0), torch.device("cpu"), began, None)
+    waiting: list[int] = []
+
+    def land(queued: int, left: int) -> None:
+        while len(waiting) > left:
+            step = waiting.pop(0)
+            now = Position(queued, queued * ROWS, queued * TOKENS, (step + 1) * SECONDS, 0.0, 0.0)
+            progress = Progress(step, step * SECONDS, 100.0, (step + 1) * TOKENS)
+            recorder.step(Finished(progress, {"train/loss": 1.0}), now, {})
+
+    for step in range(start, start + STEPS):
+        waiting.append(step)
+        land(step + 1, 0 if step in drained else 1)
+    land(start + STEPS, 0)
+    recorder.flush()
+    assert [row["step"] for row in kept.rows] == list(range(start + 1, start + STEPS + 1))
+    assert [row["tokens_seen"] for row in kept.rows] == [row["step"] * TOKENS for row in kept.rows]
+    for row in kept.rows:
+        assert row["train/tokens_per_sec"] == pytest.approx(TOKENS / SECONDS)
+        assert row["train/samples_per_sec"] == pytest.approx(ROWS / SECONDS)
+        assert row["train/step_seconds"] == pytest.approx(SECONDS)
+
+
+def test_steps_that_end_at_one_time_are_one_row_and_the_next_counts_both() -> None:
+    kept = Kept()
+    began = Position(0, 0, 0, 0.0, 0.0, 0.0)
+    recorder = Recorder("t", [kept], lambda row: None, Budget(100.0), torch.device("cpu"), began, None)
+    for step, seconds in enumerate([0.5, 0.5, 1.5]):
+        now = Position(3, 3 * ROWS, 3 * TOKENS, seconds, 0.0, 0.0)
+        progress = Progress(step, 0.0, 100.0, (step + 1) * TOKENS)
+        recorder.step(Finished(progress, {"train/loss": 1.0}), now, {})
+    recorder.flush()
+    assert [row["step"] for row in kept.rows] == [1, 3]
+    assert [row["train/tokens_per_sec"] for row in kept.rows] == [200.0, 200.0]
+    assert [row["train/step_seconds"] for row in kept.rows] == [0.5, 0.5]
