@@ -253,6 +253,9 @@ def test_tune_writes_rows_and_a_race_that_can_be_run(
     monkeypatch.chdir(out)
     planned = CliRunner().invoke(cli.app, ["race", "tuned.toml", "--dry-run"])
     assert planned.exit_code == 0 and "2 trials, 18 train seconds" in planned.output
+    assert "to be tuned" not in planned.output
+    untuned = CliRunner().invoke(cli.app, ["race", str(race_file), "--dry-run"])
+    assert "to be tuned before: 3 values x 2 recipes, 2 s each" in untuned.output
 
 
 def test_a_recipe_without_a_finite_loss_is_named_and_resuming_runs_what_is_left(
