@@ -34,13 +34,17 @@ def documents_of(positions_BT: Tensor, starts: Tensor, longest: int) -> Document
 def attend(
     q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, documents: Documents, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """(output (N, H, E), log-sum-exp (H, N) in float32) of every position over its document."""
+    """(output (N, H, E), log-sum-exp (H, N) in at least float32) of every position over its document.
+
+    Logits have at least float32 too: a backward pass that computes them again divides by what they add up to here.
+    """
     if q_NHE.is_cuda:
         return _flash(q_NHE, k_NGE, v_NGE, documents.starts, documents.longest, scale, window)
     rows = len(documents.first_BT)
     q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q_NHE, k_NGE, v_NGE))
     groups = q.shape[1] // k.shape[1]
-    scores = (q @ k.repeat_interleave(groups, dim=1).mT).float() * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).repeat_interleave(groups, dim=1).mT * scale
     scores = scores.masked_fill(~document_mask(documents.first_BT, window), -torch.inf)
     out = scores.softmax(-1).to(q.dtype) @ v.repeat_interleave(groups, dim=1)
     return out.transpose(1, 2).flatten(0, 1), scores.logsumexp(-1).transpose(0, 1).flatten(1)
