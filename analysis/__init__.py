@@ -29,6 +29,7 @@ _PUBLIC = {
     "report_summary": "analysis.output",
     "run_measures": "analysis.measures",
     "saturation": "analysis.measures",
+    "stability": "analysis.measures",
     "score_claims": "analysis.scores",
     "summary_table": "analysis.report",
     "target_times": "analysis.targets",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.frames import Race
-from analysis.measures import FINISHED, comparison, epochs, ledger_check, order_check, saturation
+from analysis.measures import FAR, FINISHED, comparison, epochs, ledger_check, order_check, saturation, stability
 from analysis.tables import figure, plain
 from cggr_ray.schema import KEPT_LOSS
 
@@ -44,6 +44,20 @@ def ledger_words(race: Race) -> str:
     overrun = checks["overrun_steps"].max()
     late = f" Training used at most {overrun:.2f} last steps beyond the budget." if not pd.isna(overrun) else ""
     return f"{closure}{late} Seconds; the budget is the sum of the columns marked *."
+
+
+def stability_words(race: Race) -> str:
+    """Which runs had gradients far beyond their usual norm, and which skipped steps."""
+    runs = stability(race)
+    wild = runs[runs["far"] > 0]
+    shares = ", ".join(f"{run} in {100 * far:.2g} %" for run, far in zip(wild["trial_id"], wild["far"], strict=True))
+    beyond = f"radient norms beyond {FAR:g} times their median after the first tenth of the budget"
+    words = f"**G{beyond}: {shares} of the logged steps.**" if shares else f"No run logged g{beyond}."
+    if runs["median"].isna().all():
+        words = "No run logged gradient norms."
+    skipped = int(runs["skipped_steps"].sum())
+    lost = f" **{skipped} steps had no finite gradient and changed nothing.**" if skipped else ""
+    return f"{words}{lost} Norms are taken before clipping."
 
 
 def order_words(race: Race) -> str:

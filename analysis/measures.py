@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis.frames import IDENTITY, Race
 from analysis.stats import mean_interval
-from cggr_ray.schema import LEDGERS, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
+from cggr_ray.schema import FRACTION, GRAD_NORM, LEDGERS, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 
 FINISHED = "finished"
 RUN_KEYS = list(IDENTITY)
@@ -39,6 +39,8 @@ EPOCHS = "epochs/"
 PAIRED = ("loss_difference", "seconds_to_baseline_loss")
 # The part of the budget over which `saturation` looks at the slope.
 LAST_PART = 0.25
+# The part of the budget before `stability` looks, and how many of its medians a gradient norm is far beyond.
+FIRST_PART, FAR = 0.1, 10.0
 
 
 def loss_at_time(milestones: pd.DataFrame, seconds: float, metric: str = VAL_LOSS) -> pd.Series:
@@ -170,6 +172,19 @@ def equal_tokens(race: Race) -> float:
     ids = finished_runs(race)["trial_id"]
     finished = race.milestones[race.milestones["trial_id"].isin(ids)]
     return float(finished.groupby("trial_id")[TOKENS_SEEN].max().min()) if len(finished) else math.nan
+
+
+def stability(race: Race) -> pd.DataFrame:
+    """One row a run: the norm of its gradients before clipping, as logged after the first tenth of the budget.
+
+    `median` and `largest` of them, `far`, the share beyond ten medians, and `skipped_steps`, which had no finite one.
+    """
+    logged = race.steps.reindex(columns=["trial_id", FRACTION, GRAD_NORM]).dropna()
+    norms = logged[logged[FRACTION] > FIRST_PART].groupby("trial_id")[GRAD_NORM]
+    by_run = pd.DataFrame({"median": norms.median(), "largest": norms.max()})
+    by_run["far"] = norms.agg(lambda own: float((own > FAR * own.median()).mean()))
+    table = race.runs.reindex(columns=[*RUN_KEYS, "status", "skipped_steps"])
+    return table.join(by_run, on="trial_id")
 
 
 def ledger_check(race: Race) -> pd.DataFrame:

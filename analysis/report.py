@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.cautions import caveats, ledger_words, order_words, tuning_words, unfinished
+from analysis.cautions import caveats, ledger_words, order_words, stability_words, tuning_words, unfinished
 from analysis.findings import (
     efficiency_table,
     milestones_table,
@@ -61,6 +61,7 @@ from analysis.tables import (
     order_table,
     plain,
     settings_table,
+    stability_table,
     table,
     validation_table,
 )
@@ -99,6 +100,7 @@ def render(race: Race) -> str:
         ("## Curves", f"{CURVE_NOTE}\n\n{_images(race_plots(race))}"),
         *_layers(race),
         ("## Validation, run by run", f"{validation_table(race)}\n\n{_bullets(unfinished(race))}"),
+        ("## Stability", f"{stability_words(race)}\n\n{stability_table(race)}"),
         ("## Where the time went", f"{ledger_words(race)}\n\n{ledger_table(race)}"),
         ("## Order of the data", f"{order_words(race)}\n\n{order_table(race)}"),
         ("## Settings of every recipe", f"{tuning_words(race)}\n\n{settings_table(race)}"),

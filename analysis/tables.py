@@ -13,7 +13,7 @@ from tabulate import tabulate
 from analysis.frames import Race
 from analysis.judging import LOSS, claims
 from analysis.layers import MODES, layer_measures
-from analysis.measures import comparison, epochs, ledger_check, order_check
+from analysis.measures import FAR, comparison, epochs, ledger_check, order_check, stability
 from cggr_ray.schema import BUDGET_LEDGERS, LEARNING_RATE, LEDGERS, TRAIN_SECONDS, VAL_LOSS, VAL_NATS_PER_BYTE
 
 MARKDOWN = "github"
@@ -127,6 +127,18 @@ def ledger_table(race: Race) -> str:
         steps = figure(check["overrun_steps"], 2)
         rows.append([str(check["trial_id"]), *seconds, *closure, difference, *overrun, steps])
     return table(headers, rows)
+
+
+def stability_table(race: Race) -> str:
+    """One row a run: its gradient norms, and the steps that had no finite gradient."""
+    headers = ("trial", "status", "gradient norm, median", "largest", "over the median", f"beyond {FAR:g} medians (%)")
+    rows = []
+    for run in stability(race).to_dict("records"):
+        usual, largest = run["median"], run["largest"]
+        sizes = [NONE] * 3 if pd.isna(usual) else [f"{usual:.3g}", f"{largest:.3g}", f"{largest / usual:.3g}x"]
+        counts = figure(100 * run["far"], 1), figure(run["skipped_steps"], 0)
+        rows.append([run["trial_id"], run["status"], *sizes, *counts])
+    return table([*headers, "skipped steps"], rows)
 
 
 def layers_table(race: Race) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from written_rows import step_row
 
+from analysis.cautions import stability_words
 from analysis.frames import read_race
 from analysis.measures import (
     comparison,
@@ -20,8 +23,10 @@ from analysis.measures import (
     order_check,
     run_measures,
     saturation,
+    stability,
     time_to_loss,
 )
+from analysis.tables import stability_table
 
 Writer = Callable[..., Path]
 RowMaker = Callable[..., dict[str, Any]]
@@ -158,6 +163,27 @@ def test_saturation_needs_a_milestone_before_the_last_quarter(
 ) -> None:
     run_writer(tmp_path, "baseline", 0, [milestone_row(20, 20, 20, 2.0)], {})
     assert math.isnan(row_of(saturation(read_race(tmp_path)), "baseline")["change"])
+
+
+def test_stability_looks_for_gradients_far_beyond_the_usual_after_the_first_tenth(
+    tmp_path: Path, run_writer: Writer
+) -> None:
+    norms = [900.0, 80.0, 1.0, 2.0, 3.0, None, 2.0, 21.0, 2.0, 19.0]
+    rows = [step_row(n, fraction=n / 20, **{"train/grad_norm": norm}) for n, norm in enumerate(norms, 1)]
+    run_writer(tmp_path, "wild", 0, rows, {"skipped_steps": 3})
+    run_writer(tmp_path, "calm", 0, [step_row(9, fraction=0.5, **{"train/grad_norm": 0.5})], {"skipped_steps": 0})
+    run_writer(tmp_path, "mute", 0, [], {})
+    race = read_race(tmp_path)
+    found = stability(race).set_index("trial_id")
+    # Of 1, 2, 3, 2, 21, 2, 19: the median is 2, and one of seven is beyond 20.
+    assert found.loc["wild-0", ["median", "largest", "far", "skipped_steps"]].tolist() == [2, 21, 1 / 7, 3]
+    assert found.loc["calm-0", ["median", "largest", "far"]].tolist() == [0.5, 0.5, 0]
+    assert found.loc["mute-0", ["median", "largest", "far"]].isna().all()
+    words = stability_words(race)
+    assert "wild-0 in 14 %" in words and "calm-0" not in words and "**3 steps had no finite gradient" in words
+    calm = replace(race, runs=race.runs[race.runs["recipe"] == "calm"])
+    assert stability_words(calm).startswith("No run logged gradient norms beyond 10 times")
+    assert "21" in stability_table(race) and "10.5x" in stability_table(race)
 
 
 def test_ledgers_are_held_against_the_wall_clock(pair_race: Path, run_writer: Writer) -> None:
