@@ -4,7 +4,8 @@ Three quantities are judged, each as paired differences to the baseline: the fin
 speed-up to a common loss; ratios as logarithms. Final loss and tokens/s of all arms are one family: Holm's correction
 keeps the chance that a race without any difference claims one at 5 %. The speed-up asks nearly what the loss does, so
 it is corrected over the arms alone and claimed only where the final loss is, to the same side: it takes no share of the
-5 %. Scores of evaluations are a family of their own.
+5 %. Scores of evaluations are a family of their own. Where a race set its seconds, a fixed time a step, it measured no
+speed: the final loss is judged alone, and needs no correction for what was not asked.
 
 A verdict is withdrawn where its figures would flatter: runs that diverged or failed are missing from them, or the runs
 of a pair read other rows or ran on another device.
@@ -170,13 +171,19 @@ def claims(race: Race) -> pd.DataFrame:
     at 5 %: beating the baseline *and* every control needs no correction for the controls.
     """
     samples = differences(race)
-    table = weighed(race, judge({(r, q): samples[r, q] for q in QUANTITIES for r in race.recipes if (r, q) in samples}))
+    asked = ((recipe, quantity) for quantity in judged(race) for recipe in race.recipes)
+    table = weighed(race, judge({key: samples[key] for key in asked if key in samples}))
     words = []
     for row in table.to_dict("records"):
-        judged = row["side"] > 0 and row["quantity"] != SPEED.name
-        controls = unbeaten(race, row["recipe"], TIME if row["quantity"] == TIME.name else LOSS) if judged else []
+        for_the_arm = row["side"] > 0 and row["quantity"] != SPEED.name
+        controls = unbeaten(race, row["recipe"], TIME if row["quantity"] == TIME.name else LOSS) if for_the_arm else []
         words.append("; ".join([row["verdict"], *controls]))
     return table.assign(verdict=words) if words else table
+
+
+def judged(race: Race) -> tuple[Quantity, ...]:
+    """The quantities that the race measured."""
+    return (LOSS,) if race.stepped else QUANTITIES
 
 
 def weighed(race: Race, table: pd.DataFrame, uneven: Collection[tuple[str, str]] = ()) -> pd.DataFrame:

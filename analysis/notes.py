@@ -6,20 +6,31 @@ VERDICT_NOTES = """\
 A verdict in bold is a claim that the data support; everything else is none. Every arm is held against {baseline}, pair
 by pair of one seed.
 
-* **difference**: mean over pairs; for tokens/s and speed-up the geometric mean of the ratios, above 1 for the arm.
-* **final loss**: at the end of the budget, that is, at equal time. **tokens/s**: tokens read, whether or not they
-  carried a gradient: faster reading is not faster learning. **speed-up to a common loss**: {baseline}'s train seconds
-  over the arm's to the lowest loss that all runs of both reached.
+* **difference**: mean over pairs{ratios}
+* **final loss**: at the end of the budget, that is, at equal time.{speeds}
 * **95 % interval**: Student's t, of this row alone.
 * **p (Holm)**: {tests}
 * **detectable**: the smallest true difference that a t test of so many pairs of this spread finds with a chance of
-  80 %, at the strictest step of the correction; of a ratio, a factor above 1 and its inverse. What is smaller was not
-  ruled out."""
+  80 %, at the strictest step of the correction; of a ratio, a factor above 1 and its inverse. A smaller one would
+  have been missed more often. Which differences the data speak against is said by the interval, not by this column."""
+
+RATIO_NOTE = "; for tokens/s and speed-up the geometric mean of the ratios, above 1 for the arm."
+
+SPEED_NOTES = """\
+ **tokens/s**: tokens read, whether or not they
+  carried a gradient: faster reading is not faster learning. **speed-up to a common loss**: {baseline}'s train seconds
+  over the arm's to the lowest loss that all runs of both reached."""
+
+SET_SECONDS_NOTE = " Speeds are not judged: the seconds of this race were set, a fixed time a step, not measured."
 
 TEST_NOTES = """\
-by {tests}; corrected over all arms for final loss and tokens/s together, so that a race without any difference claims
-  one in at most {percent} % of cases. The speed-up is corrected over the arms, and claimed only where the final loss
-  is, to the same side: faster with better, slower with worse."""
+by {tests}; corrected over all arms{family}, so that a race without any difference claims
+  one in at most {percent} % of cases.{then}"""
+
+SPEED_UP_NOTE = """\
+ The speed-up is corrected over the arms, and claimed only where the final loss
+  is, to the same side: faster with better, slower with worse. Its p is never below that of the final loss, and 1 where
+  the two are on different sides."""
 
 UNTESTED_NOTE = "none: no arm has two pairs with figures, so nothing was tested and nothing is claimed."
 

@@ -33,8 +33,12 @@ from analysis.notes import (
     EFFICIENCY_NOTES,
     LAYER_NOTES,
     MILESTONE_NOTES,
+    RATIO_NOTE,
     SATURATION_NOTES,
     SCORE_NOTES,
+    SET_SECONDS_NOTE,
+    SPEED_NOTES,
+    SPEED_UP_NOTE,
     TARGET_NOTES,
     TEST_NOTES,
     UNTESTED_NOTE,
@@ -116,8 +120,12 @@ def _verdict_section(race: Race) -> str:
     lost = {recipe: words for recipe in race.recipes if (words := lost_runs(race, recipe))}
     missing = _bullets([f"{recipe}: {words}, left out of these figures." for recipe, words in lost.items()])
     tests = ", ".join(f"{test} over {pairs} pairs" for test, pairs in _tests(claims(race)))
-    tested = TEST_NOTES.format(tests=tests, percent=f"{100 * ALPHA:.0f}") if tests else UNTESTED_NOTE
-    notes = VERDICT_NOTES.format(baseline=race.baseline, tests=tested)
+    family, then = ("", "") if race.stepped else (" for final loss and tokens/s together", SPEED_UP_NOTE)
+    tested = TEST_NOTES.format(tests=tests, family=family, percent=f"{100 * ALPHA:.0f}", then=then)
+    tested = tested if tests else UNTESTED_NOTE
+    speeds = SET_SECONDS_NOTE if race.stepped else SPEED_NOTES.format(baseline=race.baseline)
+    ratios = "." if race.stepped else RATIO_NOTE
+    notes = VERDICT_NOTES.format(baseline=race.baseline, tests=tested, speeds=speeds, ratios=ratios)
     return "\n\n".join(part for part in (verdict_table(race), missing, notes) if part)
 
 
@@ -215,7 +223,8 @@ def verdicts(race: Race) -> list[str]:
 def _headline(race: Race) -> str:
     counts = f"{len(race.recipes)} recipes, {len(race.runs)} runs, {race.runs['seed'].nunique()} seeds"
     device = distinct(race.runs, "device/name")
-    return f"{counts}, {_budget(race)} train seconds a run, on {device}. Baseline: {race.baseline}."
+    counted = f", counted as {plain(race.spec['spec']['step_seconds'])} s a step" if race.stepped else ""
+    return f"{counts}, {_budget(race)} train seconds a run{counted}, on {device}. Baseline: {race.baseline}."
 
 
 def _budget(race: Race) -> str:

@@ -194,3 +194,13 @@ def test_a_planted_difference_of_loss_is_found() -> None:
     assert np.mean([row["difference"] for row in found]) == pytest.approx(-0.1, abs=0.01)
     assert np.mean([row_of(table, "arm2", TIME)["verdict"] == "faster" for table in tables]) >= 0.9
     assert sum(row_of(table, "arm1", quantity)["side"] != 0 for table in tables for quantity in (LOSS, SPEED)) <= 2
+
+
+def test_a_race_that_set_its_seconds_is_judged_by_its_loss_alone() -> None:
+    race = simulated_race(np.random.default_rng(3), seeds=3, arms=2)
+    assert set(claims(race)["quantity"]) == {LOSS.name, SPEED.name, TIME.name}
+    stepped = replace(race, spec={**race.spec, "spec": {**race.spec["spec"], "step_seconds": 0.1}})
+    last = race.milestones[race.milestones["fraction"] == 1.0].pivot(index="seed", columns="recipe", values="val/loss")
+    (row,) = claims(stepped).to_dict("records")
+    assert row["quantity"] == LOSS.name
+    assert row["p_holm"] == pytest.approx(stats.ttest_rel(last["arm1"], last["baseline"]).pvalue)
