@@ -5,9 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.frames import Race
+from analysis.judging import devices
 from analysis.measures import FAR, FINISHED, comparison, epochs, ledger_check, order_check, saturation, stability
+from analysis.stats import spread_factors
 from analysis.tables import figure, plain
-from cggr_ray.schema import KEPT_LOSS
+from cggr_ray.schema import KEPT_LOSS, VAL_LOSS
 
 # Ledgers that miss the wall clock by more than this many percent leave time unexplained.
 CLOSURE_PERCENT = 0.5
@@ -94,12 +96,14 @@ def caveats(race: Race) -> list[str]:
     """What the figures of a race cannot say."""
     notes = [
         *pair_caveats(race),
-        "One budget, one model and one device: a ranking can turn over at another of either.",
+        *device_caveats(race),
         "Every recipe ran with the learning rate in the table of settings; one that was tuned less well looks worse.",
         "Time to a loss is interpolated linearly between milestones: late on a convex curve, within one spacing.",
         "Schedules end with the budget: milestones and targets before the end compare runs that have not decayed yet, "
         "and losses at equal tokens compare runs that have with runs that have not.",
     ]
+    if VAL_LOSS in race.milestones.columns:
+        notes.append("Every loss is on the same held-out text: the spread over seeds leaves out that of other text.")
     if race.runs.get("data_seed", pd.Series()).nunique() == 1:
         notes.append("All runs share one order of the data: the spread over seeds leaves out that of the order.")
     if race.stepped:
@@ -120,11 +124,39 @@ def caveats(race: Race) -> list[str]:
         words = "steps after it were done again, and only the second time counts."
         notes.append(f"{len(resumed)} {runs} taken up again from a checkpoint ({', '.join(resumed)}): {words}")
     notes += moved_caveats(race)
-    versions = [str(name) for name in race.runs.columns if str(name).startswith("versions/")]
-    mixed = [name.removeprefix("versions/") for name in versions if race.runs[name].dropna().nunique() > 1]
-    if mixed:
-        notes.append(f"**Runs of this race had different versions of {', '.join(mixed)}.**")
-    return notes + data_caveats(race)
+    return notes + version_caveats(race) + data_caveats(race)
+
+
+def device_caveats(race: Race) -> list[str]:
+    """How far the figures are those of one device."""
+    seeds: dict[str, set[int]] = {}
+    if "device/name" in race.runs.columns:
+        for seed, names in zip(race.runs["seed"], devices(race.runs), strict=True):
+            for name in names:
+                seeds.setdefault(name, set()).add(int(seed))
+    if len(seeds) < 2:
+        return ["One budget, one model and one device: a ranking can turn over at another of either."]
+    where = "; ".join(f"{name}: seed {', '.join(map(str, sorted(own)))}" for name, own in seeds.items())
+    return [
+        "One budget and one model: a ranking can turn over at another of either.",
+        f"**Runs were on different devices ({where}): means over seeds and their ± mix them, in tokens/s and in losses "
+        "at equal time. Only differences of pairs on one device do not.**",
+    ]
+
+
+def version_caveats(race: Race) -> list[str]:
+    """Software that was not the same in all runs, and whether it was within the pairs."""
+    names = [str(name) for name in race.runs.columns if str(name).startswith("versions/")]
+    mixed = [name for name in names if race.runs[name].nunique() > 1]
+    within = [name for name in mixed if (race.runs.groupby("seed")[name].nunique() > 1).any()]
+    between = ", ".join(name.removeprefix("versions/") for name in mixed if name not in within)
+    notes = []
+    if within:
+        paired = ", ".join(name.removeprefix("versions/") for name in within)
+        notes.append(f"**Runs of one seed had different versions of {paired}: their difference may come of it.**")
+    if between:
+        notes.append(f"**Seeds had different versions of {between}; the runs of a pair had the same.**")
+    return notes
 
 
 def moved_caveats(race: Race) -> list[str]:
@@ -146,8 +178,11 @@ def pair_caveats(race: Race) -> list[str]:
     rows = comparison(race)
     fewest = int(rows.loc[rows["recipe"] != race.baseline, "pairs"].min())
     if fewest > 1:
+        low, high = spread_factors(fewest)
         return [
-            f"The smallest comparison has {fewest} pairs: its t interval is wide and assumes a roughly normal spread."
+            f"The smallest comparison has {fewest} pairs, which tell their own spread within a factor of {low:.2g} to "
+            f"{high:.2g} only (95 %): its interval can be narrow, and what is detectable small, by luck. Both assume a "
+            "roughly normal spread."
         ]
     return ["A recipe with fewer than two pairs has no interval; its difference may be the luck of one seed."]
 

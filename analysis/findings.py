@@ -48,7 +48,7 @@ def _judged(row: Row, digits: int) -> list[str]:
     if row["unit"] == RATIO:
         middle, ends = factor(row["difference"]), interval(row["low"], row["high"], 3)
         up = 1 + row["detectable"]
-        seen = NONE if math.isnan(up) else f"beyond {up:.4g}x or {1 / up:.3g}x"
+        seen = NONE if math.isnan(up) else f"beyond {factor(up)} or {factor(1 / up)}"
     else:
         middle, ends = (
             figure(row["difference"], digits, sign=True),

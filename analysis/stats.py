@@ -98,6 +98,16 @@ def holm(p_values: Iterable[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
+def spread_factors(pairs: int, confidence: float = 1 - ALPHA) -> tuple[float, float]:
+    """Between which multiples of the standard deviation of so many differences the true one lies, as chi squared."""
+    freedom, tail = pairs - 1, (1 - confidence) / 2
+    low, high = (
+        math.sqrt(freedom / special.chdtri(freedom, tail)),
+        math.sqrt(freedom / special.chdtri(freedom, 1 - tail)),
+    )
+    return low, high
+
+
 def detectable(differences: Iterable[float], alpha: float = ALPHA, chance: float = POWER) -> float:
     """Smallest true difference that so many pairs of so much spread find with such a chance, in their unit.
 

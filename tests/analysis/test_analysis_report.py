@@ -368,7 +368,38 @@ def test_what_a_ratio_could_have_shown_is_a_factor_both_ways(
         run_writer(tmp_path, "other", seed, [milestone_row(20, 20, tokens, 2.0)], {})
     up = math.exp(detectable(np.log([1.0, 0.9, 1.2]), 0.05 / 2))
     cells = cells_of(render(read_race(tmp_path)), "Verdicts", "tokens/s (ratio)", "other")
-    assert cells[-2] == f"beyond {up:.4g}x or {1 / up:.3g}x" and up > 1
+    assert cells[-2] == f"beyond {up:.3f}x or {1 / up:.3f}x" and up > 1
+
+
+def test_different_devices_of_seeds_are_told(pair_race: Path) -> None:
+    assert any("one device" in line for line in caveats(read_race(pair_race)))
+    for trial in ("baseline-1", "quick-1"):
+        file = pair_race / "runs" / trial / "run.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"device": {"name": "Other GPU"}}))
+    lines = caveats(read_race(pair_race))
+    assert not any("and one device" in line for line in lines)
+    assert any("different devices (Test GPU: seed 0; Other GPU: seed 1): means over seeds" in line for line in lines)
+
+
+def test_it_is_said_whether_versions_differ_within_pairs(pair_race: Path) -> None:
+    def versions(**of: str) -> list[str]:
+        for trial, torch in of.items():
+            file = pair_race / "runs" / trial.replace("_", "-") / "run.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"versions": {"torch": torch}}))
+        return [line for line in caveats(read_race(pair_race)) if "different versions of torch" in line]
+
+    assert versions(baseline_1="2.13.0", quick_1="2.13.0") == [
+        "**Seeds had different versions of torch; the runs of a pair had the same.**"
+    ]
+    assert versions(quick_1="2.12.0") == [
+        "**Runs of one seed had different versions of torch: their difference may come of it.**"
+    ]
+
+
+def test_how_little_two_pairs_tell_of_their_spread_is_said(pair_race: Path) -> None:
+    lines = caveats(read_race(pair_race))
+    assert any("has 2 pairs, which tell their own spread within a factor of 0.45 to 32 only" in line for line in lines)
+    assert any(line.startswith("Every loss is on the same held-out text") for line in lines)
 
 
 def test_runs_that_shared_a_gpu_are_not_compared_by_speed(tmp_path: Path, run_writer: Callable[..., Path]) -> None:

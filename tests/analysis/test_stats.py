@@ -18,6 +18,7 @@ from analysis.stats import (
     mean_interval,
     paired_p,
     sign_flip_p,
+    spread_factors,
     student_p,
     which_test,
 )
@@ -119,3 +120,11 @@ def test_detectable_is_in_the_unit_of_the_differences() -> None:
 def test_a_level_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"alpha 0\.9 and chance 0\.8; accepted: 0 < alpha < chance < 1"):
         detectable_effect(3, alpha=0.9)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 8])
+def test_the_true_spread_lies_within_its_factors_as_often_as_said(pairs: int) -> None:
+    low, high = spread_factors(pairs)
+    drawn = np.random.default_rng(0).normal(0, 3.0, (40_000, pairs)).std(axis=1, ddof=1)
+    assert np.mean(low * drawn > 3.0) == pytest.approx(0.025, abs=0.004)
+    assert np.mean(high * drawn < 3.0) == pytest.approx(0.025, abs=0.004)
