@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pandas as pd
 
 from analysis.frames import Race
@@ -89,7 +92,25 @@ def tuning_words(race: Race) -> str:
         f"By the race's file each arm had {len(tried)} trials of {plain(tuning['seconds'])} train seconds, seed "
         f"{tuning['seed']}, over {keys}{together}, before the race; it races with one of the values tried."
     )
-    return f"{words} **Not so {', '.join(untuned)}: none of these values.**" if untuned else words
+    words += f" **Not so {', '.join(untuned)}: none of these values.**" if untuned else ""
+    tuned = [name for name in names if name not in untuned]
+    edges = [f"{name} ({'; '.join(own)})" for name in tuned if (own := _at_the_edge(arms[name], tried))]
+    beyond = f" **At the edge of what was tried, so that a better value may lie beyond: {', '.join(edges)}.**"
+    return words + beyond if edges else words
+
+
+def _at_the_edge(values: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose value is the smallest or the largest number tried, where several were."""
+    found = []
+    for key, value in ((key, values[key]) for key in tried[0] if _is_number(values[key])):
+        numbers = {entry[key] for entry in tried if _is_number(entry[key])}
+        if len(numbers) > 1 and value in (min(numbers), max(numbers)):
+            found.append(f"{key} = {plain(value)}, the {'smallest' if value == min(numbers) else 'largest'}")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def caveats(race: Race) -> list[str]:

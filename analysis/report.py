@@ -57,6 +57,7 @@ from analysis.scores import PREFIX, PRIMARY, primary_scores, score_names, unequa
 from analysis.stats import ALPHA
 from analysis.tables import (
     NONE,
+    by_recipe,
     comparison_table,
     distinct,
     figure,
@@ -70,7 +71,7 @@ from analysis.tables import (
     validation_table,
 )
 from analysis.targets import TARGET_FRACTIONS
-from cggr_ray.schema import VAL_LOSS
+from cggr_ray.schema import VAL_LOSS, VAL_TOKENS
 
 REPORT_FILE = "benchmark_results.md"
 PLOTS = (
@@ -244,29 +245,31 @@ def _what_ran(race: Race) -> str:
     rows += [["command", f"`{race.spec['command']}`" if "command" in race.spec else NONE]]
     for group in ("model", "data", "device", "execution"):
         names = [str(name) for name in runs.columns if str(name) == group or str(name).startswith(f"{group}/")]
-        rows += [[name.replace("/", ", ").replace("_", " "), distinct(runs, name)] for name in names]
-    rows += [["trained parameters, all parts", distinct(runs, "parameters")]]
+        rows += [[_label(name), by_recipe(runs, name)] for name in names]
+    rows += [["trained parameters, all parts", by_recipe(runs, "parameters")]]
     sources = [
         str(name).removeprefix(f"{VAL_LOSS}/") for name in race.milestones if str(name).startswith(VAL_LOSS + "/")
     ]
-    rows += [["validation sources", ", ".join(sources) or NONE], ["tokens per step", _step_tokens(runs)]]
-    rows += [["hosts", distinct(runs, "process/host")]]
-    versions = [str(name) for name in runs.columns if str(name).startswith("versions/")]
+    rows += [["validation sources", ", ".join(sources) or NONE]]
+    rows += [["labelled tokens of a validation", distinct(race.milestones, VAL_TOKENS)]]
+    rows += [["tokens per step", _step_tokens(runs)], ["hosts", distinct(runs, "process/host")]]
+    versions = [str(name) for name in runs.columns if str(name).startswith("versions/") and runs[name].notna().any()]
     rows += [["versions", ", ".join(f"{name.removeprefix('versions/')} {distinct(runs, name)}" for name in versions)]]
     return table(["", ""], [row for row in rows if row[1] not in ("", NONE)])
+
+
+def _label(column: str) -> str:
+    return column.replace("/", ", ").replace("_mib", " (MiB)").replace("_", " ")
 
 
 def _step_tokens(runs: pd.DataFrame) -> str:
     if not {"row_tokens", "global_rows"} <= set(runs.columns):
         return NONE
-    shapes = runs[["recipe", "row_tokens", "global_rows"]].dropna().drop_duplicates()
-    texts = {
-        str(recipe): f"{int(rows * width):,} ({int(rows)} rows of {int(width)})"
-        for recipe, width, rows in shapes.itertuples(index=False)
-    }
-    if len(set(texts.values())) == 1:
-        return next(iter(texts.values()))
-    return "; ".join(f"{recipe}: {text}" for recipe, text in texts.items()) or NONE
+    shapes = runs[["recipe", "row_tokens", "global_rows"]].dropna()
+    texts = [
+        f"{int(rows * width):,} ({int(rows)} rows of {int(width)})" for _, width, rows in shapes.itertuples(index=False)
+    ]
+    return by_recipe(shapes.assign(text=texts), "text")
 
 
 def _bullets(lines: list[str]) -> str:

@@ -182,10 +182,22 @@ def settings_table(race: Race) -> str:
 
 def distinct(runs: pd.DataFrame, column: str) -> str:
     """The different values of a column, as text; a dash if the column is absent or empty."""
+    return ", ".join(_texts(runs, column)) or NONE
+
+
+def by_recipe(runs: pd.DataFrame, column: str) -> str:
+    """As `distinct`; where every recipe has one value and not all have the same, whose it is."""
+    own = {str(recipe): _texts(rows, column) for recipe, rows in runs.groupby("recipe", sort=False)}
+    if all(len(texts) == 1 for texts in own.values()) and len({texts[0] for texts in own.values()}) > 1:
+        return "; ".join(f"{recipe}: {text}" for recipe, (text,) in own.items())
+    return distinct(runs, column)
+
+
+def _texts(runs: pd.DataFrame, column: str) -> list[str]:
     if column not in runs.columns:
-        return NONE
+        return []
     values = [value for value in runs[column] if isinstance(value, list | dict) or not pd.isna(value)]
-    return ", ".join(dict.fromkeys(plain(value) for value in values)) or NONE
+    return list(dict.fromkeys(plain(value) for value in values))
 
 
 def plain(value: object) -> str:
@@ -195,7 +207,7 @@ def plain(value: object) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, float):
-        return f"{int(value):,}" if value.is_integer() else f"{value:g}"
+        return f"{int(value):,}" if value.is_integer() else f"{value:,g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)

@@ -212,6 +212,19 @@ def test_an_injected_clock_and_lost_memory_are_said(pair_race: Path) -> None:
     assert "Speeds are not judged" in verdicts_of_all and not re.search(r"tokens/s|speed-up|\{", verdicts_of_all)
 
 
+def test_what_ran_says_whose_figure_it_is(pair_race: Path) -> None:
+    for trial, parameters in (("baseline-0", 1234567), ("baseline-1", 1234567), ("quick-0", 2345678)):
+        edit_summary(pair_race, trial, parameters=parameters)
+        file = pair_race / "runs" / trial / "run.json"
+        described = {"device": {"name": "Test GPU", "memory_mib": 143156.25}, "versions": {"torch": "2", "mine": None}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | described))
+    edit_summary(pair_race, "quick-1", parameters=2345678)
+    text = render(read_race(pair_race))
+    assert cells_of(text, "What ran", "trained parameters, all parts")[1] == "baseline: 1,234,567; quick: 2,345,678"
+    assert cells_of(text, "What ran", "device, memory (MiB)")[1] == "143,156"
+    assert "mine" not in cells_of(text, "What ran", "versions")[1]
+
+
 def test_a_trial_without_a_folder_is_named(pair_race: Path) -> None:
     spec = json.loads((pair_race / "race.json").read_text())
     (pair_race / "race.json").write_text(json.dumps(spec | {"trials": [*spec["trials"], "quick-9"]}))
@@ -245,6 +258,10 @@ def test_how_the_arms_were_tuned_is_said(pair_race: Path) -> None:
     )
     text = with_spec(pair_race, spec | {"arms": tuned})
     assert words in text and "Not so" not in text and "No arm was tuned" not in text
+    largest = "quick (optimizer.matrix.lr = 0.008, the largest; optimizer.rest.lr = 0.004, the largest)"
+    assert f"so that a better value may lie beyond: {largest}.**" in text
+    text = with_spec(pair_race, spec | {"arms": {"baseline": tried[1], "quick": tried[1]}})
+    assert words in text and "may lie beyond" not in text
     text = with_spec(pair_race, spec | {"arms": {"baseline": tried[1], "quick": {"optimizer.matrix.lr": 0.002}}})
     assert words in text and "**Not so quick: none of these values.**" in text
     assert "no arm was tuned for this race" in with_spec(pair_race, spec | {"arms": {}})
