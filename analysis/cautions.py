@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def ledger_words(race: Race) -> str:
     elif worst > CLOSURE_PERCENT:
         closure = f"**The ledgers miss the wall clock by up to {worst:.2f} %: time is unexplained.**"
     else:
-        closure = f"The eight ledgers add up to the wall clock within {worst:.3f} % in every run."
+        within = max(math.ceil(1000 * worst), 1) / 1000
+        closure = f"The eight ledgers add up to the wall clock within {within:.3f} % in every run."
     overrun = checks["overrun_steps"].max()
     late = f" Training used at most {overrun:.2f} last steps beyond the budget." if not pd.isna(overrun) else ""
     return f"{closure}{late} Seconds; the budget is the sum of the columns marked *."

@@ -40,7 +40,7 @@ def score_table(race: Race, style: str = MARKDOWN) -> str:
     return table(("score", "baseline", *_JUDGED), rows, style)
 
 
-_JUDGED = ("arm", "pairs", "difference", "95 % interval", "p (Holm)", "detectable", "verdict")
+_JUDGED = ("arm", "verdict", "difference", "95 % interval", "p (Holm)", "detectable", "pairs")
 
 
 def _judged(row: Row, digits: int) -> list[str]:
@@ -57,7 +57,7 @@ def _judged(row: Row, digits: int) -> list[str]:
         seen = figure(row["detectable"], digits)
     bold = "**" if row["supported"] else ""
     verdict = f"{bold}{row['verdict']}{bold}"
-    return [str(row["recipe"]), str(row["pairs"]), middle, ends, p_value(row["p_holm"]), seen, verdict]
+    return [str(row["recipe"]), verdict, middle, ends, p_value(row["p_holm"]), seen, str(row["pairs"])]
 
 
 def milestones_table(race: Race, metric: str = VAL_LOSS, style: str = MARKDOWN) -> str:
@@ -66,12 +66,13 @@ def milestones_table(race: Race, metric: str = VAL_LOSS, style: str = MARKDOWN) 
 
 
 def tokens_table(race: Race, metric: str = VAL_LOSS, style: str = MARKDOWN) -> str:
-    """The same at equal tokens: parts of the most that every finished run has read."""
+    """The same at equal tokens: parts of the most that every finished run has read, where some recipe has figures."""
     rows = at_tokens(race, metric)
     return _positions(race, rows, lambda at: f"{at / 1e6:,.3f} M tokens", 4 if metric == VAL_LOSS else 3, style)
 
 
 def _positions(race: Race, rows: pd.DataFrame, label: Callable[[float], str], digits: int, style: str) -> str:
+    rows = rows[rows.groupby("mark")["value"].transform("count") > 0] if len(rows) else rows
     places: Iterable[float] = rows.drop_duplicates("mark")["at"] if len(rows) else []
     cells: dict[str, list[str]] = {recipe: [] for recipe in race.recipes}
     for row in rows.to_dict("records"):
@@ -87,7 +88,7 @@ def targets_table(race: Race, style: str = MARKDOWN) -> str:
     cells: dict[str, list[str]] = {recipe: [] for recipe in race.recipes}
     for row in target_times(race).to_dict("records"):
         cells[row["recipe"]].append(_target_cell(row, row["recipe"] == race.baseline))
-    headers = ("recipe", *(f"{goal:.4f}" for goal in target_losses(race)))
+    headers = ("recipe", *(f"{goal:.4f} nats/token" for goal in target_losses(race)))
     return table(headers, [[recipe, *own] for recipe, own in cells.items()], style)
 
 
@@ -114,7 +115,10 @@ def profile_table(race: Race, style: str = MARKDOWN) -> str:
 
 
 def efficiency_table(race: Race, style: str = MARKDOWN) -> str:
-    """One row an arm: what it takes to the loss it shares with the baseline, and what a kept token is worth."""
+    """One row an arm: what it takes to the loss it shares with the baseline, and what a kept token is worth.
+
+    Columns without a figure for any arm are left out.
+    """
     memory = comparison(race).set_index("recipe")["peak_memory_mib"]
     chance = next((name for name in race.recipes if part_kinds(race, name).get("tokens") == "random_tokens"), None)
     selected = efficiency(race, chance).set_index("recipe") if chance else pd.DataFrame()
@@ -127,9 +131,11 @@ def efficiency_table(race: Race, style: str = MARKDOWN) -> str:
         against = selected.loc[recipe].to_dict() if recipe in selected.index else {}
         cells += [with_interval(against, "value", 2) if kept < 1 and against else NONE]
         rows.append([*cells, factor(memory[recipe] / memory[race.baseline])])
-    headers = ("arm", "common loss", "speed-up", "token efficiency", "kept", "value of a kept token", "break-even")
-    more = ("(1+2r)/(3r)", f"value against {chance or 'chance'}", "peak memory")
-    return table((*headers, *more), rows, style)
+    headers = ("arm", "common loss (nats/token)", "speed-up", "token efficiency", "kept", "value of a kept token")
+    more = ("break-even", "(1+2r)/(3r)", f"value against {chance or 'chance'}", "peak memory")
+    columns = zip((*headers, *more), zip(*rows, strict=True), strict=True)
+    shown = [(header, cells) for header, cells in columns if set(cells) != {NONE}]
+    return table([header for header, _ in shown], zip(*(cells for _, cells in shown), strict=True), style)
 
 
 def saturation_table(race: Race, style: str = MARKDOWN) -> str:
@@ -142,7 +148,7 @@ def saturation_table(race: Race, style: str = MARKDOWN) -> str:
             words = "no change shown" if abs(change) <= half else "still falling" if change < 0 else "rising"
         slope = figure(row["per_minute"], 4, row["per_minute_half_width"], sign=True)
         rows.append([row["recipe"], figure(change, 4, half, sign=True), slope, words])
-    return table(("recipe", "change (nats/token)", "slope (nats/token a minute)", "at the end"), rows, style)
+    return table(("recipe", "change (nats/token)", "slope (nats/token per minute)", "at the end"), rows, style)
 
 
 def run_scores_table(race: Race, style: str = MARKDOWN) -> str:

@@ -55,8 +55,9 @@ Train seconds are training plus waiting for data; nothing else counts against th
 
 MILESTONE_NOTES = """\
 Means over finished runs, ± the half width of a 95 % t interval; in brackets the difference to the baseline, paired by
-seed. Columns are milestones in mean train seconds, at most a step late, or tokens seen, interpolated between them.
-Intervals are not corrected for their number: before the end they are figures, not claims."""
+seed. Columns are milestones in mean train seconds, at most a step late, or quarters of the tokens that every run has
+seen, interpolated between milestones and left out where no recipe has figures. Intervals are not corrected for their
+number: before the end they are figures, not claims."""
 
 SCORE_NOTES = """\
 More is better. One score of each task is judged: the first that it has of {primary}; the others are figures.
@@ -66,15 +67,16 @@ questions: how other questions would turn out is not in them. A run's own interv
 where these are few."""
 
 TARGET_NOTES = """\
-Targets are losses that the slowest baseline run had reached at {fractions} % of its seconds. Cells: mean train seconds,
-then the speed-up against the baseline with its 95 % interval (geometric mean over pairs). "k of n": only k of n runs
-got there; the others would have taken longer than they ran, so the speed-up, with their whole time in its place, is at
-most (≤) what is shown. Intervals are each cell's own, not corrected.
+Targets are losses that the slowest baseline run had reached at {fractions} % of its seconds. Cells: mean train
+seconds, then the speed-up against the baseline with its 95 % interval (geometric mean over pairs). "k of n": only k of
+n runs got there; the others would have taken longer than they ran, so the speed-up, with their whole time in its place,
+is at most (≤) what is shown. Intervals are each cell's own, not corrected.
 
 The profile counts, over all targets and seeds, how often a recipe was within a factor of the fastest recipe's time
 (arXiv:2306.07179); area is that below the share from 1x to 4x, 1.00 for a recipe that is always the fastest. Seeds are
 those for which every recipe's run ended; a run that diverged or failed reaches nothing. The baseline's finished runs
-reach all targets by construction, others need not."""
+reach all targets by construction, others need not. Targets of a seed lie on one curve: the shares describe these runs
+and are no sample of tasks."""
 
 EFFICIENCY_NOTES = """\
 What it takes an arm to get to the lowest loss that all its runs and the baseline's reached; geometric means over pairs
@@ -82,7 +84,8 @@ with 95 % intervals.
 
 * **speed-up**, **token efficiency**: the baseline's seconds, and tokens, over the arm's.
 * **kept**: the part r of the labelled positions that carried a gradient up to there. This column and those of a kept
-  token's worth are for arms that choose positions for the loss; others have no such figure.
+  token's worth are for arms that choose positions for the loss; others have no such figure. Columns in which no arm has
+  one are left out.
 * **value of a kept token**: the baseline's tokens over the arm's kept ones. **break-even**: the train seconds of a kept
   token over those of a baseline token; speed-up = value / break-even. (1+2r)/(3r) is the break-even of a step whose
   backward pass costs only what is kept.
@@ -91,7 +94,7 @@ with 95 % intervals.
 * **peak memory**: over the baseline's."""
 
 SATURATION_NOTES = """\
-Change of the validation loss from three quarters of the run's train seconds to its end, and the same a minute; ± over
+Change of the validation loss from three quarters of the run's train seconds to its end, and the same per minute; ± over
 seeds. Where the learning rate decays with the budget, the fall of the last quarter includes what the decay brings. What
 still falls has not shown what a longer budget would give."""
 

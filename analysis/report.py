@@ -87,7 +87,7 @@ LAYER_PLOTS = (
 Plots = tuple[tuple[str, str, Callable[[Race, Path], Path]], ...]
 CURVE_NOTE = (
     "Thin lines are runs, thick lines means over a recipe's finished runs. The loss axis leaves out what lies above "
-    f"every loss measured after {ZOOM_FRACTION:.0%} of the budget."
+    f"every loss measured after {100 * ZOOM_FRACTION:.0f} % of the budget."
 )
 
 

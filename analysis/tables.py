@@ -25,10 +25,10 @@ UNSUPPORTED = " †"
 
 
 def figure(value: float, digits: int, half_width: float = math.nan, sign: bool = False) -> str:
-    """A number, with `± half width` where there is one."""
+    """A number, with `± half width` where there is one; what rounds to zero is no -0."""
     if pd.isna(value):
         return NONE
-    text = f"{value:{'+' if sign else ''},.{digits}f}"
+    text = f"{value:{'+' if sign else ''}z,.{digits}f}"
     return text if pd.isna(half_width) else f"{text} ± {half_width:,.{digits}f}"
 
 

@@ -117,10 +117,10 @@ def test_the_verdicts_come_first_and_only_claims_are_bold(pair_race: Path) -> No
     text = render(read_race(pair_race))
     assert text.index("## Verdicts") < text.index("## What ran")
     loss = cells_of(text, "Verdicts", "final loss (nats/token)", "quick")
-    assert loss[2:5] == ["2", "-0.4000", "[-1.6706, +0.8706]"]
-    assert loss[-1] == "no difference that 2 seeds could show"
+    assert loss[2:5] == ["no difference that 2 seeds could show", "-0.4000", "[-1.6706, +0.8706]"]
+    assert loss[-1] == "2"
     speed = cells_of(text, "Verdicts", "tokens/s (ratio)", "quick")
-    assert speed[3] == "0.500x" and speed[5] == "< 0.001" and speed[-1] == "**slower**"
+    assert speed[2:4] == ["**slower**", "0.500x"] and speed[5] == "< 0.001"
     assert "by paired t over 2 pairs" in text
 
 
@@ -134,8 +134,13 @@ def test_the_findings_reach_their_sections(pair_race: Path) -> None:
         "-3.9000 ± 26.6830",
         "no change shown",
     ]
-    assert cells_of(text, "Efficiency, and the value of a kept token", "quick")[1] == "2.2000"
-    assert "2.5000" in section(text, "Time to target losses") and "Performance profile" in text
+    efficiency = "Efficiency, and the value of a kept token"
+    assert cells_of(text, efficiency, "quick")[1] == "2.2000"
+    # Nobody logged what was kept.
+    assert cells_of(text, efficiency, "arm")[1:] == [
+        *("common loss (nats/token)", "speed-up", "token efficiency", "peak memory")
+    ]
+    assert "2.5000 nats/token" in section(text, "Time to target losses") and "Performance profile" in text
 
 
 def test_one_seed_concludes_nothing(one_seed_race: Path) -> None:
@@ -144,7 +149,7 @@ def test_one_seed_concludes_nothing(one_seed_race: Path) -> None:
     assert line.count("one seed: no verdict") == 3 and "-0.5000" in line and "±" not in line
     text = render(race)
     assert "-0.5000 †" in text and not re.search(r"\bnan\b", text)
-    assert "**" not in cells_of(text, "Verdicts", "final loss (nats/token)", "quick")[-1]
+    assert cells_of(text, "Verdicts", "final loss (nats/token)", "quick")[2] == "one seed: no verdict"
 
 
 def test_two_seeds_with_a_wide_interval_show_no_difference(pair_race: Path) -> None:
@@ -233,7 +238,7 @@ def test_a_trial_without_a_folder_is_named(pair_race: Path) -> None:
 
 def test_broken_fairness_is_said_aloud(pair_race: Path) -> None:
     good = render(read_race(pair_race))
-    assert "add up to the wall clock within 0.000 %" in good and "read the same rows in the same order" in good
+    assert "add up to the wall clock within 0.001 %" in good and "read the same rows in the same order" in good
     edit_summary(pair_race, "quick-0", wall_seconds=50.0, order={"8": "different"})
     bad = render(read_race(pair_race))
     assert "miss the wall clock by up to 20.00 %" in bad and "read different rows" in bad
@@ -295,6 +300,7 @@ def test_summary_for_a_terminal_is_plain(pair_race: Path) -> None:
 def test_figure_shows_a_spread_only_where_there_is_one() -> None:
     assert figure(1234.5678, 2) == "1,234.57" and figure(1.0, 1, 0.25) == "1.0 ± 0.2"
     assert figure(float("nan"), 2, 1.0) == "–" and figure(0.5, 1, sign=True) == "+0.5"
+    assert figure(-1e-9, 3) == "0.000" and figure(-1e-9, 3, sign=True) == "+0.000" and figure(-0.06, 1) == "-0.1"
 
 
 def test_a_recipe_keeps_one_look_and_no_two_share_it() -> None:

@@ -129,6 +129,16 @@ def test_positions_that_coincide_have_a_column_each(
     assert head.count("0.000 M tokens") == row.count("2.0000") == 4
 
 
+def test_a_quarter_of_the_tokens_before_the_first_milestones_has_no_column(
+    tmp_path: Path, run_writer: Writer, milestone_row: RowMaker
+) -> None:
+    run_writer(tmp_path, "baseline", 0, [milestone_row(8, 8, 800_000, 4.0), milestone_row(20, 20, 2_000_000, 1.0)], {})
+    head, _, row = tokens_table(read_race(tmp_path)).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)]
+    assert cells[0] == ["recipe", "1.000 M tokens", "1.500 M tokens", "2.000 M tokens"]
+    assert cells[1] == ["baseline", "3.5000", "2.2500", "1.0000"]
+
+
 def test_a_run_keeps_its_questions_and_interval(scored_folder: Path) -> None:
     rows = final_scores(read_race(scored_folder)).set_index("trial_id")
     assert rows.loc["other-1", ["value", "low", "high", "questions"]].tolist() == pytest.approx([0.61, 0.56, 0.66, 100])
@@ -137,7 +147,7 @@ def test_a_run_keeps_its_questions_and_interval(scored_folder: Path) -> None:
 def test_scores_have_a_section_of_their_own(scored_folder: Path) -> None:
     text = render(read_race(scored_folder))
     body = text.split("## Evaluation scores")[1].split("\n## ")[0]
-    assert "| sums/accuracy | 0.400 ± 0.000 | other | 3" in " ".join(body.split()).replace("   ", " ")
+    assert "| sums/accuracy | 0.400 ± 0.000 | other | **better** |" in " ".join(body.split()).replace("   ", " ")
     assert "**better**" in body and "0.610 [0.560, 0.660] (n = 100)" in body
     assert "different numbers of questions" not in body and "nan" not in body
 

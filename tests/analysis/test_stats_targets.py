@@ -100,8 +100,8 @@ def test_tokens_that_are_not_chosen_for_the_loss_have_no_value(straight_race: Pa
     race = read_race(straight_race)
     quick = row_of(efficiency(race), recipe="quick")
     assert all(math.isnan(quick[name]) for name in ("kept", "value", "break_even")) and quick["speed_up"] > 1
-    (line,) = [line for line in efficiency_table(race).splitlines() if "| quick" in line]
-    assert [cell.strip() for cell in line.strip("|").split("|")][4:9] == ["–"] * 5
+    head = efficiency_table(race).splitlines()[0]
+    assert "token efficiency" in head and "kept" not in head and "break-even" not in head
 
 
 def test_a_race_that_did_not_log_what_it_kept_has_no_value(pair_race: Path) -> None:
