@@ -93,7 +93,8 @@ def comparison(race: Race, metric: str = VAL_LOSS) -> pd.DataFrame:
     """One row a recipe, the baseline first: counts, then every measure with its `_half_width` over seeds.
 
     `seeds` counts finished runs and `runs` all of them; `pairs` those with a baseline of the same seed, `reached` the
-    pairs that got to the baseline's final loss. Its seconds are NaN unless every pair got there.
+    pairs that got to the baseline's final loss. Its seconds are NaN unless every pair got there. The peak of memory is
+    that of the `measured` runs whose device said it: not to have been asked is no outcome of a run.
     """
     measured = run_measures(race, metric)
     rows = []
@@ -107,9 +108,11 @@ def comparison(race: Race, metric: str = VAL_LOSS) -> pd.DataFrame:
             "pairs": len(pairs),
             "reached": int(pairs["seconds_to_baseline_loss"].notna().sum()),
         }
+        row["measured"] = int(own["peak_memory_mib"].notna().sum())
         for name in MEASURES:
-            sample = pairs if name in PAIRED else own
-            row[name], row[f"{name}_half_width"] = mean_interval(sample[name])
+            sample = (pairs if name in PAIRED else own)[name]
+            known = sample.dropna() if name == "peak_memory_mib" else sample
+            row[name], row[f"{name}_half_width"] = mean_interval(known)
         rows.append(row)
     return pd.DataFrame(rows)
 

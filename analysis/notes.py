@@ -47,7 +47,8 @@ COLUMN_NOTES = """\
   so within the baseline's time: no speed-up can be read off it.
 * **tokens seen, tokens/s**: tokens read from the stream, padding left out, whether or not they carried a gradient;
   per train second. **epochs**: how often the training documents were read. **steps**: optimizer updates.
-* **peak memory**: most allocated on the device in training and validation, pools of CUDA graphs included.
+* **peak memory**: most allocated on the device in training and validation, pools of CUDA graphs included; of the runs
+  that measured it.
 * **±**: half width of the 95 % Student t interval over seeds (over pairs for differences and times); without it there
   was one run only.
 

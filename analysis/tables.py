@@ -70,6 +70,9 @@ def _comparison_cells(race: Race, row: dict[Any, Any], is_claim: bool) -> list[s
     seconds = cell("seconds_to_baseline_loss", 1)
     if row["reached"] < row["pairs"]:
         seconds = f"reached by {row['reached']} of {row['pairs']}"
+    memory = cell("peak_memory_mib", 0)
+    if 0 < row["measured"] < row["seeds"]:
+        memory += f" ({row['measured']} of {row['seeds']} runs)"
     return [
         str(row["recipe"]),
         f"{row['seeds']} of {row['runs']}",
@@ -81,7 +84,7 @@ def _comparison_cells(race: Race, row: dict[Any, Any], is_claim: bool) -> list[s
         _epochs_cell(epochs(race).get(str(row["recipe"]), {})),
         cell("tokens_per_second", 0),
         cell("steps", 0),
-        cell("peak_memory_mib", 0),
+        memory,
     ]
 
 

@@ -18,12 +18,13 @@
     return made;
   }
 
-  // Five significant digits; a half width has as many decimals as the value it belongs to.
+  // Five significant digits, but no decimals beyond the second digit of the half width: they would say nothing.
   function figureText(value, half = null) {
     const size = Math.abs(value);
     if (size > 0 && size < 1e-3) return value.toExponential(3) + (half === null ? "" : ` ± ${half.toExponential(1)}`);
-    const decimals = { maximumFractionDigits: size === 0 ? 4 : Math.max(0, 4 - Math.floor(Math.log10(size))) };
-    const text = (number) => number.toLocaleString("en", decimals);
+    const decimals = (number, digits) => Math.max(0, digits - 1 - (number ? Math.floor(Math.log10(number)) : 0));
+    const most = Math.min(decimals(size, 5), half ? decimals(half, 2) : Infinity);
+    const text = (number) => number.toLocaleString("en", { maximumFractionDigits: most });
     return half === null ? text(value) : `${text(value)} ± ${text(half)}`;
   }
 
@@ -264,9 +265,10 @@
         const x = at ?? line.x.at(-1);
         const value = valueAt(line.x, line.y, x, 0.02 * (across[1] - across[0]));
         const half = value === null || !line.half ? null : valueAt(line.x, line.half, x, Infinity);
+        this.read.append(" ");
         const entry = html("span", this.read, "", { class: `arm-${line.arm}` });
         html("b", entry, String(line.arm + 1), { class: "key" });
-        entry.append(`${line.trial ?? line.recipe} ${value === null ? "–" : figureText(value, half)}`);
+        entry.append(` ${line.trial ?? line.recipe} ${value === null ? "–" : figureText(value, half)}`);
         const inside = value !== null && toY(value) >= box.top && toY(value) <= box.top + box.height;
         if (at !== null && inside) {
           this.make("circle", { class: `dot arm-${line.arm}`, cx: toX(at), cy: toY(value), r: 3 }, "", this.marks);

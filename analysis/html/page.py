@@ -38,9 +38,10 @@ ON_PAPER = {"#F0E442": "#9a8f00", "#56B4E9": "#2c93cf", "#E69F00": "#b87f00", "#
 DASHES = {"-": "none", "--": "7 4", ":": "2 3", "-.": "7 3 2 3"}
 NOTE = """\
 A thin line is one run, dotted if it did not finish; a thick line with its number is the mean of a recipe's finished
-runs, with the 95 % Student t interval as a band (two seeds make it wide). Long runs are shown as means of equal parts
-of the time, so single spikes are flattened: every logged row is in the CSV files. An axis leaves out what lies beyond
-all values after the first quarter, until "whole range" is pressed."""
+runs, with the 95 % Student t interval as a band. It ends where the first of them did, up to a step before the tables
+measure. Long runs are shown as means of equal parts of the time, so single spikes are flattened: every logged row is
+in the CSV files. An axis leaves out what lies beyond all values after the first quarter, until "whole range" is
+pressed."""
 
 
 def write_html(race: Race, path: Path | str) -> Path:

@@ -290,6 +290,7 @@ def test_without_a_device_there_is_no_memory_and_still_a_report(pair_race: Path)
     edit_summary(pair_race, "quick-1", peak_memory_mib=512.0)
     report = write_report(pair_race)
     assert "(memory.png)" in report.read_text() and (report.parent / "memory.png").is_file()
+    assert cells_of(report.read_text(), "Comparison", "quick")[-1] == "512 (1 of 2 runs)"
 
 
 def test_summary_for_a_terminal_is_plain(pair_race: Path) -> None:

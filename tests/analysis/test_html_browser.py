@@ -91,7 +91,7 @@ def test_arms_axes_and_keys_answer(tab: Page, report: Path) -> None:
     tab.messages.clear()
     tab.open(report, 390)
     assert tab.evaluate(AXIS) == "train time (s)"
-    assert "baseline 2.1 ± 1.27" in tab.evaluate(READ)
+    assert "the end of each line 1 baseline 2.1 ± 1.3 2 quick 1.5" in tab.evaluate(READ)
     tab.evaluate("document.querySelector('figure.chart svg').focus()")
     tab.press("Home")
     assert "train time (s): 0" in tab.evaluate(READ) and "quick 4" in tab.evaluate(READ)
