@@ -141,6 +141,10 @@ def caveats(race: Race) -> list[str]:
     if short:
         runs = "run" if short == 1 else "runs"
         notes.append(f"{short} {runs} ran out of memory, went on with smaller micro-batches, and lost time by it.")
+    skipped = race.runs.get("skipped_steps", pd.Series(0, index=race.runs.index)).fillna(0)
+    without = [f"{int(n)} of {run}" for run, n in zip(race.runs["trial_id"], skipped, strict=True) if n > 0]
+    if without:
+        notes.append(f"Steps without a finite gradient took their time and changed nothing: {', '.join(without)}.")
     resumed = race.runs.loc[race.runs["resumes"] > 0, "trial_id"] if "resumes" in race.runs.columns else ()
     if len(resumed):
         runs = "run was" if len(resumed) == 1 else "runs were"

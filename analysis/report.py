@@ -222,7 +222,8 @@ def verdicts(race: Race) -> list[str]:
 
 
 def _headline(race: Race) -> str:
-    counts = f"{len(race.recipes)} recipes, {len(race.runs)} runs, {race.runs['seed'].nunique()} seeds"
+    numbers = {"recipe": len(race.recipes), "run": len(race.runs), "seed": race.runs["seed"].nunique()}
+    counts = ", ".join(f"{number} {noun}{'' if number == 1 else 's'}" for noun, number in numbers.items())
     device = distinct(race.runs, "device/name")
     counted = f", counted as {plain(race.spec['spec']['step_seconds'])} s a step" if race.stepped else ""
     return f"{counts}, {_budget(race)} train seconds a run{counted}, on {device}. Baseline: {race.baseline}."

@@ -148,6 +148,7 @@ def test_one_seed_concludes_nothing(one_seed_race: Path) -> None:
     line = verdict_of(race, "quick")
     assert line.count("one seed: no verdict") == 3 and "-0.5000" in line and "±" not in line
     text = render(race)
+    assert "2 recipes, 2 runs, 1 seed, 20 train seconds" in text
     assert "-0.5000 †" in text and not re.search(r"\bnan\b", text)
     assert cells_of(text, "Verdicts", "final loss (nats/token)", "quick")[2] == "one seed: no verdict"
 
@@ -363,6 +364,14 @@ def test_runs_that_went_on_from_a_checkpoint_are_told(pair_race: Path) -> None:
     with (pair_race / "runs" / "quick-1" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "resumed", "step": 20}\n')
     assert "1 run was taken up again from a checkpoint (quick-1)" in render(read_race(pair_race))
+
+
+def test_steps_that_changed_nothing_are_told(pair_race: Path) -> None:
+    assert not any("finite gradient" in line for line in caveats(read_race(pair_race)))
+    edit_summary(pair_race, "quick-1", skipped_steps=3)
+    edit_summary(pair_race, "baseline-0", skipped_steps=0)
+    (line,) = [line for line in caveats(read_race(pair_race)) if "finite gradient" in line]
+    assert line.endswith("changed nothing: 3 of quick-1.")
 
 
 def test_a_run_that_was_moved_is_told_and_its_pair_supports_no_claim(
