@@ -8,7 +8,7 @@ it is corrected over the arms alone and claimed only where the final loss is, to
 speed: the final loss is judged alone, and needs no correction for what was not asked.
 
 A verdict is withdrawn where its figures would flatter: runs that diverged or failed are missing from them, or the runs
-of a pair read other rows or ran on another device.
+of a pair read other rows or ran on another device, or runs shared a GPU.
 """
 
 from __future__ import annotations
@@ -216,6 +216,8 @@ def objections(race: Race, checks: pd.DataFrame, recipe: str, side: int) -> list
         found.append("the runs of a pair read other rows")
     if _other_devices(race, recipe):
         found.append("the runs of a pair had other devices")
+    if _shared_a_gpu(race, recipe):
+        found.append("runs shared a GPU with others")
     return found
 
 
@@ -278,6 +280,12 @@ def _other_devices(race: Race, recipe: str) -> bool:
     pairs = race.runs[race.runs["recipe"].isin((recipe, race.baseline))]
     used = devices(pairs).groupby(pairs["seed"]).agg(lambda sets: len(set().union(*sets)))
     return bool((used > 1).any())
+
+
+def _shared_a_gpu(race: Race, recipe: str) -> bool:
+    """A share of a GPU is as fast as the others on it let it be: its speed and its losses in time are theirs too."""
+    shares = race.runs.get("gpus_per_trial", pd.Series(1.0, index=race.runs.index))
+    return bool((shares[race.runs["recipe"].isin((recipe, race.baseline))] < 1).any())
 
 
 def devices(runs: pd.DataFrame) -> pd.Series:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -167,6 +168,16 @@ def test_a_difference_between_other_rows_or_devices_is_not_supported(better_race
     assert row_of(table, "chance", LOSS)["supported"]
     devices = {"device/name": ["Test GPU", "Another"] * 4 + ["Test GPU"]}
     assert "had other devices" in row_of(claims(changed(race, **devices)), "arm", LOSS)["verdict"]
+
+
+def test_runs_that_shared_a_gpu_support_no_claim(better_race: Path) -> None:
+    assert row_of(claims(read_race(better_race)), "arm", LOSS)["supported"]
+    file = better_race / "runs" / "arm-0" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"gpus_per_trial": 0.5}))
+    table = claims(read_race(better_race))
+    row = row_of(table, "arm", LOSS)
+    assert "not supported: runs shared a GPU with others" in row["verdict"] and not row["supported"]
+    assert row_of(table, "chance", LOSS)["supported"]
 
 
 def test_races_without_a_difference_claim_one_in_at_most_seven_percent() -> None:
