@@ -75,6 +75,9 @@ def test_the_page_is_whole_at_every_width(tab: Page, report: Path, width: int, d
     assert tab.requests == [report.as_uri()]
     assert tab.evaluate("innerWidth") == width
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    # On a desk no table has to be moved to be read, not even the fifteen columns of the ledgers.
+    tables = tab.evaluate("[...document.querySelectorAll('.scroll')].map((s) => [s.scrollWidth, s.clientWidth])")
+    assert len(tables) > 5 and (width == WIDTHS[0] or all(inner <= outer for inner, outer in tables))
     # Every chart has been drawn at the width it has, and its lines lie in its frame.
     widths = "[...document.querySelectorAll('svg.plot')].map((s) => [s.viewBox.baseVal.width, s.clientWidth])"
     sizes = tab.evaluate(widths)
