@@ -30,7 +30,7 @@ by {tests}; corrected over all arms{family}, so that a race without any differen
 SPEED_UP_NOTE = """\
  The speed-up is corrected over the arms, and claimed only where the final loss
   is, to the same side: faster with better, slower with worse. Its p is never below that of the final loss, and 1 where
-  the two are on different sides."""
+  the two are on different sides; what is detectable of it leaves the final loss out."""
 
 UNTESTED_NOTE = "none: no arm has two pairs with figures, so nothing was tested and nothing is claimed."
 

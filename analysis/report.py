@@ -254,8 +254,9 @@ def _what_ran(race: Race) -> str:
     rows += [["validation sources", ", ".join(sources) or NONE]]
     rows += [["labelled tokens of a validation", distinct(race.milestones, VAL_TOKENS)]]
     rows += [["tokens per step", _step_tokens(runs)], ["hosts", distinct(runs, "process/host")]]
-    versions = [str(name) for name in runs.columns if str(name).startswith("versions/") and runs[name].notna().any()]
-    rows += [["versions", ", ".join(f"{name.removeprefix('versions/')} {distinct(runs, name)}" for name in versions)]]
+    versions = {str(name): distinct(runs, name) for name in runs.columns if str(name).startswith("versions/")}
+    known = (f"{name.removeprefix('versions/')} {text}" for name, text in versions.items() if text != NONE)
+    rows += [["versions", ", ".join(known)]]
     return table(["", ""], [row for row in rows if row[1] not in ("", NONE)])
 
 

@@ -222,7 +222,7 @@ def test_what_ran_says_whose_figure_it_is(pair_race: Path) -> None:
     for trial, parameters in (("baseline-0", 1234567), ("baseline-1", 1234567), ("quick-0", 2345678)):
         edit_summary(pair_race, trial, parameters=parameters)
         file = pair_race / "runs" / trial / "run.json"
-        described = {"device": {"name": "Test GPU", "memory_mib": 143156.25}, "versions": {"torch": "2", "mine": None}}
+        described = {"device": {"name": "Test GPU", "memory_mib": 143156.25}, "versions": {"torch": "2", "mine": ""}}
         file.write_text(json.dumps(json.loads(file.read_text()) | described))
     edit_summary(pair_race, "quick-1", parameters=2345678)
     text = render(read_race(pair_race))
