@@ -21,7 +21,9 @@ SPEED_NOTES = """\
   carried a gradient: faster reading is not faster learning. **speed-up to a common loss**: {baseline}'s train seconds
   over the arm's to the lowest loss that all runs of both reached."""
 
-SET_SECONDS_NOTE = " Speeds are not judged: the seconds of this race were set, a fixed time a step, not measured."
+SET_SECONDS_NOTE = """\
+ The seconds of this race were set, a
+  fixed time a step, not measured: equal time is equal steps, and speeds are not judged."""
 
 TEST_NOTES = """\
 by {tests}; corrected over all arms{family}, so that a race without any difference claims

@@ -215,7 +215,9 @@ def test_an_injected_clock_and_lost_memory_are_said(pair_race: Path) -> None:
     assert "are not those of any machine" in text and "1 run ran out of memory" in text
     assert "train seconds a run, counted as 0.5 s a step, on Test GPU" in text
     verdicts_of_all = section(text, "Verdicts")
-    assert "Speeds are not judged" in verdicts_of_all and not re.search(r"tokens/s|speed-up|\{", verdicts_of_all)
+    assert "equal time is equal steps, and speeds are not judged" in verdicts_of_all and not re.search(
+        r"tokens/s|speed-up|\{", verdicts_of_all
+    )
 
 
 def test_what_ran_says_whose_figure_it_is(pair_race: Path) -> None:
