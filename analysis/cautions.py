@@ -62,8 +62,10 @@ def stability_words(race: Race) -> str:
     words = f"**G{beyond}: {shares} of the logged steps.**" if shares else f"No run logged g{beyond}."
     if runs["median"].isna().all():
         words = "No run logged gradient norms."
-    skipped = int(runs["skipped_steps"].sum())
-    lost = f" **{skipped} steps had no finite gradient and changed nothing.**" if skipped else ""
+    skipped = runs[runs["skipped_steps"] > 0]
+    counts = zip(skipped["trial_id"], skipped["skipped_steps"], strict=True)
+    without = ", ".join(f"{int(n)} of {run}" for run, n in counts)
+    lost = f" **Steps without a finite gradient took their time and changed nothing: {without}.**" if without else ""
     return f"{words}{lost} Norms are taken before clipping."
 
 
@@ -141,10 +143,6 @@ def caveats(race: Race) -> list[str]:
     if short:
         runs = "run" if short == 1 else "runs"
         notes.append(f"{short} {runs} ran out of memory, went on with smaller micro-batches, and lost time by it.")
-    skipped = race.runs.get("skipped_steps", pd.Series(0, index=race.runs.index)).fillna(0)
-    without = [f"{int(n)} of {run}" for run, n in zip(race.runs["trial_id"], skipped, strict=True) if n > 0]
-    if without:
-        notes.append(f"Steps without a finite gradient took their time and changed nothing: {', '.join(without)}.")
     resumed = race.runs.loc[race.runs["resumes"] > 0, "trial_id"] if "resumes" in race.runs.columns else ()
     if len(resumed):
         runs = "run was" if len(resumed) == 1 else "runs were"
