@@ -90,7 +90,8 @@ class Pass:
         loss = self.objective.loss(planned.stream, micro, planned.route, scale)
         # What is not asked for must not be held through the backward pass.
         whole = planned.whole if compare else None
-        seen = planned.statistics | {TOKEN_LOSS: self._histogram(micro.labels_BT, loss.index_K, loss.nll_K)}
+        counted = {ROUTER_KEPT_FRACTION: (micro.labels_BT >= 0).sum()} | planned.statistics
+        seen = counted | {TOKEN_LOSS: self._histogram(micro.labels_BT, loss.index_K, loss.nll_K)}
         del planned
         loss.total.backward()
         self.router.learn(micro, loss.index_K, loss.nll_K)
@@ -184,28 +185,23 @@ class Learner:
             self.release()
             batch = smaller(reason)
         assert found is not None
-        loss, seen, kept = found
+        loss, seen, read = found
         gauge = self.gauge if learning.probe else None
         with no_way_back("the optimizer's update"):
             self.router.share(self.workers)
             norm = self.optimizer.step(progress, gauge)
             measured = {} if gauge is None else {RELEVANCE: gauge.of_layers()}
             by_layer = self.layer_norms(self.optimizer.norms, self.optimizer.normed)
-        host_values = self._host_values(progress, kept * levels.tokens, learning)
-        if ROUTER_KEPT_FRACTION in seen:
-            # Counted by a router that may keep less than the ratio.
-            seen = seen | {ROUTER_KEPT_FRACTION: seen[ROUTER_KEPT_FRACTION] * kept}
-            del host_values[ROUTER_KEPT_FRACTION]
         loss_name = TRAIN_LOSS if levels.rows == levels.tokens == 1 else self.run_pass.plan.LOSS
         device_values = {loss_name: loss, GRAD_NORM: norm, GRAD_NORM_LAYERS: by_layer, **measured, **seen}
         device_values = of_all(device_values, self.workers)
-        return StepRow(progress, device_values, host_values)
+        device_values[ROUTER_KEPT_FRACTION] = device_values[ROUTER_KEPT_FRACTION].double() / read
+        return StepRow(progress, device_values, self._host_values(progress, learning))
 
-    def _gradients(self, batch: Batch, levels: Levels, progress: Progress) -> tuple[Tensor, dict[str, Tensor], float]:
-        """Forward and backward of every micro-batch: the loss, what was seen on the way, the share of rows kept."""
+    def _gradients(self, batch: Batch, levels: Levels, progress: Progress) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Forward and backward of every micro-batch: the loss, what was seen on the way, labelled positions read."""
         rows, ratio, learning = levels
-        micros, scale = self._picked(batch, rows, progress)
-        kept = sum(self.rows.kept(rows, len(m.tokens_BT)) * len(m.tokens_BT) for m in batch.micros) / batch.rows
+        micros, scale, read = self._picked(batch, rows, progress)
         compare = self.router.compares(ratio, progress)
         micro_step = partial(self.run_pass, ratio=ratio, compare=compare)
         losses, statistics = [], []
@@ -221,19 +217,21 @@ class Learner:
                 self.optimizer.accumulate()
             losses.append(loss)
             statistics.append(seen)
-        return torch.stack(losses).sum(), _merge(statistics), kept
+        return torch.stack(losses).sum(), _merge(statistics), read
 
-    def _picked(self, batch: Batch, ratio: float, progress: Progress) -> tuple[list[MicroBatch], Tensor]:
-        """The micro-batches with the rows that are kept of them, and 1 / labelled positions of all micro-batches of all
-        workers, 0-d float32, rounded once."""
-        labelled = torch.zeros((), dtype=torch.long, device=self.adapter.device)
+    def _picked(self, batch: Batch, ratio: float, progress: Progress) -> tuple[list[MicroBatch], Tensor, Tensor]:
+        """The micro-batches with the rows that are kept of them, 1 / the labelled positions of those rows, 0-d float32,
+        rounded once, and the labelled positions of all rows, 0-d; of all workers, and at least 1."""
+        labelled = torch.zeros(2, dtype=torch.long, device=self.adapter.device)
         try:
             micros = [self.rows.pick(micro, ratio, progress) for micro in batch.micros]
-            labelled += torch.stack([(micro.labels_BT >= 0).sum() for micro in micros]).sum()
+            labelled[0] += torch.stack([(micro.labels_BT >= 0).sum() for micro in micros]).sum()
+            labelled[1] += batch.labelled
         finally:
             # Also where memory ran out: the others are counting.
             self.workers.sum(labelled)
-        return micros, (1 / labelled.clamp_min(1).double()).float()
+        kept, read = labelled.clamp_min(1).unbind()
+        return micros, (1 / kept.double()).float(), read
 
     def rewind(self) -> None:
         """Puts back what the forward and backward passes of a step have changed so far, after memory ran out."""
@@ -275,11 +273,10 @@ class Learner:
                 self.optimizer.wake(self.adapter.layer_parameters(layer), rested)
         self._rested = [0 if learns else rested + 1 for learns, rested in zip(active, self._rested, strict=True)]
 
-    def _host_values(self, progress: Progress, kept: float, learning: Learning) -> dict[str, float]:
+    def _host_values(self, progress: Progress, learning: Learning) -> dict[str, float]:
         resting = sum(size for size, learns in zip(self._sizes, learning.active, strict=True) if not learns)
         return {
             LEARNING_RATE: self.optimizer.learning_rate(progress),
-            ROUTER_KEPT_FRACTION: kept,
             ROUTER_ACTIVE_PARAMS: float(self.parameters - resting),
             ACTIVE_LAYERS: float(sum(learning.active)),
             PROBE: float(learning.probe),
@@ -294,7 +291,7 @@ def loss_histogram(labels_BT: Tensor, index_K: Tensor, nll_K: Tensor) -> Tensor:
 
 
 # Of what is seen in a micro-batch, and of a step by a worker; the rest is averaged.
-SUMMED = (*HISTOGRAMS, ROUTER_USAGE, AUXILIARY_LOSS, *STEP_LOSSES)
+SUMMED = (*HISTOGRAMS, ROUTER_USAGE, ROUTER_KEPT_FRACTION, AUXILIARY_LOSS, *STEP_LOSSES)
 
 
 def _merge(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from cggr_ray import checkpoint
 from cggr_ray.clock import SteppedClock
-from cggr_ray.data.batch import Batch
+from cggr_ray.data.batch import Batch, MicroBatch
 from cggr_ray.data.dataset import DataSpec, prepare
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Problems
@@ -31,13 +31,14 @@ from cggr_ray.progress import Progress
 from cggr_ray.race import RaceSpec, Trial, plan_trials
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing import routers
+from cggr_ray.routing.route import TokenRoute
 from cggr_ray.schema import (
     KEPT_LOSS,
     ROUTER_KEPT_FRACTION,
     ROUTER_RECALL,
     ROUTER_SPEARMAN,
-    ROUTER_USAGE,
     SKIP_LOSS,
+    TOKEN_LOSS,
     TRAIN_LOSS,
 )
 
@@ -51,6 +52,12 @@ TOKENS: dict[str, dict[str, Any]] = {
     "truncated": SELECTED | {"router": {"kind": "truncated_router", "layers": 1}, "score": "combined"},
     "stale": SELECTED | {"router": {"kind": "stale_scores"}},
     "skip": {"kind": "skipped_tokens", "choice": "confidence", "entry": 1, "exit": 0, "curriculum": CURRICULUM},
+}
+KEEPING: dict[str, dict[str, Any]] = {
+    "all": {"kind": "all_tokens"},
+    "chance": {"kind": "random_tokens", "keep": 0.3},
+    "top-k of the batch": {"kind": "selected_tokens", "keep": 0.3, "scope": "batch"},
+    "threshold": {"kind": "collider", "keep": 0.9, "mode": "upstream", "threshold": 0.5},
 }
 
 
@@ -86,6 +93,12 @@ def learner_of(name: str, model: PreTrainedModel, store: TokenStore) -> Learner:
     return Learner(recipe, Adapter(copy.deepcopy(model)), 4, len(store.tokens))
 
 
+def share_kept(batch: Batch, ratio: float) -> float:
+    """Of the labelled positions, where a ratio is kept of each row and at least one."""
+    labelled = [int((row >= 0).sum()) for micro in batch.micros for row in micro.labels_BT]
+    return sum(max(round(ratio * n), min(n, 1)) for n in labelled) / sum(labelled)
+
+
 def everything(learner: Learner) -> dict[str, Tensor]:
     state = {f"optimizer.{k}": v for k, v in learner.optimizer.state_dict().items()}
     state |= {f"router.{k}": v for k, v in learner.router.tensors().items()}
@@ -106,9 +119,10 @@ def test_full_steps_come_first_and_agreement_every_third(
     assert clock.train_seconds == STEPS
     # A quarter of twelve steps is full, and so is the one from which the ratio falls, to its target at the half.
     keep = 0.25 if name == "skip" else 0.5
-    ratios = [row.host_values[ROUTER_KEPT_FRACTION] for row in rows]
     levels = [keep + (1 - keep) * i / 4 for i in range(5)]
-    assert ratios == [1.0] * 4 + [levels[3], levels[2]] + [keep] * 6
+    ratios = [1.0] * 4 + [levels[3], levels[2]] + [keep] * 6
+    kept = [values(row)[ROUTER_KEPT_FRACTION] for row in rows]
+    assert kept == pytest.approx([share_kept(batch, ratio) for batch, ratio in zip(batches, ratios, strict=True)])
     learns = name != "truncated"
     for step, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
         seen = row.device_values
@@ -125,29 +139,61 @@ def test_full_steps_come_first_and_agreement_every_third(
     assert all(not torch.equal(v, learner.router.tensors()[k]) for k, v in untrained.items())
 
 
-def test_the_share_kept_is_counted_where_a_threshold_keeps_less(tiny_model: PreTrainedModel, store: TokenStore) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [{"kind": "all_rows"}, {"kind": "random_rows", "keep": 0.5}, {"kind": "hardest_rows", "keep": 0.5, "layers": 1}],
+)
+@pytest.mark.parametrize("tokens", KEEPING)
+def test_the_kept_positions_are_counted(
+    tokens: str, rows: dict[str, Any], tiny_model: PreTrainedModel, store: TokenStore
+) -> None:
+    """Of rows with few labels and with many, in micro-batches of unequal size; what is kept alone has a loss."""
     order = RowOrder([store], (1.0,), (None,), 32, True, 2)
-    batch = batches_of(order, 1, 4, 4, torch.device("cpu"))[0]
-    tokens = {"kind": "collider", "keep": 0.9, "mode": "upstream", "threshold": 0.5}
-    found = {}
-    for rows in ({"kind": "all_rows"}, {"kind": "random_rows", "keep": 0.5}):
-        recipe = Recipe("x").with_values({"tokens": tokens, "rows": rows})
-        learner = Learner(recipe, Adapter(copy.deepcopy(tiny_model)), 4, len(store.tokens))
-        now = Progress(9, 0.9, 1.0, 9)
-        (picked,), _ = learner._picked(batch, learner.rows.ratio(now), now)
-        row = learner.step(batch, now)
-        share = len(picked.tokens_BT) / 4
-        kept = row.device_values[ROUTER_USAGE].sum() / (picked.labels_BT >= 0).sum()
-        assert values(row)[ROUTER_KEPT_FRACTION] == pytest.approx(share * kept.item()) and kept < 0.85
-        found[share] = kept
-    assert set(found) == {1.0, 0.5}
+    batch = batches_of(order, 1, 6, 4, torch.device("cpu"))[0]
+    labelled = [int((row >= 0).sum()) for micro in batch.micros for row in micro.labels_BT]
+    assert len(set(labelled)) > 1 and len({len(micro.tokens_BT) for micro in batch.micros}) == 2
+    recipe = Recipe("x").with_values({"tokens": KEEPING[tokens], "rows": rows})
+    learner = Learner(recipe, Adapter(copy.deepcopy(tiny_model)), 4, len(store.tokens))
+    row = values(learner.step(batch, Progress(9, 0.9, 1.0, 9)))
+    lost = sum(row[TOKEN_LOSS])
+    assert row[ROUTER_KEPT_FRACTION] == pytest.approx(lost / sum(labelled), rel=1e-12)
+    assert (lost < sum(labelled)) == (tokens != "all" or rows["kind"] != "all_rows")
+
+
+@pytest.mark.parametrize("choice", ["random", "confidence"])
+def test_positions_that_pass_the_middle_are_counted(
+    choice: str, tiny_model: PreTrainedModel, store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that have a label, though any may pass by chance."""
+    order = RowOrder([store], (1.0,), (None,), 32, True, 2)
+    batch = batches_of(order, 1, 6, 4, torch.device("cpu"))[0]
+    tokens = {"kind": "skipped_tokens", "keep": 0.5, "choice": choice, "entry": 1, "exit": 0}
+    recipe = Recipe("x").with_values({"tokens": tokens})
+    learner = Learner(recipe, Adapter(copy.deepcopy(tiny_model)), 4, len(store.tokens))
+    passed, route = [], learner.router.route
+
+    def seen(*args: Any, micro: MicroBatch, **kwargs: Any) -> TokenRoute | None:
+        found = route(*args, micro=micro, **kwargs)
+        assert found is not None
+        for row, index, filled in zip(micro.labels_BT, found.index_BK, found.filled_BK, strict=True):
+            passed.extend(int(row[i]) for i in index[filled])
+        return found
+
+    monkeypatch.setattr(learner.router, "route", seen)
+    row = values(learner.step(batch, Progress(0, 0.1, 1.0, 9)))
+    labelled = sum(label >= 0 for label in passed)
+    assert labelled < len(passed) if choice == "random" else labelled == len(passed)
+    assert row[ROUTER_KEPT_FRACTION] == pytest.approx(labelled / batch.labelled, rel=1e-12)
 
 
 def test_the_first_epoch_is_full_whatever_the_curriculum(
     tiny_model: PreTrainedModel, store: TokenStore, batches: list[Batch]
 ) -> None:
     learner = learner_of("stale", tiny_model, store)
-    ratios = [row.host_values[ROUTER_KEPT_FRACTION] for row in train(learner, batches, SteppedClock(1.0), range(STEPS))]
+    rows = train(learner, batches, SteppedClock(1.0), range(STEPS))
+    ratios = [1.0 if TRAIN_LOSS in row.device_values else 0.5 for row in rows]
+    kept = [values(row)[ROUTER_KEPT_FRACTION] for row in rows]
+    assert kept == pytest.approx([share_kept(batch, ratio) for batch, ratio in zip(batches, ratios, strict=True)])
     seen = [sum(batch.tokens for batch in batches[: n + 1]) for n in range(STEPS)]
     epoch = next(n for n in range(STEPS) if seen[n] >= len(store.tokens))
     assert 6 < epoch < STEPS and ratios == [1.0] * epoch + [0.5] * (STEPS - epoch)

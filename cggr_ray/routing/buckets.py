@@ -1,7 +1,7 @@
 """Buckets of depth as a `tokens` part: every labelled position has its loss, and the easier ones teach fewer layers.
 
-A router's `ratio` is here the share of (labelled position, layer) pairs that learn, of which a run takes one per number
-of buckets told apart. See `depth` for the equations and `sparse.depth` for what is executed.
+A router's `ratio` is here the share of (labelled position, layer) pairs that learn, but for rounding, of which a run
+takes one per number of buckets told apart. See `depth` for the equations and `sparse.depth` for what is executed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cggr_ray.routing.route import Depth, TokenRoute
 from cggr_ray.routing.routers import RatioRouter, Router, statistics_of
 from cggr_ray.routing.scorers import Setting, own_scores
 from cggr_ray.routing.scores import HeadScore
-from cggr_ray.schema import ROUTER_USAGE
+from cggr_ray.schema import ROUTER_KEPT_FRACTION, ROUTER_USAGE
 from cggr_ray.sparse.depth import DepthGates, DepthRows
 from cggr_ray.sparse.layers import Detach
 from cggr_ray.sparse.plan import Plan, Seen
@@ -76,6 +76,9 @@ class DepthRouter(RatioRouter):
         super().__init__(1.0, Curriculum(), seed, setting)
         self.config, self._num_layers = config, setting.num_layers
         self._shares = learning_shares(setting.num_layers, config.num_buckets)
+        # By bucket, the part of the layers that learns from a position in it.
+        keep = keep_layers(setting.num_layers, config.num_buckets)
+        self._parts = torch.tensor(keep, dtype=torch.float64, device=setting.device) / setting.num_layers
 
     def levels(self) -> tuple[float, ...]:
         """Everything first. With fewer layers than buckets, some buckets are as deep as the next."""
@@ -101,7 +104,8 @@ class DepthRouter(RatioRouter):
         ones = torch.ones(bucket_BT.shape, device=bucket_BT.device)
         used = torch.zeros(self.config.num_buckets, device=bucket_BT.device)
         used.index_add_(0, bucket_BT.flatten(), (micro.labels_BT >= 0).flatten().float())
-        return TokenRoute(every, ones, statistics_of(scored) | {ROUTER_USAGE: used}, Depth(bucket_BT, last))
+        counted = {ROUTER_USAGE: used, ROUTER_KEPT_FRACTION: (used * self._parts).sum()}
+        return TokenRoute(every, ones, statistics_of(scored) | counted, Depth(bucket_BT, last))
 
 
 def learning_shares(num_layers: int, num_buckets: int) -> list[float]:

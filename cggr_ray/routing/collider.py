@@ -20,14 +20,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.routing.curriculum import Curriculum
-from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.routers import Router, ScoreRouter, counts
-from cggr_ray.routing.scorers import Scored, Scorer, Setting
+from cggr_ray.routing.scorers import Scorer, Setting
 from cggr_ray.routing.tokens import SelectedTokens
-from cggr_ray.schema import ROUTER_KEPT_FRACTION
 from cggr_ray.sparse.layers import Detach
 from cggr_ray.sparse.plan import Plan
 
@@ -90,9 +87,3 @@ class ThresholdRouter(ScoreRouter):
         # A row whose losses are all equal has none above another: they count as 0, and one is kept.
         above = scored & (scores_BT - low >= self._threshold * (high - low)) & (high > low)
         return keep_B.minimum(above.sum(1).maximum(labelled_B.clamp_max(1))), labelled_B
-
-    def _route(self, scored: Scored, micro: MicroBatch, ratio: float) -> TokenRoute:
-        route = super()._route(scored, micro, ratio)
-        labelled = (micro.labels_BT >= 0).sum().clamp_min(1)
-        route.statistics[ROUTER_KEPT_FRACTION] = route.filled_BK.sum() / labelled
-        return route

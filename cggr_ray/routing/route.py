@@ -30,7 +30,8 @@ class TokenRoute:
     weights_BK: Tensor
     """float32. labelled / kept on every kept position makes the loss a mean over them; 1/pi makes it unbiased."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """What was seen on the way, by schema name: 0-d means over labelled positions, a 1-d histogram of the scores."""
+    """What was seen on the way, by schema name: 0-d means over labelled positions, a 1-d histogram of the scores; of
+    `router/kept_fraction` the count alone, as who makes a route does not know what a whole step has labelled."""
     depth: Depth | None = None
     """None: through all layers."""
 
@@ -38,6 +39,10 @@ class TokenRoute:
     def filled_BK(self) -> Tensor:
         """False for an empty slot."""
         return self.weights_BK > 0
+
+    def kept(self, labels_BT: Tensor) -> Tensor:
+        """How many labelled positions are kept, 0-d. `labels_BT`: in the route's rows."""
+        return ((labels_BT.gather(1, self.index_BK) >= 0) & self.filled_BK).sum()
 
     def flat_index(self, row_tokens: int) -> Tensor:
         """Positions in the flattened rows, of length B K."""

@@ -25,6 +25,7 @@ from cggr_ray.routing.selectors import Selection
 from cggr_ray.schema import (
     ROUTER_CONFIDENCE,
     ROUTER_ENTROPY,
+    ROUTER_KEPT_FRACTION,
     ROUTER_RECALL,
     ROUTER_SCORES,
     ROUTER_SPEARMAN,
@@ -154,7 +155,9 @@ class RandomRouter(RatioRouter):
         eligible = micro.labels_BT if self._labelled_only else micro.position_ids_BT
         keys = torch.where(eligible >= 0, draw, -torch.inf)
         keep_B, eligible_B = counts(eligible, ratio)
-        return route_of(selectors.top_k(keys, keep_B), keep_B, eligible_B, ratio, inverse_probability=False)
+        route = route_of(selectors.top_k(keys, keep_B), keep_B, eligible_B, ratio, inverse_probability=False)
+        route.statistics[ROUTER_KEPT_FRACTION] = route.kept(micro.labels_BT)
+        return route
 
 
 class ScoreRouter(RatioRouter):
@@ -210,7 +213,8 @@ class ScoreRouter(RatioRouter):
         selection = choose(self.config, scores_BT, keep_B, labelled_B, documents_BT, self._generator)
         route = route_of(selection, keep_B, labelled_B, ratio, self.config.weights == "inverse_probability")
         kept_BK = torch.where(route.filled_BK, scores_BT.gather(1, route.index_BK), -torch.inf)
-        route.statistics.update(statistics_of(scored) | {ROUTER_USAGE: score_histogram(kept_BK)})
+        counted = {ROUTER_USAGE: score_histogram(kept_BK), ROUTER_KEPT_FRACTION: route.kept(labels_BT)}
+        route.statistics.update(statistics_of(scored) | counted)
         return route
 
     def counts(self, scores_BT: Tensor, labels_BT: Tensor, ratio: float) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,6 @@ class RowPicker(Protocol):
 
     def levels(self) -> tuple[float, ...]: ...
     def ratio(self, progress: Progress) -> float: ...
-    def kept(self, ratio: float, rows: int) -> float: ...
     def pick(self, micro: MicroBatch, ratio: float, progress: Progress) -> MicroBatch: ...
 
 
@@ -160,9 +159,6 @@ class EveryRow:
     def ratio(self, progress: Progress) -> float:
         return 1.0
 
-    def kept(self, ratio: float, rows: int) -> float:
-        return 1.0
-
     def pick(self, micro: MicroBatch, ratio: float, progress: Progress) -> MicroBatch:
         return micro
 
@@ -178,10 +174,6 @@ class RatioPicker:
 
     def ratio(self, progress: Progress) -> float:
         return snap(self.curriculum.ratio(self.keep, progress), self.levels())
-
-    def kept(self, ratio: float, rows: int) -> float:
-        """The share of a micro-batch of so many rows that is kept at a ratio: what the log has to hold."""
-        return rows_kept(ratio, rows) / rows
 
     def pick(self, micro: MicroBatch, ratio: float, progress: Progress) -> MicroBatch:
         rows = rows_kept(ratio, len(micro.tokens_BT))

@@ -13,7 +13,13 @@ from cggr_ray.data.batch import MicroBatch
 from cggr_ray.progress import Progress
 from cggr_ray.routing.buckets import DepthBuckets, learning_shares
 from cggr_ray.routing.scorers import Setting
-from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_SCORES, ROUTER_USAGE
+from cggr_ray.schema import (
+    ROUTER_CONFIDENCE,
+    ROUTER_ENTROPY,
+    ROUTER_KEPT_FRACTION,
+    ROUTER_SCORES,
+    ROUTER_USAGE,
+)
 from cggr_ray.sparse.plan import Seen
 
 WIDTH, VOCABULARY, LAYERS = 6, 19, 30
@@ -122,8 +128,12 @@ def test_routes_have_exact_counts_and_all_positions(score: str, num_buckets: int
         counts = [bucket_sizes(int(n), num_buckets, last) for n in micro.labelled_B]
         for buckets, labels, expected in zip(route.depth.bucket_BT, micro.labels_BT, counts, strict=True):
             assert torch.bincount(buckets[labels >= 0], minlength=num_buckets).tolist() == expected
-        assert set(route.statistics) == {ROUTER_ENTROPY, ROUTER_CONFIDENCE, ROUTER_SCORES, ROUTER_USAGE}
+        counted = {ROUTER_SCORES, ROUTER_USAGE, ROUTER_KEPT_FRACTION}
+        assert set(route.statistics) == {ROUTER_ENTROPY, ROUTER_CONFIDENCE} | counted
         assert route.statistics[ROUTER_USAGE].tolist() == [sum(sizes) for sizes in zip(*counts, strict=True)]
+        learning = [LAYERS * (num_buckets - b) // num_buckets for b in range(num_buckets)]
+        pairs = sum(size * layers for sizes in counts for size, layers in zip(sizes, learning, strict=True))
+        assert route.statistics[ROUTER_KEPT_FRACTION].item() == pytest.approx(pairs / LAYERS, rel=1e-12)
 
 
 def test_the_hardest_are_in_the_first_bucket() -> None:

@@ -25,6 +25,7 @@ from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens, Ski
 from cggr_ray.schema import (
     ROUTER_CONFIDENCE,
     ROUTER_ENTROPY,
+    ROUTER_KEPT_FRACTION,
     ROUTER_RECALL,
     ROUTER_SCORES,
     ROUTER_SPEARMAN,
@@ -133,10 +134,12 @@ def test_statistics_of_scores_come_with_a_route(name: str) -> None:
     part, _ = ROUTED[name]
     probabilities = {ROUTER_ENTROPY, ROUTER_CONFIDENCE} if not isinstance(part.router, Probe | StaleScores) else set()
     seen = run(part, 0.25, compare=False)[1]
-    assert seen.keys() == {ROUTER_SCORES, ROUTER_USAGE, TOKEN_LOSS} | probabilities
+    assert seen.keys() == {ROUTER_SCORES, ROUTER_USAGE, ROUTER_KEPT_FRACTION, TOKEN_LOSS} | probabilities
     assert seen[ROUTER_SCORES].sum() == MICRO.labelled
     assert (seen[ROUTER_USAGE] <= seen[ROUTER_SCORES]).all() and 0 < seen[ROUTER_USAGE].sum() < MICRO.labelled
-    assert run(part, 1.0, compare=False)[1].keys() == {TOKEN_LOSS}
+    assert seen[ROUTER_KEPT_FRACTION] == seen[ROUTER_USAGE].sum()
+    whole = run(part, 1.0, compare=False)[1]
+    assert whole.keys() == {ROUTER_KEPT_FRACTION, TOKEN_LOSS} and whole[ROUTER_KEPT_FRACTION] == MICRO.labelled
 
 
 # Chance
