@@ -20,6 +20,7 @@ from cggr_ray.schema import (
     ORDER_HASH,
     ORDER_ROWS,
     RELEVANCE,
+    ROUTER_SPEARMAN,
     SAMPLES_PER_SEC,
     STEP,
     STEP_SECONDS,
@@ -32,6 +33,8 @@ from cggr_ray.telemetry.gpu import device_row
 from cggr_ray.telemetry.jsonl import plain
 from cggr_ray.telemetry.tracker import Row, Tracker
 
+# What some steps measure, and most do not.
+MEASURED = frozenset((RELEVANCE, ROUTER_SPEARMAN))
 # Rows over the budget; reports over the budget, and the fewest and most seconds between two of them.
 ROWS, REPORTS, SHORTEST, LONGEST = 1000, 40, 0.5, 10.0
 
@@ -81,7 +84,8 @@ class Recorder:
         """Keeps a finished step's row where one is due. `at` is now, up to two steps after the finished one, and counts
         those that are only queued.
 
-        A row of a step that measured the layers is always due: what was decided follows from it.
+        A row of a step that measured more than others do is always due: few steps do, it takes time, and decisions may
+        follow from it.
         """
         if self._progress is not None:
             self._progress.add(finished.progress.train_seconds)
@@ -89,7 +93,7 @@ class Recorder:
         at = at._replace(step=steps, rows=at.rows // at.step * steps, tokens_seen=finished.progress.tokens_seen)
         last = self._last_row
         elapsed, first = at.train_seconds - last.train_seconds, finished.progress.step == 0
-        if elapsed < self._between and not first and RELEVANCE not in finished.values:
+        if elapsed < self._between and not first and MEASURED.isdisjoint(finished.values):
             return
         mark = max(marks, key=int, default=None)
         self._last_row = at

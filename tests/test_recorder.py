@@ -65,3 +65,20 @@ def test_steps_that_end_at_one_time_are_one_row_and_the_next_counts_both() -> No
     assert [row["step"] for row in kept.rows] == [1, 3]
     assert [row["train/tokens_per_sec"] for row in kept.rows] == [200.0, 200.0]
     assert [row["train/step_seconds"] for row in kept.rows] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("measured", ["updates/relevance", "router/spearman"])
+def test_what_few_steps_measure_has_its_row_however_short_they_are(measured: str) -> None:
+    """Ten thousand steps in a budget of a thousand rows, one of 64 of which measures."""
+    kept = Kept()
+    began = Position(0, 0, 0, 0.0, 0.0, 0.0)
+    recorder = Recorder("t", [kept], lambda row: None, Budget(5000.0), torch.device("cpu"), began, None)
+    for step in range(10_000):
+        now = Position(step + 1, (step + 1) * ROWS, (step + 1) * TOKENS, (step + 1) * SECONDS, 0.0, 0.0)
+        progress = Progress(step, step * SECONDS, 5000.0, (step + 1) * TOKENS)
+        values: Row = {"train/loss": 1.0} | ({measured: 0.5} if step % 64 == 0 else {})
+        recorder.step(Finished(progress, values), now, {})
+    recorder.flush()
+    assert [row["step"] - 1 for row in kept.rows if measured in row] == list(range(0, 10_000, 64))
+    assert 1000 <= len(kept.rows) < 1200
+    assert all(row["train/tokens_per_sec"] == pytest.approx(TOKENS / SECONDS) for row in kept.rows)
