@@ -243,8 +243,8 @@ class ScoreRouter(RatioRouter):
         """Of the scores of the last `route` with the model's own, and of the positions that top-k would keep."""
         found_BT = self._last_BT
         own_BT = own_scores(self.config.score, whole, micro, self._reference_nll).scores_BT
-        keep_B = counts(micro.labels_BT, min(ratio, self.keep))[0]
-        kept = [selectors.top_k(scores, keep_B).mask_BT for scores in (found_BT, own_BT)]
+        keep_B = counts(self._in_scope(own_BT, micro)[2], min(ratio, self.keep))[0]
+        kept = [selectors.top_k(self._in_scope(scores, micro)[0], keep_B).mask_BT for scores in (found_BT, own_BT)]
         return {ROUTER_SPEARMAN: spearman(found_BT, own_BT), ROUTER_RECALL: recall_at_k(*kept)}
 
     def observe(self, values: dict[str, float], progress: Progress) -> None:

@@ -111,10 +111,13 @@ def test_agreement_of_a_truncated_router_by_hand(family: str, name: str, ratio: 
     labelled = MICRO.labels_BT >= 0
     expected = spearmanr(early[labelled], own[labelled]).statistic
     assert abs(expected) < 0.98 and seen[ROUTER_SPEARMAN].item() == pytest.approx(expected, abs=1e-3)
-    # Of every row, and no more of it than the run means to keep in the end.
+    # Of every row, or of all together, and no more than the run means to keep in the end.
+    rows, labelled_B = len(MICRO.tokens_BT), MICRO.labelled_B.tolist()
+    if part.scope == "batch":
+        rows, labelled_B = 1, [sum(labelled_B)]
+    counts = [max(1, round(0.25 * n)) for n in labelled_B]
     kept = []
-    for scores in (early, own):
-        counts = [max(1, round(0.25 * n)) for n in MICRO.labelled_B.tolist()]
+    for scores in (early.view(rows, -1), own.view(rows, -1)):
         kept.append({(b, t) for b, k in enumerate(counts) for t in scores[b].argsort(descending=True)[:k].tolist()})
     assert seen[ROUTER_RECALL].item() == pytest.approx(len(kept[0] & kept[1]) / len(kept[1]))
 
