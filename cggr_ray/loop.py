@@ -124,7 +124,7 @@ class Run:
             with self.loader:
                 status = self._train()
                 with self.clock.ledger("evaluation"):
-                    final = self._evaluate(1.0)
+                    final = self._evaluate(self._seconds(), end=True)
                 with self.clock.ledger("reporting"):
                     return self._finish(status, final) if self.workers.is_first else {}
         finally:
@@ -271,7 +271,7 @@ class Run:
         """Milestones, reports and checkpoints that are due; returns the train seconds after them."""
         if asks := self.milestones.due(used / self.budget.seconds):
             with self.clock.ledger("evaluation"):
-                self._evaluate(used / self.budget.seconds)
+                self._evaluate(used)
             if self.spec.evaluation is not None:
                 with self.clock.ledger("checkpoint"):
                     self._save(used)
@@ -284,9 +284,11 @@ class Run:
                 self._save(used)
         return self._seconds() if asks or reports or saves else used
 
-    def _evaluate(self, fraction: float) -> Row:
+    def _evaluate(self, used: float, end: bool = False) -> Row:
+        """A milestone at so many train seconds. The end of a run is its last one, whatever is left of the budget."""
         self._land(all_steps=True)
-        name = self.milestones.reach(fraction)
+        fraction = min(1.0, used / self.budget.seconds)
+        name = self.milestones.reach(1.0 if end else fraction)
         values = self.milestones.ask(name, fraction) if self.workers.is_first else {}
         with self.clock.ledger("reporting"):
             where = self.recorder.milestone(self._position(), fraction, values)

@@ -40,7 +40,7 @@ def summarise(
         "epochs": _epochs(data, loader),
         "budget_seconds": budget,
         "train_seconds": at.train_seconds,
-        "overrun_seconds": at.train_seconds - budget,
+        "overrun_seconds": max(0.0, at.train_seconds - budget),
         "last_step_seconds": last_step_seconds,
         **final,
         "best_val_loss": milestones.best,

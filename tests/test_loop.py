@@ -374,6 +374,9 @@ def test_a_run_that_diverges_keeps_its_last_good_validation(
     good = first if poison is nan_weight else last
     assert summary["last_good"]["val/loss"] == good["val/loss"] == first["val/loss"] == summary["best_val_loss"]
     assert summary["last_good"]["fraction"] == good["fraction"]
+    # Twenty-four steps of a hundred; the last milestone comes early.
+    assert [row["fraction"] for row in (first, last)] == pytest.approx([0.04, 0.24])
+    assert summary["train_seconds"] == pytest.approx(24 * STEP_SECONDS) and summary["overrun_seconds"] == 0
     assert summary["val/loss"] == (None if poison is nan_weight else last["val/loss"])
 
 
