@@ -14,12 +14,12 @@ NOT_FINITE_LIMIT = 20
 class Counts:
     """Of all workers, up to now.
 
-    `labelled`: positions trained on. `not_finite`: the last steps in a row without a finite gradient; `skipped`: all of
-    them. `micro_rows`: rows of a micro-batch from here on, `out_of_memory`: how often they became fewer.
+    `labelled`: positions read that have a label. `not_finite`: the last steps in a row without a finite gradient;
+    `skipped`: all of them. `micro_rows`: rows of a micro-batch from here on; `out_of_memory`: how often they became
+    fewer.
     """
 
     step: int = 0
-    rows_trained: int = 0
     labelled: int = 0
     not_finite: int = 0
     skipped: int = 0
@@ -31,10 +31,9 @@ class Counts:
         """Those of a checkpoint, which holds them by name."""
         return cls(**{field.name: state[field.name] for field in fields(cls)})
 
-    def stepped(self, rows: int, labelled: int) -> None:
-        """A step has begun, with so many rows and labelled positions in them."""
+    def stepped(self, labelled: int) -> None:
+        """A step has begun, with so many labelled positions in its rows."""
         self.step += 1
-        self.rows_trained += rows
         self.labelled += labelled
 
     def landed(self, finite: bool) -> None:

@@ -169,7 +169,9 @@ class Run:
         at, prefetch = state["loader"] if state else None, recipe.execution.prefetch
         self.loader = Loader(order, self.rows_per_step, self.counts.micro_rows, self.device, at, prefetch, workers)
         start, name, budget, every_step = self._position(), self.trial.trial_id, self.budget, self.replay is not None
-        self.recorder = Recorder(name, trackers, self.report, budget, self.device, start, began, every_step)
+        self.recorder = Recorder(
+            name, trackers, self.report, budget, self.device, self.rows_per_step, start, began, every_step
+        )
         self._saved_at, self._saved_step = start.train_seconds, self.counts.step
         # Without a checkpoint, rows that a killed process left belong to no run: it begins again at step 0.
         if state or had_rows:
@@ -227,7 +229,7 @@ class Run:
         self.clock.switch("train")
         progress = Progress(self.counts.step, used, self.budget.seconds, self.loader.tokens_seen)
         self.flight.push(self.learner.step(batch, progress, smaller=self._smaller))
-        self.counts.stepped(self.rows_per_step, self.loader.labelled)
+        self.counts.stepped(self.loader.labelled)
         self.clock.tick()
         near_end = self.budget.seconds - used < STEPS_NEAR_THE_END * self.last_step_seconds
         self._land(all_steps=near_end)
@@ -345,7 +347,7 @@ class Run:
 
     def _position(self) -> Position:
         counts, tokens, waited = self.counts, self.loader.tokens_seen, self.clock.ledgers["data_wait"]
-        return Position(counts.step, counts.rows_trained, tokens, self.clock.train_seconds, self._wall(), waited)
+        return Position(counts.step, tokens, self.clock.train_seconds, self._wall(), waited)
 
     def _wall(self) -> float:
         return self._wall_before + time.time() - self._started

@@ -45,7 +45,6 @@ class Position(NamedTuple):
     """Where a run stands."""
 
     step: int
-    rows: int
     tokens_seen: int
     train_seconds: float
     wall_seconds: float
@@ -57,6 +56,7 @@ class Recorder:
 
     Args:
         report: told of the newest row a few dozen times a run, and of every milestone.
+        rows_per_step: of all workers, from here on.
         start: where the run stands when it begins or goes on.
         progress: keeps when every step began, with a row or without; None where another worker does. every_step: all of
             them have a row.
@@ -69,12 +69,14 @@ class Recorder:
         report: Report,
         budget: Budget,
         device: torch.device,
+        rows_per_step: int,
         start: Position,
         progress: ProgressFile | None,
         every_step: bool = False,
     ) -> None:
         self._trial_id, self._trackers, self._report = trial_id, trackers, report
         self._budget, self._device, self._progress = budget, device, progress
+        self._rows_per_step = rows_per_step
         self._between = 0.0 if every_step else budget.seconds / ROWS
         self._rows: list[Row] = []
         self._newest: Row = {}
@@ -90,7 +92,7 @@ class Recorder:
         if self._progress is not None:
             self._progress.add(finished.progress.train_seconds)
         steps = finished.progress.step + 1
-        at = at._replace(step=steps, rows=at.rows // at.step * steps, tokens_seen=finished.progress.tokens_seen)
+        at = at._replace(step=steps, tokens_seen=finished.progress.tokens_seen)
         last = self._last_row
         elapsed, first = at.train_seconds - last.train_seconds, finished.progress.step == 0
         if elapsed < self._between and not first and MEASURED.isdisjoint(finished.values):
@@ -100,7 +102,7 @@ class Recorder:
         self._newest = {
             KIND: "step",
             **_where(at, steps, finished.progress.fraction),
-            **(_rates(last, at) if elapsed > 0 else {}),
+            **(_rates(last, at, self._rows_per_step) if elapsed > 0 else {}),
             DATA_WAIT_SECONDS: at.data_wait_seconds,
             **finished.values,
             **({ORDER_ROWS: int(mark), ORDER_HASH: marks[mark]} if mark else {}),
@@ -163,10 +165,10 @@ def _where(at: Position, step: int, fraction: float) -> Row:
     }
 
 
-def _rates(last: Position, at: Position) -> Row:
-    elapsed = at.train_seconds - last.train_seconds
+def _rates(last: Position, at: Position, rows_per_step: int) -> Row:
+    elapsed, steps = at.train_seconds - last.train_seconds, at.step - last.step
     return {
         TOKENS_PER_SEC: (at.tokens_seen - last.tokens_seen) / elapsed,
-        SAMPLES_PER_SEC: (at.rows - last.rows) / elapsed,
-        STEP_SECONDS: elapsed / (at.step - last.step),
+        SAMPLES_PER_SEC: steps * rows_per_step / elapsed,
+        STEP_SECONDS: elapsed / steps,
     }

@@ -24,9 +24,9 @@ class Stopped(Exception):
     """As a scheduler stops a run: inside its report."""
 
 
-def trial_of(folder: Path, name: str, step_seconds: float, rate: float) -> Trial:
+def trial_of(folder: Path, name: str, step_seconds: float, rate: float, part: float = 1.0) -> Trial:
     spec = RaceSpec(
-        recipes=("baseline",),
+        recipes=("fewer_rows",),
         budget_seconds=6.0,
         step_seconds=step_seconds,
         global_rows=4,
@@ -34,7 +34,7 @@ def trial_of(folder: Path, name: str, step_seconds: float, rate: float) -> Trial
         milestones=(0.5,),
         model=ModelSpec(preset="tiny"),
         data=DataSpec(sources=(Problems(count=600),), row_tokens=64, val_documents=8),
-        values={"optimizer.schedule.warmup_tokens": 1000, "optimizer.matrix.lr": rate},
+        values={"optimizer.schedule.warmup_tokens": 1000, "optimizer.matrix.lr": rate, "rows.fraction": part},
         device="cpu",
     )
     prepare(spec.data, folder / "data")
@@ -81,6 +81,19 @@ def test_the_next_step_is_the_donors_and_the_clock_its_own(tmp_path: Path) -> No
     assert read_race(tmp_path / "receiver").runs["resumes"].tolist() == [1]
     kept = json.loads((tmp_path / "whole" / "summary.json").read_text())["order"]
     assert all(kept[mark] == value for mark, value in summary["order"].items() if mark in kept)
+
+
+@pytest.mark.parametrize(("theirs", "own"), [(1.0, 0.25), (0.25, 1.0)])
+def test_rows_per_second_are_those_of_its_own_steps(theirs: float, own: float, tmp_path: Path) -> None:
+    donor = trial_of(tmp_path, "donor", 0.5, 0.002, theirs)
+    receiver = trial_of(tmp_path, "receiver", 0.7, 0.002, own)
+    to_the_milestone(donor)
+    to_the_milestone(receiver)
+    assert adopt(Path(donor.folder), Path(receiver.folder))
+    run_race(receiver)
+    found = {row["step"]: row["train/samples_per_sec"] for row in rows(tmp_path / "receiver", "step")}
+    assert [found[step] for step in (5, 6)] == pytest.approx([4 * theirs / 0.5] * 2)
+    assert [found[step] for step in range(7, 11)] == pytest.approx([4 * own / 0.7] * 4)
 
 
 def test_a_donor_without_a_whole_checkpoint_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,14 +29,14 @@ class Kept:
 def test_the_rates_are_those_of_steps_that_ended(drained: tuple[int, ...], start: int) -> None:
     """A device that takes half a second a step, one step behind the host but where the host waits for it."""
     kept = Kept()
-    began = Position(start, start * ROWS, start * TOKENS, start * SECONDS, 0.0, 0.0)
-    recorder = Recorder("t", [kept], lambda row: None, Budget(100.0), torch.device("cpu"), began, None)
+    began = Position(start, start * TOKENS, start * SECONDS, 0.0, 0.0)
+    recorder = Recorder("t", [kept], lambda row: None, Budget(100.0), torch.device("cpu"), ROWS, began, None)
     waiting: list[int] = []
 
     def land(queued: int, left: int) -> None:
         while len(waiting) > left:
             step = waiting.pop(0)
-            now = Position(queued, queued * ROWS, queued * TOKENS, (step + 1) * SECONDS, 0.0, 0.0)
+            now = Position(queued, queued * TOKENS, (step + 1) * SECONDS, 0.0, 0.0)
             progress = Progress(step, step * SECONDS, 100.0, (step + 1) * TOKENS)
             recorder.step(Finished(progress, {"train/loss": 1.0}), now, {})
 
@@ -55,10 +55,10 @@ def test_the_rates_are_those_of_steps_that_ended(drained: tuple[int, ...], start
 
 def test_steps_that_end_at_one_time_are_one_row_and_the_next_counts_both() -> None:
     kept = Kept()
-    began = Position(0, 0, 0, 0.0, 0.0, 0.0)
-    recorder = Recorder("t", [kept], lambda row: None, Budget(100.0), torch.device("cpu"), began, None)
+    began = Position(0, 0, 0.0, 0.0, 0.0)
+    recorder = Recorder("t", [kept], lambda row: None, Budget(100.0), torch.device("cpu"), ROWS, began, None)
     for step, seconds in enumerate([0.5, 0.5, 1.5]):
-        now = Position(3, 3 * ROWS, 3 * TOKENS, seconds, 0.0, 0.0)
+        now = Position(3, 3 * TOKENS, seconds, 0.0, 0.0)
         progress = Progress(step, 0.0, 100.0, (step + 1) * TOKENS)
         recorder.step(Finished(progress, {"train/loss": 1.0}), now, {})
     recorder.flush()
@@ -71,10 +71,10 @@ def test_steps_that_end_at_one_time_are_one_row_and_the_next_counts_both() -> No
 def test_what_few_steps_measure_has_its_row_however_short_they_are(measured: str) -> None:
     """Ten thousand steps in a budget of a thousand rows, one of 64 of which measures."""
     kept = Kept()
-    began = Position(0, 0, 0, 0.0, 0.0, 0.0)
-    recorder = Recorder("t", [kept], lambda row: None, Budget(5000.0), torch.device("cpu"), began, None)
+    began = Position(0, 0, 0.0, 0.0, 0.0)
+    recorder = Recorder("t", [kept], lambda row: None, Budget(5000.0), torch.device("cpu"), ROWS, began, None)
     for step in range(10_000):
-        now = Position(step + 1, (step + 1) * ROWS, (step + 1) * TOKENS, (step + 1) * SECONDS, 0.0, 0.0)
+        now = Position(step + 1, (step + 1) * TOKENS, (step + 1) * SECONDS, 0.0, 0.0)
         progress = Progress(step, step * SECONDS, 5000.0, (step + 1) * TOKENS)
         values: Row = {"train/loss": 1.0} | ({measured: 0.5} if step % 64 == 0 else {})
         recorder.step(Finished(progress, values), now, {})
