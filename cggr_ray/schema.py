@@ -127,8 +127,8 @@ METRICS: Final = tuple(
     Metric(*entry)
     for entry in (
         (STEP, "steps", "optimizer updates so far"),
-        (FRACTION, "1", "used part of the budget, 0 to 1"),
-        (TRAIN_SECONDS, "s", "train + data wait: the clock of the budget"),
+        (FRACTION, "1", "used part of the budget, 0 to 1; of a step when it began, which its schedules read"),
+        (TRAIN_SECONDS, "s", "train + data wait: the clock of the budget, when the row was made"),
         (WALL_SECONDS, "s", "since the run began, everything included"),
         (TOKENS_SEEN, "tokens", "positions read from the stream, padding left out"),
         (TRAIN_LOSS, "nats/token", "mean negative log-likelihood of all labelled positions of the step; full recipes"),
@@ -138,8 +138,8 @@ METRICS: Final = tuple(
         (TOKENS_PER_SEC, "tokens/s", "tokens seen per train second since the last row"),
         (SAMPLES_PER_SEC, "rows/s", "packed rows per train second since the last row"),
         (LEARNING_RATE, "1", "learning rate of the hidden matrices"),
-        (GRAD_NORM, "1", "norm of the whole gradient before clipping"),
-        (GRAD_NORM_LAYERS, "1", "norm of every layer's gradient before clipping, the lowest first; 0 at rest"),
+        (GRAD_NORM, "1", "norm of the gradient before clipping, of all parameters; what GaLore projects, in its bases"),
+        (GRAD_NORM_LAYERS, "1", "the same of every layer, the lowest first; 0 at rest"),
         (TOKEN_LOSS, "nats/token", "histogram of the losses of single positions, where computed: [edges, counts]"),
         (STEP_SECONDS, "s", "mean train seconds a step since the last row"),
         (MICRO_ROWS, "rows", "rows of a micro-batch from here on, where memory ran out with more of them"),
@@ -194,10 +194,10 @@ BUDGET_LEDGERS: Final = ("train", "data_wait")
 
 # A summary, key by key (summary.json):
 #   trial_id, recipe, seed, status          str, str, int, Status
-#   steps, tokens_seen, labelled_tokens     int
+#   steps, tokens_seen, labelled_tokens     int; labelled positions of all rows that were read, kept or not
 #   epochs                                  {source: float}, how often its training documents were read
 #   budget_seconds, train_seconds           float; train_seconds is train + data_wait
-#   overrun_seconds, last_step_seconds      float; overrun is what training used past the budget
+#   overrun_seconds, last_step_seconds      float; overrun is what training used past the budget, 0 where less
 #   wall_seconds                            float, from a clock of its own
 #   ledgers                                 {ledger: seconds}, the eight of LEDGERS
 #   skipped_steps                           int; had no finite gradient, and changed nothing
