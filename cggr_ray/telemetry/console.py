@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cggr_ray.schema import FRACTION, KEPT_LOSS, TOKENS_PER_SEC, TRAIN_LOSS, VAL_LOSS
+from cggr_ray.schema import FRACTION, KEPT_LOSS, SKIP_LOSS, TOKENS_PER_SEC, TRAIN_LOSS, VAL_LOSS
 from cggr_ray.telemetry.tracker import Row
 
 BAR = 24
 # Without a terminal a line is printed at every such part of a trial's budget.
 PLAIN_EVERY = 0.25
+# The loss of a step, and the word before it: which positions it is of.
+SHOWN = {TRAIN_LOSS: "loss", KEPT_LOSS: "kept", SKIP_LOSS: "thinned"}
 
 
 class RaceConsole:
@@ -40,6 +42,9 @@ class RaceConsole:
     def show(self, row: Row) -> None:
         trial_id = str(row["trial"])
         known = self._rows.setdefault(trial_id, {})
+        if not SHOWN.keys().isdisjoint(row):
+            # A step has one of them: what another step had is not of this one.
+            known = self._rows[trial_id] = {name: value for name, value in known.items() if name not in SHOWN}
         known.update({name: value for name, value in row.items() if value is not None})
         if self._console.is_terminal:
             return
@@ -53,11 +58,10 @@ class RaceConsole:
             return ["waiting", "", "", "", ""]
         fraction = float(row[FRACTION])
         filled = round(fraction * BAR)
-        loss, kept, val = (row.get(name) for name in (TRAIN_LOSS, KEPT_LOSS, VAL_LOSS))
-        shown = f"kept {kept:.3f}" if kept is not None else f"loss {loss:.3f}" if loss is not None else ""
+        shown, val = [f"{word} {row[name]:.3f}" for name, word in SHOWN.items() if name in row], row.get(VAL_LOSS)
         return [
             f"[{'=' * filled}{'.' * (BAR - filled)}] {fraction:4.0%}".replace("[", "|").replace("]", "|"),
-            shown,
+            "".join(shown),
             f"val {val:.4f}" if val is not None else "",
             f"{row[TOKENS_PER_SEC] / 1e3:.1f}k tok/s" if row.get(TOKENS_PER_SEC) else "",
             f"{(1 - fraction) * self._budget:.0f} s left" if fraction < 1 else "done",
