@@ -90,12 +90,17 @@ class Milestones:
         checkpoint.save_model(folder, self._adapter.model, self._data.tokenizer, notes)
 
     def peak_bytes(self) -> int:
-        """Of training and validation, on the device."""
+        """Of training and validation, on the device, in earlier processes of the run too."""
         return max(self._peak_bytes, peak_bytes(self._adapter.device))
 
     def state_dict(self) -> Row:
-        return {"left": self.left, "best": None if math.isinf(self.best) else self.best, "last_good": self.last_good}
+        return {
+            "left": self.left,
+            "best": None if math.isinf(self.best) else self.best,
+            "last_good": self.last_good,
+            "peak_bytes": self.peak_bytes(),
+        }
 
     def load_state_dict(self, state: Row) -> None:
         self.left, self.best = state["left"], math.inf if state["best"] is None else state["best"]
-        self.last_good = state["last_good"]
+        self.last_good, self._peak_bytes = state["last_good"], state["peak_bytes"]

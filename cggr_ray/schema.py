@@ -147,7 +147,11 @@ METRICS: Final = tuple(
         (VAL_NATS_PER_BYTE, "nats/byte", "the same, per byte of labelled text: comparable between tokenizers"),
         (VAL_TOKENS, "tokens", "labelled positions of the validation"),
         (GPU_MEMORY, "MiB", "allocated on the device when the row was written"),
-        (GPU_MEMORY_PEAK, "MiB", "largest allocation since training began, or since generation at the last milestone"),
+        (
+            GPU_MEMORY_PEAK,
+            "MiB",
+            "largest allocation since training began or went on, or since generation at the last milestone",
+        ),
         (GPU_UTILIZATION, "%", "share of the last sample period with a kernel running, as NVML says"),
         (ROUTER_ENTROPY, "nats", "mean entropy of the scored positions"),
         (ROUTER_CONFIDENCE, "1", "mean largest probability of the scored positions"),

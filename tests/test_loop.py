@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from cggr_ray.data.dataset import DataSpec, open_data, prepare
 from cggr_ray.data.sources import Problems
 from cggr_ray.learner import Learner
-from cggr_ray.loop import run_race
+from cggr_ray.loop import Run, run_race
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.progress import Progress
 from cggr_ray.race import RaceSpec, Trial, plan_trials
@@ -378,6 +378,27 @@ def test_a_run_that_diverges_keeps_its_last_good_validation(
     assert [row["fraction"] for row in (first, last)] == pytest.approx([0.04, 0.24])
     assert summary["train_seconds"] == pytest.approx(24 * STEP_SECONDS) and summary["overrun_seconds"] == 0
     assert summary["val/loss"] == (None if poison is nan_weight else last["val/loss"])
+
+
+def test_the_peak_of_memory_is_that_of_all_parts_of_a_run(
+    spec: RaceSpec, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = trial_of(replace(spec, checkpoint_every_seconds=6 * STEP_SECONDS), "baseline", tmp_path, data_folder)
+
+    def kill(row: dict) -> None:
+        if row["train_seconds"] > 7.5 * STEP_SECONDS:
+            raise KilledError
+
+    monkeypatch.setattr("cggr_ray.milestones.peak_bytes", lambda device: 300)
+    with pytest.raises(KilledError):
+        run_race(trial, kill)
+    monkeypatch.setattr("cggr_ray.milestones.peak_bytes", lambda device: 200)
+    run = Run(trial, lambda row: None)
+    run.prepare()
+    with run.loader:
+        assert run.milestones.peak_bytes() == 300
+        monkeypatch.setattr("cggr_ray.milestones.peak_bytes", lambda device: 500)
+        assert run.milestones.peak_bytes() == 500
 
 
 def test_a_finished_run_is_not_run_again(spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
