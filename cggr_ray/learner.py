@@ -257,13 +257,21 @@ class Learner:
         self.workers.copy_first([*stacks, *self.router.tensors().values()])
 
     def state_dict(self) -> dict[str, Any]:
-        """Host state of the parts. Weights, optimizer and router tensors are saved beside it."""
-        return {"router": self.router.state_dict(), "updates": self.updates.state_dict(), "rested": [*self._rested]}
+        """Host state of the parts, and what is counted. Weights, optimizer and router tensors are saved beside it."""
+        cache = self.adapter.cache
+        return {
+            "router": self.router.state_dict(),
+            "updates": self.updates.state_dict(),
+            "rested": [*self._rested],
+            "cache": None if cache is None else [cache.hits, cache.misses],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
         self.updates.load_state_dict(state["updates"])
         self._rested = [*state["rested"]]
+        if self.adapter.cache is not None:
+            self.adapter.cache.hits, self.adapter.cache.misses = state["cache"]
 
     def _wake(self, active: Active) -> None:
         """Lets these layers learn in this step, and the others rest."""

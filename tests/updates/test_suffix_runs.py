@@ -113,6 +113,27 @@ def test_a_cache_of_activations_changes_no_loss(recipe: str, spec: RaceSpec, tmp
     assert not (tmp_path / "kept" / "activations.bin").exists()
 
 
+def test_a_cache_counts_the_steps_that_rest_before_and_after_a_restart(spec: RaceSpec, tmp_path: Path) -> None:
+    data = DataSpec(sources=(Problems(count=14),), row_tokens=48, val_documents=2, val_per_mille=100)
+    prepare(data, tmp_path / "data")
+    untied, values = ModelSpec(preset="tiny", tie_embeddings=False), {"execution.activation_cache": {"memory_gib": 1.0}}
+    often = replace(spec, recipes=("static_suffix",), data=data, save_model=False, model=untied,
+                    checkpoint_every_seconds=7 * STEP_SECONDS, arms={"static_suffix": values})  # fmt: skip
+    trial = plan_trials(often, tmp_path / "run")[0].placed(tmp_path / "run", tmp_path / "data")
+
+    def kill(row: dict) -> None:
+        if row["train_seconds"] > 40 * STEP_SECONDS:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_race(trial, kill)
+    found = run_race(trial)["activation_cache"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines].count("resumed") == 1
+    resting = {line["step"] for line in lines if line.get(ACTIVE_LAYERS) == 2}
+    assert found["hits"] + found["misses"] == len(resting) > 40 and found["hits"] > 0
+
+
 def test_an_embedding_that_two_objectives_read_rests_all_the_same(
     spec: RaceSpec, data_folder: Path, tmp_path: Path
 ) -> None:
