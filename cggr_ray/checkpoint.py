@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
 OBJECTIVE = "objective.safetensors"
 KEPT = 2
+# Of what state.json holds: another one with every change of it.
+FORMAT = 1
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,9 @@ def save(run_folder: Path, step: int, learner: Learner, state: dict[str, Any]) -
         optimizer = {k: v.contiguous() for k, v in learner.optimizer.state_dict().items()}
         save_file(optimizer, aside / "optimizer.safetensors")
         save_file({k: v.contiguous() for k, v in learner.router.tensors().items()}, aside / "router.safetensors")
-        (aside / STATE).write_text(json.dumps({"step": step, "learner": learner.state_dict(), **state}))
+        (aside / STATE).write_text(
+            json.dumps({"format": FORMAT, "step": step, "learner": learner.state_dict(), **state})
+        )
         seal(aside)
     for other in set((run_folder / FOLDER).iterdir()) - set(_all(run_folder)[-KEPT:]):
         shutil.rmtree(other)
@@ -195,8 +199,15 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load(folder: Path, learner: Learner) -> dict[str, Any]:
-    """Restores weights, optimizer and parts in place, tensor by tensor; returns the rest of the state."""
+    """Restores weights, optimizer and parts in place, tensor by tensor; returns the rest of the state.
+
+    Raises:
+        ValueError: another version of this project wrote it, or it holds another model.
+    """
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{folder}: format = {state.get('format')}; accepted: {FORMAT}, this version's; the version "
+                         "that began the run can go on, or remove its folder to begin again")  # fmt: skip
     _restore(folder / "model.safetensors", learner.adapter.named_parameters())
     _restore(folder / OBJECTIVE, learner.objective.named_parameters())
     learner.optimizer.load_state_dict(_Stored(folder / "optimizer.safetensors"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +145,27 @@ def test_another_model_is_refused(
     other = AutoModelForCausalLM.from_config(LlamaConfig(**(tiny_config.to_dict() | change)))
     with pytest.raises(ValueError, match="holds another model"):
         checkpoint.load(folder, learner(other, Recipe("x")))
+
+
+def test_a_checkpoint_of_another_version_is_refused_before_anything_is_loaded(
+    tmp_path: Path, tiny_model: PreTrainedModel
+) -> None:
+    one = learner(tiny_model, Recipe("x"))
+    folder = checkpoint.save(tmp_path, 3, one, {})
+    saved = everything(one)
+    with torch.no_grad():
+        for _, parameter in one.adapter.named_parameters():
+            parameter.zero_()
+    emptied = everything(one)
+    state = json.loads((folder / "state.json").read_text())
+    for wrong in (state | {"format": 0}, {name: value for name, value in state.items() if name != "format"}):
+        (folder / "state.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"format = (0|None); accepted: 1, this version's"):
+            checkpoint.load(folder, one)
+        assert same(everything(one), emptied)
+    (folder / "state.json").write_text(json.dumps(state))
+    checkpoint.load(folder, one)
+    assert same(everything(one), saved) and not same(saved, emptied)
 
 
 def test_nothing_of_it_is_a_pickle(tmp_path: Path, tiny_model: PreTrainedModel) -> None:
