@@ -101,10 +101,7 @@ def holm(p_values: Iterable[float]) -> list[float]:
 def spread_factors(pairs: int, confidence: float = 1 - ALPHA) -> tuple[float, float]:
     """Between which multiples of the standard deviation of so many differences the true one lies, as chi squared."""
     freedom, tail = pairs - 1, (1 - confidence) / 2
-    low, high = (
-        math.sqrt(freedom / special.chdtri(freedom, tail)),
-        math.sqrt(freedom / special.chdtri(freedom, 1 - tail)),
-    )
+    low, high = (math.sqrt(freedom / special.chdtri(freedom, above)) for above in (tail, 1 - tail))
     return low, high
 
 

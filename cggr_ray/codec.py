@@ -10,13 +10,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, Self
 
 NONE = "none"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table of a file, which may begin with a mark of the byte order, as some editors write it.
+
+    Raises:
+        ValueError: it is not TOML, or not UTF-8.
+    """
+    return tomllib.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def kind_of(cls: type) -> str:

@@ -7,7 +7,6 @@ the later value of a measure counts. No file of the run is changed but the sampl
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from cggr_ray.codec import from_plain
+from cggr_ray.codec import from_plain, read_toml
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.tokenizer import load_tokenizer
 from cggr_ray.device import pick_device
@@ -103,7 +102,7 @@ def specified(run: Path, tasks: Path | None, rows: int | None) -> Evaluation:
     if not name.is_file():
         raise ValueError(f"tasks file {str(name)!r} does not exist; accepted: a .toml file with an [evaluation]")
     try:
-        table = read_toml(name) if tasks else trained.get("evaluation")
+        table = tasks_of(name) if tasks else trained.get("evaluation")
         if table is None:
             raise ValueError("no evaluation; accepted: --tasks with a .toml file that has an [evaluation]")
         spec = Evaluation.from_plain(table)
@@ -111,11 +110,11 @@ def specified(run: Path, tasks: Path | None, rows: int | None) -> Evaluation:
             spec = spec.kept_in(run.resolve().parents[1])
         spec.check_sources(from_plain(DataSpec, trained["data"]).sources if "data" in trained else ())
         return spec if rows is None else replace(spec, rows=rows)
-    except (tomllib.TOMLDecodeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def read_toml(path: Path) -> Any:
-    table = tomllib.loads(path.read_text(encoding="utf-8-sig")).get("evaluation")
+def tasks_of(path: Path) -> Any:
+    table = read_toml(path).get("evaluation")
     tasks_beside(path.parent, table)
     return table

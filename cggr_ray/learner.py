@@ -90,8 +90,9 @@ class Pass:
         loss = self.objective.loss(planned.stream, micro, planned.route, scale)
         # What is not asked for must not be held through the backward pass.
         whole = planned.whole if compare else None
-        counted = {ROUTER_KEPT_FRACTION: (micro.labels_BT >= 0).sum()} | planned.statistics
-        seen = counted | {TOKEN_LOSS: self._histogram(micro.labels_BT, loss.index_K, loss.nll_K)}
+        seen = planned.statistics | {TOKEN_LOSS: self._histogram(micro.labels_BT, loss.index_K, loss.nll_K)}
+        if ROUTER_KEPT_FRACTION not in seen:
+            seen[ROUTER_KEPT_FRACTION] = (micro.labels_BT >= 0).sum()
         del planned
         loss.total.backward()
         self.router.learn(micro, loss.index_K, loss.nll_K)

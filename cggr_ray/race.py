@@ -5,7 +5,6 @@ A trial is one recipe x one draw of hyperparameters x one seed. `RaceSpec` is a 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from cggr_ray.batches import (
     rows_of_worker,
     with_scaled_rate,
 )
-from cggr_ray.codec import Plain, nearest
+from cggr_ray.codec import Plain, nearest, read_toml
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.evaluation.suite import Evaluation
 from cggr_ray.models.presets import ModelSpec
@@ -285,8 +284,8 @@ def load_race(name: str) -> RaceSpec:
         known = [p.stem for p in RACES.glob("*.toml")]
         raise ValueError(f"unknown race {name!r}; {nearest(name, known)}, or the path of a .toml file")
     try:
-        return race_of(tomllib.loads(path.read_text(encoding="utf-8-sig")), path.parent, path.stem)
-    except (tomllib.TOMLDecodeError, ValueError) as error:
+        return race_of(read_toml(path), path.parent, path.stem)
+    except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
 
 

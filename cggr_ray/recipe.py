@@ -10,7 +10,6 @@ execution   how it runs; recorded, and never branched on by a method
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from cggr_ray.codec import Plain, kind_of, nearest, with_values
+from cggr_ray.codec import Plain, kind_of, nearest, read_toml, with_values
 from cggr_ray.models.checkpointing import Checkpointing
 from cggr_ray.models.prefix_cache import ActivationCache
 from cggr_ray.models.presets import check_folder
@@ -157,10 +156,10 @@ def load_recipe(name: str) -> Recipe:
     if not path.is_file():
         raise ValueError(f"unknown recipe {name!r}; {nearest(name, recipe_names())}, or the path of a .toml file")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        table = read_toml(path)
         beside(path.parent, table.get("tokens"), "reference")
         return Recipe.from_plain({"name": path.stem if name.endswith(".toml") else name} | table)
-    except (tomllib.TOMLDecodeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
 
 

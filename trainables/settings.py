@@ -6,12 +6,11 @@ race's file, or the name of one.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cggr_ray.codec import Plain, from_plain, nearest, to_plain
+from cggr_ray.codec import Plain, from_plain, nearest, read_toml, to_plain
 from cggr_ray.race import RaceSpec, load_race, race_of
 from search_spaces import SPACES
 from search_spaces.domains import Domain, Domains
@@ -90,8 +89,8 @@ def load_parts(name: str) -> Parts:
     if not path.is_file():
         raise ValueError(f"{name!r} does not exist; accepted: a sweep's .toml file, or {', '.join(sorted(SPACES))}")
     try:
-        return _parts(tomllib.loads(path.read_text(encoding="utf-8-sig")), path)
-    except (tomllib.TOMLDecodeError, ValueError) as error:
+        return _parts(read_toml(path), path)
+    except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
 
 
