@@ -1,8 +1,9 @@
-"""Rows of metrics.jsonl as `cggr_ray.schema` describes them."""
+"""Rows of metrics.jsonl as `cggr_ray.schema` describes them, and a summary that is another."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 
@@ -18,3 +19,8 @@ def step_row(step: int, **metrics: Any) -> dict[str, Any]:
 
 def lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def edit_summary(race: Path, trial: str, **changes: Any) -> None:
+    path = race / "runs" / trial / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
