@@ -201,8 +201,12 @@ class GaLore(Rule):
         return found.index_copy_(0, drawn_F, outside * (self.rule.shape_scale(*shape) / self.shape_scale(*shape)))
 
     def _low_rank(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
-        """D of projected gradients R. The last product is in bf16 on a GPU."""
-        side, found = side_of(state), self.rule.direction(grad, state, finite)
+        """D of projected gradients R."""
+        return self.full_size(self.rule.direction(grad, state, finite), state)
+
+    def full_size(self, found: Tensor, state: State) -> Tensor:
+        """P D_R (N, M, K), float32, of D_R (N, r, k); what was given where nothing is projected. In bf16 on a GPU."""
+        side = side_of(state)
         if side is None:
             return found
         work = work_dtype(found)
