@@ -26,6 +26,9 @@ from cggr_ray.benchmarks.timing import interleaved
 from cggr_ray.benchmarks.workload import prepared_data, prepared_run
 from cggr_ray.device import pick_device
 from cggr_ray.loop import Run
+from cggr_ray.models.presets import ModelSpec
+from cggr_ray.race import check_layers
+from cggr_ray.recipe import load_recipe
 from cggr_ray.workers import Group, Workers
 
 SHAPES = ("llama-1.5b/4x2048",)
@@ -37,8 +40,10 @@ def bench_workers(shape: Shape, device: str, rounds: int, folder: Path) -> list[
     """Rows of both recipes.
 
     Raises:
-        ValueError: there is one GPU alone.
+        ValueError: a model with too few layers for them, or there is one GPU alone.
     """
+    for recipe in RECIPES:
+        check_layers(load_recipe(recipe), ModelSpec(preset=shape.model))
     on_gpu = pick_device(device).type == "cuda"
     size = torch.cuda.device_count() if on_gpu else 2
     if size < 2:
