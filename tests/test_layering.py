@@ -69,7 +69,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.data": (
         *("torch", "numpy", "pyarrow", "datasets", "tokenizers", "transformers"),
         *("cggr_ray.data", "cggr_ray.codec", "cggr_ray.hub", "cggr_ray.progress", "cggr_ray.schema"),
-        *("cggr_ray.transfer", "cggr_ray.workers"),
+        *("cggr_ray.files", "cggr_ray.lock", "cggr_ray.transfer", "cggr_ray.workers"),
     ),
     "cggr_ray.evaluation": (
         *("torch", "numpy", "transformers", "cggr_ray.evaluation", "cggr_ray.data", "cggr_ray.models.adapter"),

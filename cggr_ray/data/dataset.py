@@ -1,11 +1,14 @@
 """A race's data: its specification, its preparation (tokenizer, token stores) and what a run opens.
 
-Prepared once a race, in `<race>/data/`, and only read afterwards, so that all trials see the same bytes.
+Prepared once a race, in `<race>/data/`, and only read afterwards, so that all trials see the same bytes. `ready.json`
+is written last, whole, when all else is on the disk: without it, or with that of other data, everything is written
+again.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,6 +20,8 @@ from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Document, HuggingFace, Jsonl, Parquet, Problems, existing
 from cggr_ray.data.store import TokenStore, held_out, write_store
 from cggr_ray.data.tokenizer import SHIPPED, load_tokenizer, train_bpe
+from cggr_ray.files import flush, write_whole
+from cggr_ray.lock import only_writer
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -112,13 +117,21 @@ class PreparedData:
 
 
 def prepare(spec: DataSpec, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
-    """Writes the tokenizer and the stores into `folder` unless they are there for the same specification."""
+    """Writes the tokenizer and the stores into `folder` unless they are there for the same specification; waits for
+    another process that does."""
     if is_prepared(spec, folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder, wait_seconds=math.inf):
+        if not is_prepared(spec, folder):
+            (folder / READY).unlink(missing_ok=True)
+            _write(spec, folder, say)
+
+
+def _write(spec: DataSpec, folder: Path, say: Callable[[str], None]) -> None:
     if spec.tokenizer == "train":
         say(f"training a tokenizer of {spec.vocab_size} tokens")
         train_bpe(_tokenizer_texts(spec), spec.vocab_size, folder / TOKENIZER)
+        flush(folder / TOKENIZER)
     tokenizer = load_tokenizer(_tokenizer(spec, folder))
     counts = {}
     for source in spec.sources:
@@ -132,7 +145,7 @@ def prepare(spec: DataSpec, folder: Path, say: Callable[[str], None] = lambda _:
                 f"source {source.name!r} has {counts[source.name]} training and {len(held)} held-out documents; "
                 "accepted: at least one of each (raise val_per_mille, or give more documents)"
             )
-    (folder / READY).write_text(json.dumps({"spec": _plain(spec), "documents": counts}, indent=1))
+    write_whole(folder / READY, json.dumps({"spec": _plain(spec), "documents": counts}, indent=1))
 
 
 def is_prepared(spec: DataSpec, folder: Path) -> bool:

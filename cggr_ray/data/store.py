@@ -22,6 +22,7 @@ import numpy as np
 from cggr_ray.data.chat import Turns
 from cggr_ray.data.sources import Document
 from cggr_ray.data.tokenizer import first_token
+from cggr_ray.files import flush
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -63,7 +64,8 @@ def held_out(document: Document, per_mille: int) -> bool:
 def write_store(
     folder: Path, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, chat: bool = False
 ) -> int:
-    """Tokenises documents into `folder`, as turns of a chat if so asked; returns how many."""
+    """Tokenises documents into `folder`, as turns of a chat if so asked, and waits until they are on the disk; returns
+    how many."""
     first, end = first_token(tokenizer), tokenizer.eos_token_id
     spelled = Turns(tokenizer).document if chat else _plain
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
@@ -83,6 +85,8 @@ def write_store(
     np.save(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
     np.save(folder / "text_bytes.npy", np.array(text_bytes, dtype=np.int32).reshape(-1, 2).T)
     np.save(folder / "tokens.npy", np.concatenate(tokens) if tokens else np.zeros(0, dtype))
+    for path in (*folder.iterdir(), folder):
+        flush(path)
     return len(tokens)
 
 

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cggr_ray.data.dataset import DataSpec, open_data, prepare
+from cggr_ray.data import dataset
+from cggr_ray.data.dataset import DataSpec, is_prepared, open_data, prepare
 from cggr_ray.data.sources import Jsonl, Problems
 from cggr_ray.data.store import TokenStore
 
@@ -60,6 +66,76 @@ def test_prepared_data_is_read_again_only_for_the_same_specification(spec: DataS
     assert not said
     prepare(DataSpec(spec.sources, val_per_mille=200), tmp_path / "data", said.append)
     assert said
+
+
+def test_data_whose_last_file_found_no_room_is_prepared_again(
+    spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, text: str, encoding: str | None = None) -> None:
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(spec, tmp_path / "data")
+    assert not is_prepared(spec, tmp_path / "data")
+    prepare(spec, tmp_path / "data")
+    assert is_prepared(spec, tmp_path / "data")
+
+
+def test_data_is_on_the_disk_before_it_counts_as_prepared(
+    spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, before = os.fsync, set[Path]()
+
+    def seen(descriptor: int) -> None:
+        if not (tmp_path / "data" / "ready.json").exists():
+            before.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    prepare(replace(spec, tokenizer="train", vocab_size=320), tmp_path / "data")
+    files = {*tmp_path.glob("data/*/*/*.npy"), tmp_path / "data" / "tokenizer.json"}
+    assert len(files) == 2 * 2 * 4 + 1 and files <= before
+
+
+def test_data_of_another_specification_does_not_count_once_it_is_overwritten(
+    spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(spec, tmp_path / "data")
+    write, left = dataset.write_store, [1]
+
+    def interrupted(*arguments: Any) -> int:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return write(*arguments)
+
+    monkeypatch.setattr(dataset, "write_store", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(replace(spec, val_per_mille=200), tmp_path / "data")
+    assert not is_prepared(spec, tmp_path / "data")
+
+
+def test_a_second_process_waits_and_writes_nothing(
+    spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would empty files that the first one's trials read already."""
+    write, wrote = dataset.write_store, list[int]()
+    second = threading.Thread(target=lambda: prepare(spec, tmp_path / "data"))
+
+    def slow(*arguments: Any) -> int:
+        wrote.append(threading.get_ident())
+        if len(wrote) == 1:
+            second.start()
+            second.join(0.5)
+        return write(*arguments)
+
+    monkeypatch.setattr(dataset, "write_store", slow)
+    prepare(spec, tmp_path / "data")
+    second.join()
+    assert wrote == [threading.get_ident()] * 4
 
 
 def test_a_tokenizer_of_the_races_own(spec: DataSpec, tmp_path: Path) -> None:
