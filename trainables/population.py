@@ -2,7 +2,8 @@
 
 All trials of the sweep are the population. Each stops at every `interval` of its budget, with a checkpoint; when all
 have come so far, those in the lowest `quantile` take weights, optimizer, place in the data and values of one in the
-highest at random, and move its numbers. What is a part or a size stays the donor's: its weights were made for it.
+highest at random, and move its numbers. What is a part or a size stays the donor's: its weights were made for it. So do
+the numbers where, moved, they make no recipe.
 """
 
 from __future__ import annotations

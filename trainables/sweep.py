@@ -204,8 +204,16 @@ class Sweep:
         for trial_id, donor, values in self._scheduler.exploits(self.open, generation, self.spec.domains, search.seed):
             known = generation in self.history.trials[trial_id].exploits
             if not known and adopt(self.run_folder(donor), self.run_folder(trial_id)):
-                self.history.exploit(trial_id, donor, generation, values)
+                self.history.exploit(trial_id, donor, generation, self._possible(values, donor))
         self.history.begun(generation)
+
+    def _possible(self, values: dict[str, Any], donor: str) -> dict[str, Any]:
+        """Values that were moved, or the donor's as they are: moved each by itself, they may make no recipe."""
+        try:
+            sweep_trial(self.spec, self.race, values, donor, self.folder)
+        except ValueError:
+            return self.history.trials[donor].values
+        return values
 
     def _place(self, row: Mapping[str, Any]) -> int:
         """The number of milestones, the end among them, that a row is at or beyond."""

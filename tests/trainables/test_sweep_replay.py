@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 from simulated_sweep import BUDGET, RATE, SMALL, START, Killed, run, spec_of
 
+from cggr_ray.race import RaceSpec
+from search_spaces.domains import Domains, LogUniform, Uniform
+from trainables.population import Population
+from trainables.settings import Search, SweepSpec
+
 SEARCHES = {
     "random asha": {"scheduler": "asha"},
     "random hyperband": {"scheduler": "hyperband", "trials": 12},
@@ -106,6 +111,23 @@ def test_a_population_goes_on_where_no_checkpoint_of_its_best_is_whole(
     assert [event["status"] for event in events if event["kind"] == "end"] == ["finished"] * 4
     assert not [event for event in events if event["kind"] == "exploit"]
     assert [event["generation"] for event in events if event["kind"] == "generation"] == [1, 2, 3]
+
+
+def test_a_population_keeps_its_best_s_values_where_moved_ones_make_no_recipe(tmp_path: Path) -> None:
+    """Each moved to its own bound, the end of the one would come before the end of the other."""
+    until, target = "tokens.curriculum.full_until", "tokens.curriculum.target_at"
+    domains: Domains = {RATE: LogUniform(5e-4, 2e-2), until: Uniform(0.0, 0.42), target: Uniform(0.4, 0.6)}
+    race = RaceSpec(recipes=("cggr_loss",), budget_seconds=BUDGET)
+    spec = SweepSpec("mine", "cggr_loss", domains, race, Search(trials=6, seed=1, scheduler=Population()))
+    events = run(spec, tmp_path / "sweep")
+    assert [event["status"] for event in events if event["kind"] == "end"] == ["finished"] * 6
+    values = {event["trial_id"]: event["values"] for event in events if event["kind"] == "trial"}
+    kept = 0
+    for event in (event for event in events if event["kind"] == "exploit"):
+        assert event["values"][until] <= event["values"][target]
+        kept += event["values"] == values[event["donor"]]
+        values[event["trial_id"]] = event["values"]
+    assert kept
 
 
 def test_no_draw_equals_an_earlier_one_and_a_space_that_is_used_up_ends_the_sweep(tmp_path: Path) -> None:
