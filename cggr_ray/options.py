@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,12 @@ def writable(folder: Path | None) -> Path | None:
     """A folder for results, as it was given.
 
     Raises:
-        ValueError: it is a file, or below one, or nothing can be written there.
+        ValueError: it is an address, a file, or below one, or nothing can be written there.
     """
     if folder is not None:
+        # Of two slashes a path keeps one.
+        if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder), re.IGNORECASE):
+            raise ValueError(f"folder {str(folder)!r} is an address; accepted: a path, where a bucket may be mounted")
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise ValueError(f"folder {str(folder)!r} cannot be written, for {str(there)!r}; accepted: a new folder")

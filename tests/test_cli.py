@@ -209,6 +209,16 @@ def test_results_have_to_go_into_a_folder(
     assert Path("thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("out", ["s3://bucket/sweep", "gs://bucket/sweep", "file:///mnt/results"])
+def test_results_do_not_go_into_a_local_folder_named_like_an_address(
+    out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = fails(monkeypatch, capsys, "sweep", "baseline", "--dry-run", "--out", out)
+    assert "is an address; accepted: a path, where a bucket may be mounted" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_blanks_between_names_are_left_out() -> None:
     assert commands.words("baseline, cggr_loss") == ["baseline", "cggr_loss"] and commands.words(None) is None
 
