@@ -68,8 +68,8 @@ def sweep(
 
     with History(folder) as history:
         with RaceConsole(spec.race.budget_seconds, console=console) as live:
-            run_sweep(spec, folder, history, executor, address, growing, live.show)
-        finish_sweep(spec, history, folder, console)
+            complete = run_sweep(spec, folder, history, executor, address, growing, live.show)
+        finish_sweep(spec, history, folder, console, complete)
 
 
 def specify_sweep(
@@ -182,9 +182,9 @@ def show_sweep(spec: SweepSpec) -> None:
         console.print(f"  {key:36} {domain.in_words()}", highlight=False, soft_wrap=True)
 
 
-def finish_sweep(spec: SweepSpec, history: History, folder: Path, console: Console) -> None:
-    """Prints how the trials ended and the best of them, and writes the best recipe; exit code 1 where a trial was
-    interrupted or none finished."""
+def finish_sweep(spec: SweepSpec, history: History, folder: Path, console: Console, complete: bool) -> None:
+    """Prints how the trials ended and the best of them, and writes the best recipe; exit code 1 where the sweep is not
+    complete or no trial finished."""
     from trainables.best import best_trials, write_best
 
     trials = list(history.trials.values())
@@ -199,7 +199,7 @@ def finish_sweep(spec: SweepSpec, history: History, folder: Path, console: Conso
         recipe, race = write_best(spec, best[0], folder)
         console.print(f"best recipe: {recipe}", soft_wrap=True)
         console.print(f"race it: cggr-ray race {race} --seeds 1,2,3", soft_wrap=True, highlight=False)
-    if "interrupted" in ends:
+    if not complete:
         console.print(f"go on with: cggr-ray sweep --resume {folder}", soft_wrap=True, highlight=False)
-    if "interrupted" in ends or not best:
+    if not complete or not best:
         sys.exit(1)

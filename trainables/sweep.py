@@ -66,6 +66,11 @@ class Sweep:
         return [trial for trial in self.history.trials.values() if not trial.ended]
 
     @property
+    def complete(self) -> bool:
+        """Whether nothing is left to run: every trial has ended, and no other is to be drawn."""
+        return not self.open and (self._drawn_all() or self.over())
+
+    @property
     def most_runs(self) -> int:
         """How often a trial is handed out at most: once, or once a generation."""
         return self._search.trials * (len(self.race.milestones) + 1 if self._scheduler.parks else 1)

@@ -99,8 +99,9 @@ def run_sweep(
     address: str | None,
     growing: int | None = None,
     on_row: OnRow = lambda row: None,
-) -> None:
-    """Runs a sweep, or what is left of it, until it is complete or its own budget is used up.
+) -> bool:
+    """Runs a sweep, or what is left of it, until it is complete or its own budget is used up; returns False where
+    something has interrupted it before.
 
     Args:
         growing: trials with a GPU side by side, where the cluster starts machines for them; else as many as there is
@@ -143,3 +144,4 @@ def run_sweep(
         )
         fit(tuner)
     sweep.tidy()
+    return sweep.complete

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from cggr_ray import checkpoint
 from cggr_ray.out_of_memory import asked_mib
 from cggr_ray.race import RaceSpec, load_race
 from cggr_ray.recipe import load_recipe
-from cggr_ray.sweep_command import begin_sweep, check_sweep, specify_sweep, sweep
+from cggr_ray.sweep_command import begin_sweep, check_sweep, finish_sweep, specify_sweep, sweep
 from search_spaces.domains import LogUniform
 from trainables.best import write_best
 from trainables.history import Drawn, History
@@ -241,6 +242,32 @@ def test_a_machine_on_which_every_trial_dies_does_not_use_up_the_sweep(tmp_path:
         assert after(Sweep(spec, tmp_path, history), reports=3) == 3 + 5
         assert after(Sweep(spec, tmp_path, history), reports=0) == 5, "taken up again, it goes on"
         assert [trial.status for trial in history.trials.values()] == ["failed"] * 13
+
+
+def test_a_sweep_that_ends_before_its_time_says_so_though_it_has_a_best_trial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every trial that was drawn has ended; others were not drawn, as five in a row had died."""
+
+    def after(sweep: Sweep) -> None:
+        while (drawn := sweep.next()) is not None:
+            sweep.failed(drawn.trial_id, "CUDA error: no device")
+
+    spec = sweep_of({}, {}, trials=11)
+    with History(tmp_path) as history:
+        first = history.drawn({"optimizer.matrix.lr": 0.002})
+        history.end(first.trial_id, "finished", {"train_seconds": 8.0, "val/loss": 1.0})
+        sweeps = Sweep(spec, tmp_path, history), Sweep(spec, tmp_path, history)
+        after(sweeps[0])
+        assert len(history.trials) == 6 and not sweeps[0].open and not sweeps[0].complete
+        with pytest.raises(SystemExit, match="1"):
+            finish_sweep(spec, history, tmp_path, Console(), sweeps[0].complete)
+        assert f"go on with: cggr-ray sweep --resume {tmp_path}" in capsys.readouterr().out
+        after(sweeps[1])
+        # The last five have died as well, and nothing is left.
+        assert len(history.trials) == 11 and sweeps[1].complete
+        finish_sweep(spec, history, tmp_path, Console(), sweeps[1].complete)
+        assert "go on" not in capsys.readouterr().out
 
 
 def test_trials_of_a_sweep_have_one_worker(tmp_path: Path) -> None:
