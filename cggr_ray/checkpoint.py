@@ -204,10 +204,7 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
     Raises:
         ValueError: another version of this project wrote it, or it holds another model.
     """
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{folder}: format = {state.get('format')}; accepted: {FORMAT}, this version's; the version "
-                         "that began the run can go on, or remove its folder to begin again")  # fmt: skip
+    state = read_state(folder)
     _restore(folder / "model.safetensors", learner.adapter.named_parameters())
     _restore(folder / OBJECTIVE, learner.objective.named_parameters())
     learner.optimizer.load_state_dict(_Stored(folder / "optimizer.safetensors"))
@@ -215,6 +212,19 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
     for name, tensor in learner.router.tensors().items():
         tensor.copy_(routing[name])
     learner.load_state_dict(state["learner"])
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint holds.
+
+    Raises:
+        ValueError: another version of this project wrote it.
+    """
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{folder}: format = {state.get('format')}; accepted: {FORMAT}, this version's; the version "
+                         "that began the run can go on, or remove its folder to begin again")  # fmt: skip
     return state
 
 

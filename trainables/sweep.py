@@ -43,6 +43,8 @@ class Sweep:
 
     Args:
         history: of this sweep, empty or read again; what happened on disk and is missing in it is added.
+    Raises:
+        ValueError: another version of this project wrote the checkpoint of a trial that has not ended.
     """
 
     def __init__(self, spec: SweepSpec, folder: Path, history: History) -> None:
@@ -233,8 +235,14 @@ class Sweep:
         return json.loads(file.read_text()) if file.is_file() else None
 
     def _catch_up(self, trial: Drawn) -> None:
-        """What a trial did after the sweep's process had died, as far as it will not do it again."""
+        """What a trial did after the sweep's process had died, as far as it will not do it again.
+
+        Raises:
+            ValueError: it cannot go on, as another version wrote its checkpoint; here that ends no trial.
+        """
         summary, saved = self._summary(trial.trial_id), checkpoint.newest(self.run_folder(trial.trial_id))[0]
+        if summary is None and saved is not None:
+            checkpoint.read_state(saved)
         done = checkpoint.step_of(saved) if saved else 0
         for row in self._milestones(trial.trial_id):
             if (summary is not None or row[STEP] <= done) and self._place(row) > self._reached(trial):

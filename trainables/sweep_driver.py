@@ -108,7 +108,8 @@ def run_sweep(
             room for.
 
     Raises:
-        ValueError: the resources of a trial are not there; before anything starts.
+        ValueError: the resources of a trial are not there, or another version wrote its checkpoint; before anything
+            starts.
         StoppedError: SIGTERM or Ctrl-C; what ran has been saved.
     """
     search = spec.search

@@ -51,7 +51,7 @@ class FakeTrial:
         self._folder = Path(config["trial"]["folder"])
         self._rate = config["trial"]["recipe"]["optimizer"]["matrix"]["lr"]
         self._milestones = [*sweep.race.milestones, 1.0]
-        self._state = {"weight": 10.0, "done": 0, "ledgers": {}, "wall_seconds": 0.0}
+        self._state = {"format": checkpoint.FORMAT, "weight": 10.0, "done": 0, "ledgers": {}, "wall_seconds": 0.0}
         saved = sorted(self._folder.glob("checkpoints/step_*"))
         if saved:
             self._state = json.loads((saved[-1] / "state.json").read_text())

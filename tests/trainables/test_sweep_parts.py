@@ -308,6 +308,7 @@ def test_what_a_trial_did_after_its_sweep_had_died_counts_as_far_as_its_checkpoi
     run = tmp_path / "runs" / "t0000"
     saved = checkpoint.place(run, 3)
     saved.mkdir(parents=True)
+    (saved / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT}))
     checkpoint.seal(saved)
     seen = ((1, 1.0, 5.0), (2, 2.0, 4.0), None, (2, 2.0, 4.5), (4, 4.0, 3.0))
     rows = [
@@ -321,6 +322,19 @@ def test_what_a_trial_did_after_its_sweep_had_died_counts_as_far_as_its_checkpoi
         history.drawn({"optimizer.matrix.lr": 0.002})
         Sweep(sweep_of({}, {}), tmp_path, history)
         assert [row["val/loss"] for row in history.trials["t0000"].results] == [5.0, 4.5]
+
+
+def test_a_trial_that_another_version_began_is_refused_before_it_is_begun_and_ended(tmp_path: Path) -> None:
+    """In a worker it would fail as often as it is started, and the version that began it could not go on either."""
+    saved = checkpoint.place(tmp_path / "runs" / "t0000", 3)
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT + 1}))
+    checkpoint.seal(saved)
+    with History(tmp_path) as history:
+        trial = history.drawn({"optimizer.matrix.lr": 0.002})
+        with pytest.raises(ValueError, match="format = 2; accepted: 1, this version's"):
+            Sweep(sweep_of({}, {}), tmp_path, history)
+        assert not trial.ended and saved.is_dir()
 
 
 @pytest.mark.parametrize(("seconds", "decision"), [(4.0, "STOP"), (8.0, "CONTINUE")])
