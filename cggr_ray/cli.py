@@ -15,6 +15,7 @@ import typer
 
 from cggr_ray import options
 from cggr_ray.files import FULL
+from cggr_ray.lock import InUseError
 from cggr_ray.recipe_command import recipe_app
 from cggr_ray.stopping import StoppedError
 
@@ -286,14 +287,14 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The console script: a user's mistake is one line and exit code 2, a full disk one line and 1; SIGTERM is 143,
-    Ctrl-C 130."""
+    """The console script: a user's mistake, or a folder in use, is one line and exit code 2, a full disk one line and
+    1; SIGTERM is 143, Ctrl-C 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # As an exception, so that what has processes of its own ends them.
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     try:
         app()
-    except ValueError as error:
+    except (ValueError, InUseError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except OSError as error:

@@ -22,6 +22,7 @@ from cggr_ray.device import pick_device
 from cggr_ray.environment import fingerprint
 from cggr_ray.evaluation.reference import check_reference
 from cggr_ray.files import write_whole
+from cggr_ray.lock import only_writer
 from cggr_ray.paths import race_beside, recipe_beside
 from cggr_ray.planning import check_present, show_plan
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
@@ -130,22 +131,27 @@ def new_folder(name: str) -> Path:
 def run_left(
     trials: Sequence[Trial], folder: Path, executor: str, address: str | None, most: int | None, console: Console
 ) -> list[str]:
-    """Prepares the data and runs the trials that have no summary, `most` at most; the ids of those that did not end."""
-    spec = trials[0].race
-    left = [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()][:most]
-    prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
-    check_tokens(spec, [trial.recipe for trial in trials], folder / "data")
-    if spec.evaluation is not None and not (folder / OVERLAP_FILE).is_file():
-        console.print("looking for the tasks' questions in the training documents", style="dim")
-        write_whole(folder / OVERLAP_FILE, json.dumps(spec.evaluation.overlaps(spec.data.sources), indent=1))
-    if address is None and default_race(spec.device) == "cpu":
-        console.print("on the CPU: float32, eager, nothing is compiled", style="dim")
-    if not left:
-        return []
-    from trainables.driver import run_trials
+    """Prepares the data and runs the trials that have no summary, `most` at most; the ids of those that did not end.
 
-    with RaceConsole(spec.budget_seconds, [trial.trial_id for trial in left], console) as live:
-        return run_trials(left, folder, executor, address, live.show)
+    Raises:
+        InUseError: another process runs trials of this folder; on one device, both would be timed wrongly.
+    """
+    with only_writer(folder):
+        spec = trials[0].race
+        left = [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()][:most]
+        prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
+        check_tokens(spec, [trial.recipe for trial in trials], folder / "data")
+        if spec.evaluation is not None and not (folder / OVERLAP_FILE).is_file():
+            console.print("looking for the tasks' questions in the training documents", style="dim")
+            write_whole(folder / OVERLAP_FILE, json.dumps(spec.evaluation.overlaps(spec.data.sources), indent=1))
+        if address is None and default_race(spec.device) == "cpu":
+            console.print("on the CPU: float32, eager, nothing is compiled", style="dim")
+        if not left:
+            return []
+        from trainables.driver import run_trials
+
+        with RaceConsole(spec.budget_seconds, [trial.trial_id for trial in left], console) as live:
+            return run_trials(left, folder, executor, address, live.show)
 
 
 def check(spec: RaceSpec, executor: str, address: str | None, folder: Path) -> None:

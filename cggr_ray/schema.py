@@ -18,7 +18,7 @@ A run folder holds
 and a race folder holds race.json, runs/<trial id>/ and, with evaluation tasks, overlap.json: which of their questions
 training documents have, and questions/, the tasks' files. That of a tuning holds tuning.json, runs/<trial id>/,
 tuning.jsonl with a row a trial, and the race it leads to. The file `stop` in one of these asks its runs to end with a
-checkpoint. Readers need nothing else.
+checkpoint; run.lock in one is held by the process that starts them. Readers need nothing else.
 
 A sweep's folder holds sweep.json (what is searched, and how), runs/<trial id>/, best/ with the best recipe and a race
 of it, and sweep.jsonl: one event a line, append-only, `at` in Unix seconds.

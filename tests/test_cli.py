@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from cggr_ray import cli, commands
+from cggr_ray.lock import only_writer
+from cggr_ray.race import Trial
 
 COMMANDS = {
     "race",
@@ -169,6 +174,26 @@ def test_a_model_folder_without_safetensors_is_refused(
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     spec = race_file(tmp_path, '[model]\nfolder = "model"\n')
     assert "has no *.safetensors; accepted" in fails(monkeypatch, capsys, "race", spec)
+
+
+def test_two_commands_do_not_run_trials_of_a_race_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The second would find the first one's trial in use, and run the next one beside it, on the same device."""
+    spec = race_file(tmp_path, 'recipes = ["baseline"]\ndevice = "cpu"\n[data]\nval_documents = 4\n')
+    refused: list[str] = []
+
+    def run_trials(trials: Sequence[Trial], *_: object) -> list[str]:
+        if not refused:
+            refused.append("")  # a second command below would come here again
+            refused.append(fails(monkeypatch, capsys, "race", "--resume", tmp_path / "race"))
+        return []
+
+    monkeypatch.setattr("trainables.driver.run_trials", run_trials)
+    monkeypatch.setattr("cggr_ray.commands.finish", lambda *_: None)
+    monkeypatch.setattr("cggr_ray.commands.only_writer", partial(only_writer, wait_seconds=0.3))
+    commands.race(str(spec), tmp_path / "race", {}, {}, "train", None, None, None, False)
+    assert f"process {os.getpid()} on " in refused[1] and "accepted: one run at a time in a folder" in refused[1]
 
 
 def test_a_folder_that_is_not_a_race_is_left_alone(
