@@ -9,13 +9,34 @@ from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
-from ray.tune.execution import class_cache
+from ray.air.execution._internal.actor_manager import RayActorManager, TrackedActor, TrackedActorTask
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution import class_cache, tune_controller
 
 # Trials pass next to nothing through Ray's object store; its smallest size leaves the memory to them.
 OBJECT_STORE_BYTES = 256 << 20
 # Tune hands these of the driver to its workers by a way that Ray writes into its logs. Nodes have credentials of their
 # own; those of a local session have the driver's environment.
 class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+
+
+class Deaths(RayActorManager):
+    """Where a machine has hardly any memory left, Ray ends a process on it and says so by an error that Tune takes for
+    its own mistake: all trials would end with that one. Here it is a death like others."""
+
+    def _actor_start_failed(self, tracked_actor: TrackedActor, exception: Exception) -> None:
+        super()._actor_start_failed(tracked_actor, as_death(exception))
+
+    def _actor_task_failed(self, tracked_actor_task: TrackedActorTask, exception: Exception) -> None:
+        super()._actor_task_failed(tracked_actor_task, as_death(exception))
+
+
+def as_death(error: Exception) -> Exception:
+    """The error itself, if it is not that one; of that its first line, without Ray's advice."""
+    return RayActorError(error_msg=str(error).splitlines()[0]) if isinstance(error, OutOfMemoryError) else error
+
+
+tune_controller.RayActorManager = Deaths  # type: ignore[misc]
 
 
 @contextmanager
