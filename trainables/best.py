@@ -34,7 +34,8 @@ def best_recipe(spec: SweepSpec, best: Drawn) -> Recipe:
 
 def write_best(spec: SweepSpec, best: Drawn, folder: Path) -> tuple[Path, Path]:
     """Writes best/<recipe>.toml, and best/race.toml: what the sweep started from, and the best, on the sweep's model
-    and data. Returns both paths."""
+    and data. With trained weights every seed has an order of the data, as it would else differ by rounding alone.
+    Returns both paths."""
     recipe = best_recipe(spec, best)
     file = (folder / BEST_FOLDER / f"{recipe.name.removesuffix('-best')}.toml").resolve()
     file.parent.mkdir(exist_ok=True)
@@ -44,6 +45,8 @@ def write_best(spec: SweepSpec, best: Drawn, folder: Path) -> tuple[Path, Path]:
     arms = race.arms | {name: race.with_arms({own: best.values}).changes(own)}
     batches = race.batches | ({name: race.batches[own]} if own in race.batches else {})
     beside = file.parent / "race.toml"
-    compared = replace(race, name=f"{race.name}-best", recipes=(own, name), arms=arms, batches=batches)
+    by_seed = race.order_by_seed or race.model.pretrained is not None
+    named = replace(race, name=f"{race.name}-best", order_by_seed=by_seed)
+    compared = replace(named, recipes=(own, name), arms=arms, batches=batches)
     write_whole(beside, tomli_w.dumps(to_toml(compared.to_plain())))
     return file, beside

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 
 from cggr_ray import checkpoint
+from cggr_ray.commands import specify
+from cggr_ray.models.presets import ModelSpec
 from cggr_ray.out_of_memory import asked_mib
 from cggr_ray.race import RaceSpec, load_race
 from cggr_ray.recipe import load_recipe
@@ -189,6 +191,17 @@ def test_the_best_arm_of_the_race_is_the_trial_that_was_best(
     race = load_race(str(beside))
     first, raced = map(race.recipe, race.recipes)
     assert raced.optimizer == ran.optimizer != first.optimizer
+
+
+def test_the_race_of_a_best_trial_takes_several_seeds_with_trained_weights_too(tmp_path: Path) -> None:
+    """As the command that a sweep prints asks for them."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 3}))
+    (tmp_path / "model.safetensors").touch()
+    race = RaceSpec(recipes=("baseline",), budget_seconds=8.0, model=ModelSpec(folder=str(tmp_path)))
+    spec = SweepSpec("mine", "baseline", {"optimizer.lr_scale": LogUniform(1e-3, 1e-2)}, race, Search())
+    best = Drawn("t0000", *({"optimizer.lr_scale": 0.005},) * 2, end={"status": "finished", "val/loss": 1.0})
+    _, beside = write_best(spec, best, tmp_path)
+    specify(str(beside), {"seeds": [1, 2, 3]}, {}).check()
 
 
 def test_a_best_trial_may_have_left_parts_out(tmp_path: Path) -> None:
