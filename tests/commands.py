@@ -49,11 +49,16 @@ def left_behind(mark: str) -> list[str]:
 
 
 def running(mark: str) -> list[str]:
-    found = []
+    return list(processes(mark).values())
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Command lines by the id of the process."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
-                found.append(path.with_name("cmdline").read_text().replace("\0", " "))
+                found[int(path.parent.name)] = path.with_name("cmdline").read_text().replace("\0", " ")
         except OSError:
             continue
     return found

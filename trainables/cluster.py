@@ -45,7 +45,7 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[
 
     Args:
         address: of a running cluster (`auto`, `host:port`); None starts a local one on 127.0.0.1.
-        dashboard: needed where trials with workers are stopped early: Ray frees their GPU through it.
+        dashboard: needed where trials with workers are stopped early, or die: Ray frees their GPU through it.
     """
     if address:
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "1"

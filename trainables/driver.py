@@ -29,7 +29,8 @@ from trainables.worker import train_in_process, train_worker
 if TYPE_CHECKING:
     from cggr_ray.race import Trial
 
-MAX_FAILURES = 2
+# A trial that dies is started again twice, and goes on from its checkpoint: by Tune, whichever of its processes it was.
+FAILURES = tune.FailureConfig(max_failures=2)
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ def run_trials(
         ValueError: the resources of a trial are not there; before anything starts.
         StoppedError: SIGTERM or Ctrl-C; what ran has been saved.
     """
-    with cluster(address) as machines, stoppable(folder) as ending:
+    # Where the process of a nested trial dies, its worker gives its resources back only with the dashboard on.
+    with cluster(address, dashboard=executor == "train") as machines, stoppable(folder) as ending:
         placement = place(trials[0].race.device, machines, trials[0].race.workers)
         session = f"session-{time.time_ns()}"
         storage = (folder / "ray").resolve()
@@ -95,7 +97,7 @@ def run_trials(
                 verbose=0,
                 callbacks=[Rows(on_row), ending],
                 stop=ending,
-                failure_config=failures(executor),
+                failure_config=FAILURES,
             ),
         )
         fit(tuner)
@@ -110,11 +112,6 @@ def fit(tuner: tune.Tuner) -> None:
         if error.__context__ is None:
             raise
         raise error.__context__ from None
-
-
-def failures(executor: str) -> tune.FailureConfig:
-    """A trial that dies goes on from its checkpoint: Ray Train starts a nested one's worker again, Tune the others."""
-    return tune.FailureConfig(max_failures=MAX_FAILURES if executor == "inprocess" else 0)
 
 
 def _in_process(work: dict[str, Any]) -> None:
@@ -139,7 +136,6 @@ def _nested(work: dict[str, Any], placement: Placement, storage: Path, threads: 
             name=work["trial"]["trial_id"],
             storage_path=str(storage),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),

@@ -16,7 +16,7 @@ from ray.tune.stopper import CombinedStopper
 
 from cggr_ray.stopping import Stop, never
 from trainables.cluster import cluster
-from trainables.driver import OnRow, failures, fit, trainable
+from trainables.driver import FAILURES, OnRow, fit, trainable
 from trainables.history import History
 from trainables.scaling import place, place_growing
 from trainables.schedulers import own_id, replay
@@ -140,7 +140,7 @@ def run_sweep(
                 verbose=0,
                 callbacks=[Reports(sweep, on_row), ending],
                 stop=CombinedStopper(OwnBudget(sweep), ending),
-                failure_config=failures(executor),
+                failure_config=FAILURES,
             ),
         )
         fit(tuner)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from commands import PATIENCE, shell, started
+from commands import MARK, PATIENCE, processes, shell, started, until_saved
 from small_races import write_race
 
 from trainables.history import read_events
@@ -19,26 +16,16 @@ from trainables.history import read_events
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
-def test_a_killed_worker_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("process", ["ray::RayTrainWorker", "ray::ImplicitFunc"])
+def test_a_trial_one_of_whose_processes_is_killed_goes_on_from_its_checkpoint(process: str, tmp_path: Path) -> None:
+    """The one that trains, or the one that Tune knows, with whose end the first loses its resources too."""
     spec = write_race(tmp_path, budget=8, more="checkpoint_every_seconds = 1.0")
-    arguments = [
-        sys.executable,
-        "-m",
-        "cggr_ray.cli",
-        "race",
-        spec,
-        "--out",
-        tmp_path / "race",
-        "--recipes",
-        "baseline",
-    ]
-    race = subprocess.Popen([str(a) for a in arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = shell(**{MARK: str(tmp_path)})
+    race = started("race", spec, "--out", tmp_path / "race", "--recipes", "baseline", environment=environment)
     run = tmp_path / "race" / "runs" / "baseline-s0"
-    deadline = time.time() + 250
-    while not list(run.glob("checkpoints/step_*")):
-        assert time.time() < deadline and race.poll() is None
-        time.sleep(0.2)
-    os.kill(json.loads((run / "run.json").read_text())["process"]["pid"], signal.SIGKILL)
+    until_saved(race, run)
+    (pid,) = (pid for pid, command in processes(str(tmp_path)).items() if command.startswith(process))
+    os.kill(pid, signal.SIGKILL)
     output, _ = race.communicate(timeout=150)
     assert race.returncode == 0, output[-3000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
