@@ -22,7 +22,7 @@ def check_present(spec: RaceSpec) -> None:
     Raises:
         ValueError: a mistake in what is here. What is not here is no mistake of the plan's.
     """
-    if all(Path(source.path).is_file() for source in spec.data.sources if hasattr(source, "path")):
+    if not spec.data.absent_files():
         spec.data.check()
     if spec.model.is_here:
         spec.check()

@@ -167,6 +167,14 @@ def test_broken_data_is_named_by_file_and_line(
     assert said in fails(monkeypatch, capsys, "race", spec, "--out", tmp_path / "race")
 
 
+def test_a_tokenizer_file_that_is_not_there_leaves_no_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spec = race_file(tmp_path, '[data]\ntokenizer = "mine.json"\n')
+    said = fails(monkeypatch, capsys, "race", spec, "--out", tmp_path / "race")
+    assert "tokenizer file 'mine.json' does not exist; accepted" in said and not (tmp_path / "race").exists()
+
+
 def test_a_model_folder_without_safetensors_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -129,6 +129,9 @@ def test_what_is_there_is_checked(tmp_path: Path) -> None:
     (tmp_path / "aime.jsonl").write_text('{"problem": "1", "answer": "999"}\n')
     code, said = plan(name)
     assert code == 0 and "not here" not in said
+    name = race_file(tmp_path, '[data]\ntokenizer = "mine.json"\n' + SOURCE + TASK)
+    code, said = plan(name)
+    assert code == 0 and "not here: tokenizer file mine.json" in said
 
 
 def test_a_model_in_the_cache_is_checked_too(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cggr_ray.codec import to_plain
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Document, HuggingFace, Jsonl, Parquet, Problems, existing
 from cggr_ray.data.store import TokenStore, held_out, write_store
-from cggr_ray.data.tokenizer import SHIPPED, load_tokenizer, train_bpe
+from cggr_ray.data.tokenizer import SHIPPED, existing_tokenizer, is_file_name, load_tokenizer, train_bpe
 from cggr_ray.files import flush, write_whole
 from cggr_ray.lock import only_writer
 
@@ -73,20 +73,23 @@ class DataSpec:
 
     def check(self) -> None:
         """Looks at every local file, before anything is started."""
+        existing_tokenizer(self.tokenizer)
         for source in self.sources:
             if isinstance(source, Jsonl | Parquet):
                 existing(source.path)
                 next(source.documents(), None)
 
+    def absent_files(self) -> list[str]:
+        """Files that are to be put in their place."""
+        files = {source.path: "data" for source in self.sources if isinstance(source, Jsonl | Parquet)}
+        files |= {self.tokenizer: "tokenizer"} if is_file_name(self.tokenizer) else {}
+        return [f"{what} file {path}" for path, what in files.items() if not Path(path).is_file()]
+
     def absent(self) -> list[str]:
         """What is not on this machine, or may not be: files to put in their place, datasets that the hub gives."""
-        found = []
-        for source in self.sources:
-            if isinstance(source, Jsonl | Parquet) and not Path(source.path).is_file():
-                found.append(f"data file {source.path}")
-            elif isinstance(source, HuggingFace) and not Path(source.dataset).is_dir():
-                found.append(f"dataset {source.dataset}: the Hugging Face hub gives it, where it is not in the cache")
-        return found
+        hub = [s.dataset for s in self.sources if isinstance(s, HuggingFace) and not Path(s.dataset).is_dir()]
+        where = "the Hugging Face hub gives it, where it is not in the cache"
+        return [*self.absent_files(), *(f"dataset {dataset}: {where}" for dataset in hub)]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     tokenizer.save(str(path))
 
 
+def is_file_name(where: str | Path) -> bool:
+    """Whether a tokenizer is a file; else it is a folder or a name."""
+    return str(where).endswith(".json")
+
+
+def existing_tokenizer(where: str | Path) -> None:
+    """Raises ValueError where a tokenizer is a file that is not there."""
+    if is_file_name(where) and not Path(where).is_file():
+        raise ValueError(f"tokenizer file {str(where)!r} does not exist; accepted: a tokenizer.json, a folder, a name")
+
+
 def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a tokenizer.json, a local folder, or a Hugging Face name (`owner/name@revision` pins one).
 
@@ -53,11 +64,8 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    if str(where).endswith(".json"):
-        if not Path(where).is_file():
-            raise ValueError(
-                f"tokenizer file {str(where)!r} does not exist; accepted: a tokenizer.json, a folder, a name"
-            )
+    if is_file_name(where):
+        existing_tokenizer(where)
         return PreTrainedTokenizerFast(tokenizer_file=str(where), eos_token=END_OF_TEXT)
     repo, revision = (str(where), None) if Path(where).is_dir() else hub.parse(str(where))
     with hub.reading(f"tokenizer {str(where)!r}"):
