@@ -19,7 +19,14 @@ from cggr_ray.codec import to_plain
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Document, HuggingFace, Jsonl, Parquet, Problems, existing
 from cggr_ray.data.store import TokenStore, held_out, write_store
-from cggr_ray.data.tokenizer import SHIPPED, existing_tokenizer, is_file_name, load_tokenizer, train_bpe
+from cggr_ray.data.tokenizer import (
+    SHIPPED,
+    SMALLEST_VOCABULARY,
+    existing_tokenizer,
+    is_file_name,
+    load_tokenizer,
+    train_bpe,
+)
 from cggr_ray.files import flush, write_whole
 from cggr_ray.lock import only_writer
 
@@ -64,6 +71,10 @@ class DataSpec:
             raise ValueError(f"row_tokens = {self.row_tokens}; accepted: at least 16")
         if not 1 <= self.val_per_mille <= 500:
             raise ValueError(f"val_per_mille = {self.val_per_mille}; accepted: 1 to 500")
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"vocab_size = {self.vocab_size}; accepted: at least {SMALLEST_VOCABULARY}, all bytes and one"
+            )
         if self.val_documents < 1:
             raise ValueError(f"val_documents = {self.val_documents}; accepted: at least 1")
         if self.seed < 0:

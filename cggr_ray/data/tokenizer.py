@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 SHIPPED = Path(__file__).with_name("tokenizer.json")
 SHIPPED_VOCABULARY = 2048
+# A token for every byte, and the one that ends documents.
+SMALLEST_VOCABULARY = 257
 # Words with their leading space, single digits, runs of punctuation, runs of white space.
 PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 

@@ -144,6 +144,14 @@ def test_a_tokenizer_of_the_races_own(spec: DataSpec, tmp_path: Path) -> None:
     assert len(open_data(own, tmp_path / "data").tokenizer) == 320
 
 
+def test_a_vocabulary_has_a_token_for_every_byte_and_one_more(spec: DataSpec, tmp_path: Path) -> None:
+    smallest = DataSpec(spec.sources, tokenizer="train", vocab_size=257, val_per_mille=100)
+    prepare(smallest, tmp_path / "data")
+    assert len(open_data(smallest, tmp_path / "data").tokenizer) == 257
+    with pytest.raises(ValueError, match=r"vocab_size = 256; accepted: at least 257"):
+        replace(smallest, vocab_size=256)
+
+
 def test_a_source_too_small_to_hold_out_from_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": "alone"}\n')
     with pytest.raises(ValueError, match=r"'jsonl' has 1 training and 0 held-out documents; accepted"):
