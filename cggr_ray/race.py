@@ -52,8 +52,8 @@ class Tuning(Plain):
     def __post_init__(self) -> None:
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"tuning.seconds = {self.seconds}; accepted: a positive number of train seconds")
-        if self.seed < 0:
-            raise ValueError(f"tuning.seed = {self.seed}; accepted: 0 or more")
+        if not is_seed(self.seed):
+            raise ValueError(f"tuning.seed = {self.seed}; accepted: from 0 to 2^63 - 1")
         if not self.values:
             raise ValueError("tuning.values = []; accepted: at least one table of recipe values")
         for number, entry in enumerate(self.values):
@@ -112,8 +112,8 @@ class RaceSpec(Plain):
             raise ValueError(f"name = {self.name!r}; accepted: the name of a folder, not a path")
         if not self.recipes or len(set(self.recipes)) != len(self.recipes):
             raise ValueError(f"recipes {list(self.recipes)}; accepted: at least one, none twice")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice, none negative")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(map(is_seed, self.seeds)):
+            raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice, from 0 to 2^63 - 1")
         if not 1 <= self.micro_rows <= self.global_rows:
             raise ValueError(f"micro_rows = {self.micro_rows}; accepted: 1 to global_rows = {self.global_rows}")
         if self.workers < 1:
@@ -207,6 +207,11 @@ class RaceSpec(Plain):
                 check_micro_batches(recipe.rows, micro_rows, own_rows)
             except ValueError as error:
                 raise ValueError(f"recipe {name!r}: {error}") from None
+
+
+def is_seed(seed: int) -> bool:
+    """Whether torch's generators and a signed column of 64 bits take it."""
+    return 0 <= seed < 2**63
 
 
 def sets_rate(key: str) -> bool:

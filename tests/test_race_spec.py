@@ -82,6 +82,8 @@ def test_a_trial_round_trips_through_json(tmp_path: Path) -> None:
         ({"seeds": []}, r"seeds \[\]; accepted"),
         ({"name": "a/b"}, r"name = 'a/b'; accepted: the name of a folder"),
         ({"seeds": [-1]}, r"seeds \[-1\]; accepted"),
+        ({"seeds": [2**63]}, r"seeds \[9223372036854775808\]; accepted"),
+        ({"tuning": {"seconds": 1.0, "seed": 2**63, "values": [{"optimizer.lr_scale": 1.0}]}}, r"seed = 9.*; accepted"),
         ({"recipes": []}, r"recipes \[\]; accepted"),
         ({"recipes": ["baseline", "baseline"]}, r"recipes .*; accepted"),
         ({"micro_rows": 32, "global_rows": 16}, r"micro_rows = 32; accepted: 1 to global_rows = 16"),

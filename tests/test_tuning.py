@@ -59,7 +59,7 @@ def race_file(tmp_path: Path) -> Path:
     [
         ({"seconds": 0}, r"tuning\.seconds = 0\.0; accepted: a positive"),
         ({"seconds": math.nan}, r"tuning\.seconds = nan; accepted"),
-        ({"seed": -1}, r"tuning\.seed = -1; accepted: 0 or more"),
+        ({"seed": -1}, r"tuning\.seed = -1; accepted: from 0"),
         ({"seed": 1}, r"tuning\.seed = 1; accepted: none of the race's seeds \[0, 1\]"),
         ({"values": []}, r"tuning\.values = \[\]; accepted: at least one"),
         ({"values": [{}]}, r"tuning\.values\[0\] = \{\}; accepted"),
