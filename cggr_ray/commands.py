@@ -124,6 +124,11 @@ def refuse_changes(changes: object) -> None:
         raise ValueError("--resume with other settings; accepted: --resume alone, a race keeps what it began with")
 
 
+def go_on(command: str, folder: Path) -> str:
+    """What to type, to take up again what is in a folder."""
+    return f"go on with: {shlex.join(['cggr-ray', command, '--resume', str(folder)])}"
+
+
 def new_folder(name: str) -> Path:
     return Path("outputs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -199,9 +204,7 @@ def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
     console.print(summary_table(read_race(folder)), highlight=False, soft_wrap=True)
     console.print(f"\nreport: {path.resolve()}", soft_wrap=True)
     if failed:
-        console.print(
-            f"did not finish: {', '.join(failed)}; go on with: cggr-ray race --resume {folder}", soft_wrap=True
-        )
+        console.print(f"did not finish: {', '.join(failed)}; {go_on('race', folder)}", soft_wrap=True)
         sys.exit(1)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cggr_ray.codec import to_plain
-from cggr_ray.commands import check, check_recipes, check_tokens, claim, new_folder, refuse_changes, specify
+from cggr_ray.commands import check, check_recipes, check_tokens, claim, go_on, new_folder, refuse_changes, specify
 from cggr_ray.data.dataset import prepare
 from cggr_ray.environment import fingerprint
 from cggr_ray.schema import SWEEP_FILE, VAL_LOSS
@@ -198,8 +198,9 @@ def finish_sweep(spec: SweepSpec, history: History, folder: Path, console: Conso
         console.print(table)
         recipe, race = write_best(spec, best[0], folder)
         console.print(f"best recipe: {recipe}", soft_wrap=True)
-        console.print(f"race it: cggr-ray race {race} --seeds 1,2,3", soft_wrap=True, highlight=False)
+        again = shlex.join(["cggr-ray", "race", str(race), "--seeds", "1,2,3"])
+        console.print(f"race it: {again}", soft_wrap=True, highlight=False)
     if not complete:
-        console.print(f"go on with: cggr-ray sweep --resume {folder}", soft_wrap=True, highlight=False)
+        console.print(go_on("sweep", folder), soft_wrap=True, highlight=False)
     if not complete or not best:
         sys.exit(1)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cggr_ray.commands import check, claim, new_folder, read_spec, refuse_changes, run_left, specify
+from cggr_ray.commands import check, claim, go_on, new_folder, read_spec, refuse_changes, run_left, specify
 from cggr_ray.environment import fingerprint
 from cggr_ray.planning import show_plan
 from cggr_ray.race import RaceSpec, Trial
@@ -77,8 +77,6 @@ def finish_tuning(
         write_tuned(spec, rows, folder / TUNED_FILE)
         console.print(f"tuned race: {(folder / TUNED_FILE).resolve()}", soft_wrap=True)
     if failed:
-        console.print(
-            f"did not finish: {', '.join(failed)}; go on with: cggr-ray tune --resume {folder}", soft_wrap=True
-        )
+        console.print(f"did not finish: {', '.join(failed)}; {go_on('tune', folder)}", soft_wrap=True)
     if lost or failed:
         sys.exit(1)

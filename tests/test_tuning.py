@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -261,10 +262,11 @@ def test_tune_writes_rows_and_a_race_that_can_be_run(
 def test_a_recipe_without_a_finite_loss_is_named_and_resuming_runs_what_is_left(
     race_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, lost = tmp_path / "out", [f"cggr_loss-{number}" for number in (1, 2, 3)]
+    out, lost = tmp_path / "my tuning", [f"cggr_loss-{number}" for number in (1, 2, 3)]
     code, said = tune(monkeypatch, Runs({}, fail=lost), race_file, "--out", out)
     assert code == 1 and "no trial with a finite loss: cggr_loss; no tuned.toml is written" in said
-    assert f"go on with: cggr-ray tune --resume {out}" in said and not (out / "tuned.toml").exists()
+    typed = shlex.split(said.partition("go on with: ")[2])
+    assert typed == ["cggr-ray", "tune", "--resume", str(out)] and not (out / "tuned.toml").exists()
     assert [json.loads(line)["status"] for line in (out / "tuning.jsonl").read_text().splitlines()].count("failed") == 3
     again = Runs({}, fail=lost[:1])
     code, said = tune(monkeypatch, again, "--resume", out)

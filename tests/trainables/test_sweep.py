@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Flow:
     """A sweep that gets SIGTERM in its first trial, then SIGKILL after this one's end and while its second runs."""
     folder = tmp_path_factory.mktemp("flow")
     write_race(folder, budget=BUDGET, more="step_seconds = 0.05\ncheckpoint_every_seconds = 0.2")
-    file, sweep = folder / "mine.toml", folder / "sweep"
+    file, sweep = folder / "mine.toml", folder / "my sweep"
     file.write_text('race = "small.toml"\nspace = "baseline"\n[search]\ntrials = 3\nseed = 1\n')
     environment = shell(**{MARK: str(folder)})
     first = started("sweep", file, "--out", sweep, environment=environment)
@@ -97,7 +98,9 @@ def test_a_killed_sweep_goes_on_where_it_stood(killed: Path) -> None:
     assert stopped == {trial_id for trial_id, status in ends.items() if status == "stopped"}
     seen = [(event["trial_id"], round(8 * event["train_seconds"] / BUDGET)) for event in events(killed, "result")]
     assert len(set(seen)) == len(seen)
-    assert "best recipe" in done.stdout and "race it: cggr-ray race" in done.stdout
+    assert "best recipe" in done.stdout
+    typed = shlex.split(done.stdout.partition("race it: ")[2])
+    assert typed == ["cggr-ray", "race", str(killed / "best" / "race.toml"), "--seeds", "1,2,3"]
 
 
 def test_its_draws_are_those_of_a_sweep_that_was_not_killed(killed: Path) -> None:
