@@ -51,7 +51,7 @@ class CGGRModel(nn.Module):
         detach: dropped positions stay in attention as constants: their keys and values (`const`), or their hidden
             states, from which key and value matrices still learn (`live`).
         plan: None takes `after` without and `before` with a router. `two_pass` computes kept positions twice and needs
-            the least memory; `dense` is the exact gradient of the selected loss, and saves nothing.
+            less memory than `after`; `dense` is the exact gradient of the selected loss, and saves nothing.
         gradient_checkpointing: recomputes layers in the backward pass.
         return_dict: for `transformers.Trainer`: calls return an output with `loss`, not the loss itself, and
             `state_dict` copies tied tensors, as its checkpoints must not share memory.
