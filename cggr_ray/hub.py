@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cggr_ray.files import FULL
+
 # One of each is enough: weights are one file or several with an index.
 CONFIG = ("config.json",)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -57,14 +59,16 @@ def _cached(name: str, file: str) -> Path | None:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Raises ValueError where the hub, or a folder, does not give what is read inside."""
+def reading(what: str, folder: str = "a local folder, in safetensors") -> Iterator[None]:
+    """Raises ValueError where the hub, or a folder, does not give what is read inside; a full disk is left as it is."""
     try:
         yield
     except OSError as error:
+        if error.errno in FULL:
+            raise
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{what} cannot be read: {said.strip()}; accepted: a name on the Hugging Face hub that can "
-                         "be reached or is in its cache, or a local folder, in safetensors") from None  # fmt: skip
+                         f"be reached or is in its cache, or {folder}") from None  # fmt: skip
 
 
 def refuse_code(config: Any, where: str) -> None:

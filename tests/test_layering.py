@@ -48,7 +48,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.lock": ("cggr_ray.schema",),
     "cggr_ray.stopping": ("cggr_ray.schema",),
     "cggr_ray.workers": ("torch",),
-    "cggr_ray.hub": ("huggingface_hub",),
+    "cggr_ray.hub": ("huggingface_hub", "cggr_ray.files"),
     "cggr_ray.kernels": ("torch", "triton", "cggr_ray.kernels", "cggr_ray.compiling"),
     "cggr_ray.models": (
         *("torch", "numpy", "transformers", "cggr_ray.models", "cggr_ray.data.batch", "cggr_ray.hub"),

@@ -16,6 +16,7 @@ import pyarrow.parquet as parquet
 from pyarrow import ArrowInvalid
 
 from cggr_ray.data.problems import LEVELS, problems
+from cggr_ray.hub import reading
 
 # (prompt column, completion column) of GSM8K, NuminaMath, instruction sets and plain text, tried in this order.
 KNOWN_COLUMNS: tuple[tuple[str | None, str], ...] = (
@@ -169,7 +170,8 @@ class HuggingFace(Source):
     def documents(self) -> Iterator[Document]:
         from datasets import load_dataset
 
-        rows = load_dataset(self.dataset, split=self.split, streaming=self.streaming)
+        with reading(f"dataset {self.dataset!r}", "a local folder"):
+            rows = load_dataset(self.dataset, split=self.split, streaming=self.streaming)
         chosen: tuple[str | None, str] | None = None
         for number, row in enumerate(rows):
             if self.max_documents is not None and number >= self.max_documents:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import lzma
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 
 from cggr_ray.data.sources import Columns, Document, HuggingFace, Jsonl, Parquet, Problems
 
@@ -166,3 +168,24 @@ def test_a_local_dataset_folder_is_read_with_datasets(
     wrong = HuggingFace(dataset=str(tmp_path), streaming=streaming, columns=Columns("problem", "id"))
     with pytest.raises(ValueError, match=r"row 0: column 'id' is int"):
         next(wrong.documents())
+
+
+@pytest.mark.parametrize(
+    "said", [ConnectionError("Couldn't reach 'a/b' on the Hub"), DatasetNotFoundError("Dataset 'a/b' doesn't exist")]
+)
+def test_a_dataset_that_the_hub_does_not_give_is_one_line(said: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise said
+
+    monkeypatch.setattr("datasets.load_dataset", fails)
+    with pytest.raises(ValueError, match=r"dataset 'a/b' cannot be read: .*'a/b'.*; accepted: .* or a local folder$"):
+        next(HuggingFace(dataset="a/b").documents())
+
+
+def test_a_disk_that_a_dataset_fills_is_no_mistake_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.load_dataset", fails)
+    with pytest.raises(OSError, match="No space left"):
+        next(HuggingFace(dataset="a/b").documents())
