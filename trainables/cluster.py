@@ -46,11 +46,18 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[
     Args:
         address: of a running cluster (`auto`, `host:port`); None starts a local one on 127.0.0.1.
         dashboard: needed where trials with workers are stopped early, or die: Ray frees their GPU through it.
+
+    Raises:
+        ValueError: nothing answers at the address.
     """
     if address:
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "1"
         ray_constants.ENABLE_RAY_CLUSTER = True
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError:
+            raise ValueError(f"address {address!r}: no Ray cluster answers there; "
+                             "accepted: auto or host:port of one that runs") from None  # fmt: skip
     else:
         ray.init(
             # Else it would join a cluster that somebody else has started on this machine.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import trainables
+from trainables.cluster import cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -53,6 +54,18 @@ def test_ray_is_started_in_one_place_which_says_where() -> None:
             starts += [(path.name, call) for call in calls if ast.unparse(call.func) in ("ray.init", "init")]
     assert {name for name, _ in starts} == {"cluster.py"}
     assert all("address" in {keyword.arg for keyword in call.keywords} for _, call in starts)
+
+
+def test_an_address_where_no_cluster_runs_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.1.2.3:99\nand much advice")
+
+    monkeypatch.setattr("ray.init", fails)
+    monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    said = r"^address '10\.1\.2\.3:99': .*; accepted: auto or host:port[^\n]*$"
+    with pytest.raises(ValueError, match=said), cluster("10.1.2.3:99"):
+        pass
 
 
 @pytest.mark.ray
