@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.tokenizer import load_tokenizer
 from cggr_ray.device import pick_device
 from cggr_ray.evaluation.suite import Evaluation, Suite
+from cggr_ray.evaluation.task import Task
 from cggr_ray.files import write_whole
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.paths import tasks_beside
@@ -39,13 +40,15 @@ def evaluate(folder: Path, tasks: Path | None, rows: int | None, device: str) ->
     """Evaluates every kept model of a run, or of all runs of a race, and prints what was found.
 
     Raises:
-        ValueError: there is no kept model, or no task, or a task that cannot be asked; before any is.
+        ValueError: there is no kept model, or no task, or one that cannot be asked or compared; before any is.
     """
     where, console = pick_device(device), Console()
     disable_progress_bar()
     kept = [(run, specified(run, tasks, rows), models) for run in run_folders(folder) if (models := kept_models(run))]
     if not kept:
         raise ValueError(f"{str(folder)!r} has kept no model; accepted: a run, or a race, with evaluation.keep_models")
+    if (folder / RUN_FILE).is_file():
+        check_alone(kept[0][1], folder)
     for _, spec, models in kept:
         for model in models:
             spec.asked(load_tokenizer(model), ModelSpec(folder=str(model)).config())
@@ -112,6 +115,22 @@ def specified(run: Path, tasks: Path | None, rows: int | None) -> Evaluation:
         return spec if rows is None else replace(spec, rows=rows)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def check_alone(spec: Evaluation, run: Path) -> None:
+    """Raises ValueError where a task has the name of one that the other runs of the race have answered with other
+    settings: both would be one measure."""
+    asked = json.loads((run / RUN_FILE).read_text()).get("spec", {}).get("evaluation")
+    others = {task.name: settings(task) for task in Evaluation.from_plain(asked).tasks} if asked else {}
+    for task in spec.tasks:
+        if others.get(task.name, settings(task)) != settings(task):
+            raise ValueError(f"task {task.name!r} has other settings than the race's of this name; accepted: another "
+                             "name, or the race's folder, so that all of its runs are asked")  # fmt: skip
+
+
+def settings(task: Task) -> Any:
+    """All of a task but where its questions lie, which may have been moved."""
+    return {"kind": type(task), **asdict(task), "path": None}
 
 
 def tasks_of(path: Path) -> Any:

@@ -97,7 +97,7 @@ def test_other_tasks_reach_the_frames(run: Path) -> None:
         common = {"kind": "generated", "questions": questions, "max_new_tokens": 4, "seconds": 600.0}
         asked = [{"name": name, **common} for name in ("other", "drawn")]
         tasks.write_text(tomli_w.dumps({"evaluation": {"tasks": asked}}))
-        evaluated(run, "--tasks", tasks, "--rows", 1)
+        evaluated(run.parents[1], "--tasks", tasks, "--rows", 1)
     frame = read_race(run.parents[1]).milestones
     assert list(frame["fraction"]) == [0.5, 1.0]
     assert list(frame["eval/other/n"]) == [2, 2] and list(frame["eval/drawn/n"]) == [2, 2]
@@ -105,6 +105,15 @@ def test_other_tasks_reach_the_frames(run: Path) -> None:
     assert list(frame["val/loss"]) == [row["val/loss"] for row in milestones(run)]
     assert len(late_rows(run)) == 4
     assert len((run / "evaluation" / "0.500" / "drawn.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_alone_is_asked_what_its_race_was(run: Path) -> None:
+    """The settings of the race's own task, written out, are the same task."""
+    tasks = run.parents[2] / "same.toml"
+    asked = {"kind": "generated", "questions": 4, "max_new_tokens": 8, "seconds": 600.0}
+    tasks.write_text(tomli_w.dumps({"evaluation": {"tasks": [asked]}}))
+    evaluated(run, "--tasks", tasks)
+    assert len(late_rows(run)) == 2
 
 
 def test_late_rows_belong_to_a_step() -> None:
@@ -143,7 +152,8 @@ def nothing(run: Path) -> None:
         (nothing, ["--tasks", "nowhere.toml"], "tasks file 'nowhere.toml' does not exist; accepted: a .toml file"),
         (nothing, ["--tasks", "race.toml"], "race.toml: no evaluation; accepted: --tasks with a .toml file that has"),
         (nothing, ["--tasks", "trained.toml"], "seed = 0 of task 'generated' is also that of source 'problems'"),
-        (nothing, ["--tasks", "long.toml"], "task 'generated': the longest prompt has"),
+        (nothing, ["--tasks", "long.toml"], "task 'long': the longest prompt has"),
+        (nothing, ["--tasks", "fewer.toml"], "task 'generated' has other settings than the race's of this name"),
         (without_models, [], "has kept no model; accepted: a run, or a race, with evaluation.keep_models"),
         (without_spec, [], "no evaluation; accepted: --tasks"),
     ],
@@ -156,7 +166,8 @@ def test_a_mistake_is_one_line_and_nothing_is_asked(
     Path("race.toml").write_text("seeds = [0]\n")
     table = '[evaluation]\n[[evaluation.tasks]]\nkind = "generated"\n'
     Path("trained.toml").write_text(f"{table}seed = 0\n")
-    Path("long.toml").write_text(f"{table}max_new_tokens = 4096\n")
+    Path("fewer.toml").write_text(f"{table}questions = 2\nmax_new_tokens = 8\nseconds = 600.0\n")
+    Path("long.toml").write_text(f'{table}name = "long"\nmax_new_tokens = 4096\n')
     monkeypatch.setattr("sys.argv", ["cggr-ray", "evaluate", str(run), "--device", "cpu", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
