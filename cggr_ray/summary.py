@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from cggr_ray.counts import NOT_FINITE_LIMIT, Counts
+from cggr_ray.counts import Counts
 from cggr_ray.data.dataset import PreparedData
 from cggr_ray.data.loader import Loader
 from cggr_ray.learner import Learner
 from cggr_ray.milestones import Milestones
 from cggr_ray.race import Trial
 from cggr_ray.recorder import Position
-from cggr_ray.schema import Status
 from cggr_ray.telemetry.gpu import MIB
 from cggr_ray.telemetry.tracker import Row
 
 
 def summarise(
     trial: Trial,
-    status: Status,
+    message: str,
     final: Row,
     counts: Counts,
     at: Position,
@@ -26,14 +25,18 @@ def summarise(
     data: PreparedData,
     loader: Loader,
 ) -> Row:
-    """The summary of a run that stands at `at`, its end, where `final` was measured. Values may be not finite."""
+    """The summary of a run that stands at `at`, its end, where `final` was measured. Values may be not finite.
+
+    Args:
+        message: by what the run has diverged; empty if it has not.
+    """
     budget, adapter = trial.race.budget_seconds, learner.adapter
     kept = adapter.cache
     return {
         "trial_id": trial.trial_id,
         "recipe": trial.recipe.name,
         "seed": trial.seed,
-        "status": status,
+        "status": "diverged" if message else "finished",
         "steps": at.step,
         "tokens_seen": at.tokens_seen,
         "labelled_tokens": counts.labelled,
@@ -52,7 +55,7 @@ def summarise(
         "out_of_memory": counts.out_of_memory,
         "order": loader.marks,
         **({"activation_cache": {"hits": kept.hits, "misses": kept.misses}} if kept is not None else {}),
-        "message": "" if status == "finished" else f"{NOT_FINITE_LIMIT} steps without a finite gradient",
+        "message": message,
     }
 
 

@@ -356,6 +356,17 @@ def test_steps_without_a_finite_gradient_change_nothing_and_are_counted(
     assert summary["status"] == "finished" and summary["skipped_steps"] == 4
 
 
+def test_a_run_whose_last_validation_is_not_finite_has_diverged(
+    spec: RaceSpec, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too few steps before the end of the budget for their gradients to say so."""
+    poisoned(monkeypatch, range(9, 12), nan_weight)
+    summary = run_race(trial_of(replace(spec, milestones=(0.5,)), "baseline", tmp_path, data_folder))
+    assert (summary["status"], summary["steps"], summary["skipped_steps"]) == ("diverged", 12, 3)
+    assert summary["message"] == "the last validation loss is not finite"
+    assert summary["last_good"]["fraction"] == 0.5 and math.isfinite(summary["best_val_loss"])
+
+
 @pytest.mark.parametrize("poison", [nan_gradient, nan_weight])
 def test_a_run_that_diverges_keeps_its_last_good_validation(
     poison: Callable[[Learner], None],
