@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from cggr_ray.codec import from_plain, read_toml
+from cggr_ray.codec import from_plain, read_toml, to_plain
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.tokenizer import load_tokenizer
 from cggr_ray.device import pick_device
@@ -100,7 +100,7 @@ def specified(run: Path, tasks: Path | None, rows: int | None) -> Evaluation:
     Raises:
         ValueError: there is no such table, it is not one, or the run was trained on what it asks.
     """
-    trained = json.loads((run / RUN_FILE).read_text()).get("spec", {})
+    trained = own_race(run)
     name = tasks or run / RUN_FILE
     if not name.is_file():
         raise ValueError(f"tasks file {str(name)!r} does not exist; accepted: a .toml file with an [evaluation]")
@@ -117,10 +117,16 @@ def specified(run: Path, tasks: Path | None, rows: int | None) -> Evaluation:
         raise ValueError(f"{name}: {error}") from None
 
 
+def own_race(run: Path) -> dict[str, Any]:
+    """The race of a run as plain data, empty where the run does not say."""
+    spec: dict[str, Any] = json.loads((run / RUN_FILE).read_text()).get("spec", {})
+    return spec
+
+
 def check_alone(spec: Evaluation, run: Path) -> None:
     """Raises ValueError where a task has the name of one that the other runs of the race have answered with other
     settings: both would be one measure."""
-    asked = json.loads((run / RUN_FILE).read_text()).get("spec", {}).get("evaluation")
+    asked = own_race(run).get("evaluation")
     others = {task.name: settings(task) for task in Evaluation.from_plain(asked).tasks} if asked else {}
     for task in spec.tasks:
         if others.get(task.name, settings(task)) != settings(task):
@@ -130,7 +136,7 @@ def check_alone(spec: Evaluation, run: Path) -> None:
 
 def settings(task: Task) -> Any:
     """All of a task but where its questions lie, which may have been moved."""
-    return {"kind": type(task), **asdict(task), "path": None}
+    return {**to_plain(task), "path": None}
 
 
 def tasks_of(path: Path) -> Any:

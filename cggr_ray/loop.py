@@ -21,7 +21,7 @@ from cggr_ray.assembly import ACTIVATIONS_FILE, build_learner
 from cggr_ray.batches import rows_of_worker, smaller_sizes
 from cggr_ray.clock import RaceClock, ReplayClock, SteppedClock, no_device
 from cggr_ray.compiling import never_eager
-from cggr_ray.counts import NOT_FINITE_LIMIT, Counts
+from cggr_ray.counts import Counts
 from cggr_ray.data.batch import Batch
 from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
@@ -34,7 +34,7 @@ from cggr_ray.milestones import Milestones
 from cggr_ray.progress import Budget, Progress, ProgressFile
 from cggr_ray.race import Trial
 from cggr_ray.recorder import Position, Recorder, Report
-from cggr_ray.schema import GRAD_NORM, KIND, METRICS_FILE, PROGRESS_FILE, RUN_FILE, SUMMARY_FILE, VAL_LOSS
+from cggr_ray.schema import GRAD_NORM, KIND, METRICS_FILE, PROGRESS_FILE, RUN_FILE, SUMMARY_FILE
 from cggr_ray.stopping import Stop, StoppedError, never
 from cggr_ray.summary import summarise
 from cggr_ray.telemetry.jsonl import plain
@@ -122,11 +122,11 @@ class Run:
         try:
             self.prepare()
             with self.loader:
-                message = self._train()
+                diverged = self._train()
                 with self.clock.ledger("evaluation"):
                     final = self._evaluate(self._seconds(), end=True)
                 with self.clock.ledger("reporting"):
-                    return self._finish(message, final) if self.workers.is_first else {}
+                    return self._finish(diverged, final) if self.workers.is_first else {}
         finally:
             (self.folder / ACTIVATIONS_FILE).unlink(missing_ok=True)
 
@@ -203,8 +203,8 @@ class Run:
         self.clock.restore({name: seconds + now[name] for name, seconds in state["ledgers"].items()})
         return state
 
-    def _train(self) -> str:
-        """Until the budget is used up, or the run has diverged: then returns by what."""
+    def _train(self) -> bool:
+        """Until the budget is used up, or the gradients say that the run has diverged: whether they did."""
         used = self._seconds()
         while not self.budget.spent(used) and not self.counts.diverged:
             self._stop_if_asked()
@@ -212,7 +212,7 @@ class Run:
         diverged = self.counts.diverged
         self.clock.switch("idle")
         self._land(all_steps=True)
-        return f"{NOT_FINITE_LIMIT} steps without a finite gradient" if diverged else ""
+        return diverged
 
     def _stop_if_asked(self) -> None:
         if not self.workers.first(self.stop()):
@@ -331,15 +331,13 @@ class Run:
                 self._save(self._seconds())
         self._report(row)
 
-    def _finish(self, message: str, final: Row) -> Row:
+    def _finish(self, diverged: bool, final: Row) -> Row:
         if self.spec.save_model:
             self.milestones.save_model(self.folder / "model", {})
         if self.spec.save_heads and (heads := self.learner.objective.named_parameters()):
             checkpoint.save_heads(self.folder / "heads", heads)
-        if not (message or math.isfinite(final[VAL_LOSS])):
-            message = "the last validation loss is not finite"
         summary = summarise(
-            self.trial, message, final, self.counts, self._position(), self.last_step_seconds, self.learner,
+            self.trial, diverged, final, self.counts, self._position(), self.last_step_seconds, self.learner,
             self.milestones, self.data, self.loader,
         )  # fmt: skip
         self.recorder.finish(summary)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from cggr_ray.counts import Counts
+import math
+
+from cggr_ray.counts import NOT_FINITE_LIMIT, Counts
 from cggr_ray.data.dataset import PreparedData
 from cggr_ray.data.loader import Loader
 from cggr_ray.learner import Learner
 from cggr_ray.milestones import Milestones
 from cggr_ray.race import Trial
 from cggr_ray.recorder import Position
+from cggr_ray.schema import VAL_LOSS
 from cggr_ray.telemetry.gpu import MIB
 from cggr_ray.telemetry.tracker import Row
 
 
 def summarise(
     trial: Trial,
-    message: str,
+    diverged: bool,
     final: Row,
     counts: Counts,
     at: Position,
@@ -28,8 +31,11 @@ def summarise(
     """The summary of a run that stands at `at`, its end, where `final` was measured. Values may be not finite.
 
     Args:
-        message: by what the run has diverged; empty if it has not.
+        diverged: by its gradients; a run whose last validation loss is not finite has diverged too.
     """
+    message = f"{NOT_FINITE_LIMIT} steps without a finite gradient" if diverged else ""
+    if not (message or math.isfinite(final[VAL_LOSS])):
+        message = "the last validation loss is not finite"
     budget, adapter = trial.race.budget_seconds, learner.adapter
     kept = adapter.cache
     return {

@@ -12,7 +12,7 @@ a part of a training step with `galore`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,14 @@ from torch import Tensor, nn
 
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.benchmarks.peers import LR, Build, Weights, missing, present
-from cggr_ray.benchmarks.projection import projection
+from cggr_ray.benchmarks.projection import projection, spread
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, not_installed
-from cggr_ray.benchmarks.timing import Timing, interleaved
+from cggr_ray.benchmarks.timing import interleaved
 from cggr_ray.benchmarks.workload import NOW, prepared_run
 from cggr_ray.data.batch import Batch
 from cggr_ray.learner import Learner
 from cggr_ray.loop import Run
 from cggr_ray.models.adapter import Adapter
-from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
 from cggr_ray.optim.partition import partition
 
@@ -41,7 +40,6 @@ SHAPES = ("smollm-135m/32x1024", "llama-113m/32x1024", "llama-1.5b/4x2048")
 # and of a large model not those of an eager Muon either.
 TIMED = {name: replace(OPTIMIZERS[name], project_early=False) for name in ("muon_int8", "galore", "e3_full")}
 EAGER_BELOW = 10**9
-REFRESH_EVERY = GaLore().refresh_every
 
 
 def bench_optimizer(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
@@ -77,23 +75,12 @@ def _measure(run: Run, shape: Shape, rounds: int) -> list[BenchRow]:
         rows += [bench_row("optimizer", shape, name, dtype, run.device, timing, v, unit) for unit, v in values.items()]
     for name, timing in apart.items():
         rows.append(bench_row("optimizer", shape, name, dtype, run.device, timing, timing.p50, "ms"))
-    spread = _spread(apart, REFRESH_EVERY)
-    fraction = spread.p50 / (times["forward_backward"].p50 + times["galore"].p50)
+    timing = spread(apart, TIMED["galore"])
+    fraction = timing.p50 / (times["forward_backward"].p50 + times["galore"].p50)
     rows.append(
-        bench_row("optimizer", shape, "galore_projection", dtype, run.device, spread, fraction, "step_fraction")
+        bench_row("optimizer", shape, "galore_projection", dtype, run.device, timing, fraction, "step_fraction")
     )
     return rows + not_installed("optimizer", shape, missing(), dtype, run.device)
-
-
-def _spread(apart: Mapping[str, Timing], steps: int) -> Timing:
-    """Of an average step: everything there and back, and a part of a refresh of all."""
-    there, refresh = apart["galore_project"], apart["galore_refresh"]
-    return Timing(
-        p20=there.p20 + refresh.p20 / steps,
-        p50=there.p50 + refresh.p50 / steps,
-        p80=there.p80 + refresh.p80 / steps,
-        peak_mib=max(there.peak_mib, refresh.peak_mib),
-    )
 
 
 def _forward_backward(learner: Learner, batch: Batch) -> None:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from cggr_ray.benchmarks.timing import Timing, interleaved
 from cggr_ray.optim.galore import GaLore
-from cggr_ray.optim.optimizer import StackedOptimizer
-from cggr_ray.optim.stack import Stack
+from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
+from cggr_ray.optim.state_formats import State
+
+# The rule and the state of a stack, and its gradients.
+Projected = tuple[GaLore, State, Tensor]
 
 
 def projection(
@@ -26,21 +29,32 @@ def projection(
         gradients: by id of the parameter.
     """
     projected = [
-        (stack, torch.stack([g for p in stack.parameters if (g := gradients[id(p)]) is not None]))
+        (stack.rule, stack.state, torch.stack([g for p in stack.parameters if (g := gradients[id(p)]) is not None]))
         for stack in optimizer.stacks.values()
-        if stack.rule.projects(stack.state)
+        if isinstance(stack.rule, GaLore) and stack.rule.projects(stack.state)
     ]
     calls = {"galore_project": lambda: _project(projected), "galore_refresh": lambda: _refresh(projected)}
     return interleaved(calls, rounds, device)
 
 
-def _project(projected: list[tuple[Stack, Tensor]]) -> None:
-    for stack, gradient in projected:
-        assert isinstance(stack.rule, GaLore)
-        stack.rule.full_size(stack.rule.project(gradient, stack.state).float(), stack.state)
+def spread(apart: Mapping[str, Timing], config: Optimizer) -> Timing:
+    """Of an average step: everything there and back, and a part of a refresh of all."""
+    assert isinstance(config.matrix, GaLore)
+    there, refresh, steps = apart["galore_project"], apart["galore_refresh"], config.matrix.refresh_every
+    return Timing(
+        p20=there.p20 + refresh.p20 / steps,
+        p50=there.p50 + refresh.p50 / steps,
+        p80=there.p80 + refresh.p80 / steps,
+        peak_mib=max(there.peak_mib, refresh.peak_mib),
+    )
 
 
-def _refresh(projected: list[tuple[Stack, Tensor]]) -> None:
-    for stack, gradient in projected:
+def _project(projected: list[Projected]) -> None:
+    for rule, state, gradient in projected:
+        rule.full_size(rule.project(gradient, state).float(), state)
+
+
+def _refresh(projected: list[Projected]) -> None:
+    for rule, state, gradient in projected:
         for i in range(len(gradient)):
-            stack.rule.refresh(gradient[i : i + 1], stack.state, slice(i, i + 1), False)
+            rule.refresh(gradient[i : i + 1], state, slice(i, i + 1), False)
