@@ -1,7 +1,6 @@
 """What GaLore adds to its inner rule: into the bases and back for all matrices, and a refresh of every basis.
 
-Timed without the compiler, a stack at a time, which is more than an update takes: there the way back is compiled with
-what follows it.
+Timed without the compiler, a stack at a time: products with the bases, and what makes bf16 of these.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def spread(apart: Mapping[str, Timing], config: Optimizer) -> Timing:
 
 def _project(projected: list[Projected]) -> None:
     for rule, state, gradient in projected:
-        rule.full_size(rule.project(gradient, state).float(), state)
+        rule.full_size(rule.project(gradient, state), state)
 
 
 def _refresh(projected: list[Projected]) -> None:

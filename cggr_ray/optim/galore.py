@@ -23,7 +23,7 @@ so that the mean over draws of what enters, C or P R, is G for any P. The mean d
 `orth` knows no scale, so that within a period it does not see the weights either.
 Differs from GUM: just F are drawn, and not each by itself with probability q; bases are refreshed in their turns, also
 within a period; Nesterov's momentum; the scales of updates; D is taken out of the basis once more. C has nothing there
-but rounding, which `orth` in bf16 makes a tenth to a sixth of D_C.
+but rounding, which `orth` in 16 bits makes up to a tenth of D_C.
 Shapes: N matrices of one shape (M, K), n of them at a time, F of them drawn, m = min(M, K), k = max(M, K), r the rank.
 """
 
@@ -202,16 +202,16 @@ class GaLore(Rule):
 
     def _low_rank(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
         """D of projected gradients R."""
-        return self.full_size(self.rule.direction(grad, state, finite), state)
+        return self.full_size(self.rule.direction(grad, state, finite), state).float()
 
     def full_size(self, found: Tensor, state: State) -> Tensor:
-        """P D_R (N, M, K), float32, of D_R (N, r, k); what was given where nothing is projected. In bf16 on a GPU."""
+        """P D_R (N, M, K) of D_R (N, r, k), in bf16 on a GPU; what was given where nothing is projected."""
         side = side_of(state)
         if side is None:
             return found
         work = work_dtype(found)
         whole = torch.bmm(self.basis.read(state, side, "linear").mT.to(work), found.to(work))
-        return shorter_first(whole, side).float()
+        return shorter_first(whole, side)
 
 
 def follow(basis_nRm: Tensor, grad_nmk: Tensor, iterations: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the GPU tests use of others: oracles of the plans, pairs of workers; and rows of documents made by hand."""
+"""What the GPU tests use of others: oracles of plans and Muon, pairs of workers; and rows of documents made by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cggr_ray.data.packing import RowOrder
     from cggr_ray.data.store import TokenStore
 
-for folder in ("sparse", "workers"):
+for folder in ("sparse", "workers", "optim"):
     where = str(Path(__file__).parents[1] / folder)
     if where not in sys.path:
         sys.path.append(where)

@@ -1,4 +1,4 @@
-"""Every optimizer compiled on a GPU against the same one eager."""
+"""Every optimizer compiled on a GPU against the same one eager, and Muon's direction there against float64."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from on_gpu import DEVICE, tiny
+from published import published
 from transformers import PreTrainedModel
 
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.optim.galore import GaLore
-from cggr_ray.optim.muon import Muon
+from cggr_ray.optim.muon import Muon, orthogonalise
 from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
 from cggr_ray.progress import Progress
 from cggr_ray.updates.schedule import Active
@@ -71,3 +72,14 @@ def test_compiled_updates_are_those_of_the_eager_optimizer(name: str, which: str
             if part.endswith(".codes"):
                 # A value near the middle between two codes may go either way.
                 assert ((value.int() - other.int()).abs() > 1).float().mean() < 0.01, (key, part)
+
+
+@pytest.mark.parametrize("method", ["newton_schulz", "polar_express"])
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+@pytest.mark.parametrize("length", [1e-6, 1.0, 1e9])
+def test_a_direction_is_exact_for_gradients_of_any_length(length: float, decay: float, method: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    left, _, right = torch.linalg.svd(torch.randn(512, 1536, generator=g), full_matrices=False)
+    matrix = (length * left * torch.arange(1, 513) ** -decay @ right).bfloat16()
+    found, expected = orthogonalise(matrix[None].to(DEVICE), method)[0].cpu().double(), published(matrix, method)
+    assert (found - expected).norm() <= 0.01 * expected.norm()

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from published import published
 from torch import nn
 
 from cggr_ray.optim.adamw import AdamW
-from cggr_ray.optim.muon import Muon, orthogonalise
+from cggr_ray.optim.muon import NEWTON_SCHULZ, Muon, orthogonalise, polynomials
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.optim.schedules import Linear
 from cggr_ray.optim.state_formats import Int8Blockwise
@@ -69,6 +70,20 @@ def test_direction_is_the_polar_factor(rows, columns, method):
     result = orthogonalise(matrix[None].float(), method)
     assert result.shape == (1, rows, columns) and result.dtype == torch.float32
     assert cosine(result[0], polar) > LEAST_COSINE[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_all_of_a_direction_is_that_of_the_published_polynomials(rows, columns, method):
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
+    expected = published(matrix, method)
+    assert (orthogonalise(matrix[None], method)[0] - expected).norm() <= 2e-5 * expected.norm()
+
+
+def test_what_a_compiler_is_told_of_the_polynomials_is_true():
+    start = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
+    for z in (start, start.mT.contiguous().mT):
+        torch.library.opcheck(polynomials, (z, NEWTON_SCHULZ[1]))
 
 
 @pytest.mark.parametrize("method", METHODS)
