@@ -25,6 +25,8 @@ from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State,
 
 # Steps without gradients after which a momentum says nothing of the next.
 LONGEST_REST = 20
+# Values of the matrices that are multiplied at once: more would be no faster.
+LARGEST_PRODUCT = 2**26
 
 
 def completed(coefficients: tuple[tuple[float, float, float], ...], margin: float) -> tuple[float, list[float]]:
@@ -78,16 +80,24 @@ def polynomials(z_Nmk: Tensor, shifts: Sequence[float]) -> Tensor:
     """Z <- (S^2 + d I) Z with S = Z Z^T + e I, for each e, d.
 
     Products alone: `baddbmm` would copy its summand, and read it again. One operator to a compiler, which would write
-    all of a matrix to add to its diagonal.
+    all of a matrix to add to its diagonal; some matrices at a time, so that little is there beside Z and the result.
     """
-    z = z_Nmk
-    for e, d in zip(shifts[::2], shifts[1::2], strict=True):
-        s = torch.bmm(z, z.mT)
-        s.diagonal(dim1=-2, dim2=-1).add_(e)
-        t = torch.bmm(s, s)
-        t.diagonal(dim1=-2, dim2=-1).add_(d)
-        z = torch.bmm(t, z)
-    return z
+    *firsts, last = zip(shifts[::2], shifts[1::2], strict=True)
+    at_once = max(1, LARGEST_PRODUCT // z_Nmk[0].numel())
+    found_Nmk = torch.empty_like(z_Nmk, memory_format=torch.contiguous_format)
+    for z, found in zip(z_Nmk.split(at_once), found_Nmk.split(at_once), strict=True):
+        for first in firsts:
+            z = torch.bmm(_of_squares(z, *first), z)
+        torch.bmm(_of_squares(z, *last), z, out=found)
+    return found_Nmk
+
+
+def _of_squares(z_nmk: Tensor, e: float, d: float) -> Tensor:
+    s = torch.bmm(z_nmk, z_nmk.mT)
+    s.diagonal(dim1=-2, dim2=-1).add_(e)
+    found = torch.bmm(s, s)
+    found.diagonal(dim1=-2, dim2=-1).add_(d)
+    return found
 
 
 @polynomials.register_fake

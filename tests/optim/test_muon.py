@@ -7,6 +7,7 @@ import torch
 from published import published
 from torch import nn
 
+from cggr_ray.optim import muon
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.muon import NEWTON_SCHULZ, Muon, orthogonalise, polynomials
 from cggr_ray.optim.optimizer import Optimizer
@@ -78,6 +79,14 @@ def test_all_of_a_direction_is_that_of_the_published_polynomials(rows, columns, 
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
     expected = published(matrix, method)
     assert (orthogonalise(matrix[None], method)[0] - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5])
+def test_a_stack_is_worked_through_some_matrices_at_a_time(monkeypatch, at_once):
+    monkeypatch.setattr(muon, "LARGEST_PRODUCT", 7 * 11 * at_once)
+    stack = torch.randn(5, 11, 7, generator=torch.Generator().manual_seed(at_once))
+    for matrix, found in zip(stack, orthogonalise(stack, "polar_express"), strict=True):
+        torch.testing.assert_close(found.double(), published(matrix, "polar_express"), atol=1e-4, rtol=0)
 
 
 def test_what_a_compiler_is_told_of_the_polynomials_is_true():
