@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from on_gpu import DEVICE, tiny
-from published import published
+from polar_oracle import published
 from transformers import PreTrainedModel
 
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.optim.galore import GaLore
-from cggr_ray.optim.muon import Muon, orthogonalise
+from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
+from cggr_ray.optim.polar import orthogonalise
 from cggr_ray.progress import Progress
 from cggr_ray.updates.schedule import Active
 

@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounter
 
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.galore import GaLore
-from cggr_ray.optim.muon import Muon, orthogonalise
+from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.optimizer import Optimizer, apply_rule
+from cggr_ray.optim.polar import orthogonalise
 
 SHAPES = {"wide": (64, 160), "tall": (160, 64), "square": (96, 96)}
 SMALL = {"rank": 48, "largest_fraction": 0.5, "refresh_every": 3, "full_rank": 0.5}

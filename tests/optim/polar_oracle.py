@@ -1,4 +1,4 @@
-"""The polynomials of the papers, as they stand there: Jordan et al. 2024, and arXiv:2505.16932."""
+"""Matrices with a known polar factor, and the polynomials as published: Jordan et al. 2024, arXiv:2505.16932."""
 
 import torch
 
@@ -21,3 +21,17 @@ def published(matrix: torch.Tensor, method: str) -> torch.Tensor:
         gram = x @ x.T
         x = a * x + b * gram @ x + c * gram @ gram @ x
     return x
+
+
+def orthonormal_columns(rows, columns, generator):
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
+
+
+def with_spectrum(rows, columns, spectrum, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (orthonormal_columns(n, len(spectrum), generator) for n in (rows, columns))
+    return left * spectrum @ right.T, left @ right.T
+
+
+def cosine(a, b):
+    return (a.double() * b.double()).sum() / (a.double().norm() * b.double().norm())
