@@ -1,8 +1,9 @@
 """Calibration: for every arm of a race the largest micro-batch that fits, found by trying, before the clock starts.
 
 A few real steps a try (`fits`), each in a fresh process: twice the rows until they do not fit, then halfway between.
-What is found is tried again, for longer and as often as asked, with generation where the race has an evaluation; if
-that fails, a smaller size is, unless the smallest fails too. Every try leaves a part of the memory free, the head-room.
+What is found is tried again, for longer and as often as asked, with all that a run writes, and with generation where
+the race has an evaluation; if that fails, a smaller size is, unless the smallest fails too. Every try leaves a part of
+the memory free, the head-room.
 
 Sizes divide the rows of a step, so that all micro-batches of a step are alike. With `scale_batch` an arm's step grows
 to its micro-batch where this is the larger; a control that takes a part of a step's rows takes it of the baseline's
@@ -31,7 +32,8 @@ from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.telemetry.gpu import device_info
 from cggr_ray.telemetry.tracker import Row
 
-Ask = Callable[[Trial, float], Answer]
+# The trial of a try, what it may use, and whether it is one that verifies.
+Ask = Callable[[Trial, float, bool], Answer]
 Say = Callable[[str], None]
 
 # The search stops when the rows that fit and the rows that do not are this close, relatively.
@@ -149,7 +151,7 @@ class Calibration:
         self.arms[name] = entry
         global_rows = self._global_rows(name)
         sizes = sizes_of(self.spec.recipe(name).rows, global_rows, self.settings.scale_batch)
-        found = largest(sizes, lambda size: self._try(entry, name, size, SEARCH_STEPS, generates=False))
+        found = largest(sizes, lambda size: self._try(entry, name, size, SEARCH_STEPS, verifies=False))
         if found is not None and not self._verified(entry, name, found):
             found = self._stepped_back(entry, name, sizes, found)
         # Nothing larger was of use: memory has set no limit.
@@ -171,9 +173,7 @@ class Calibration:
         spec = self.spec
         whole = {
             "recipe": spec.recipe(name).to_plain(),
-            "race": trial_spec(
-                spec, name, self._global_rows(name), spec.rows_of(name)[1], 1, generates=True
-            ).to_plain(),
+            "race": trial_spec(spec, name, self._global_rows(name), spec.rows_of(name)[1], 1, verifies=True).to_plain(),
             "settings": self.settings.to_plain(),
             "device": self._device,
             "versions": versions(),
@@ -183,30 +183,30 @@ class Calibration:
 
     def _verified(self, entry: Row, name: str, size: int) -> bool:
         steps = self.settings.verify_steps
-        return all(self._try(entry, name, size, steps, generates=True) for _ in range(self.settings.starts))
+        return all(self._try(entry, name, size, steps, verifies=True) for _ in range(self.settings.starts))
 
     def _stepped_back(self, entry: Row, name: str, sizes: Sequence[int], failed: int) -> int | None:
         """A smaller size that is verified. None where the smallest fails too: not the rows take the memory."""
-        if failed == sizes[0] or not self._try(entry, name, sizes[0], self.settings.verify_steps, generates=True):
+        if failed == sizes[0] or not self._try(entry, name, sizes[0], self.settings.verify_steps, verifies=True):
             return None
         found: int | None = failed
         while found is not None and (found == failed or not self._verified(entry, name, found)):
             found = max((size for size in sizes if size <= (1 - STEP_BACK) * found), default=None)
         return found
 
-    def _try(self, entry: Row, name: str, size: int, steps: int, generates: bool) -> bool:
+    def _try(self, entry: Row, name: str, size: int, steps: int, verifies: bool) -> bool:
         began, global_rows = time.perf_counter(), max(self._global_rows(name), size)
-        row = {"micro_rows": size, "global_rows": global_rows, "steps": steps, "generates": generates}
+        row = {"micro_rows": size, "global_rows": global_rows, "steps": steps, "verifies": verifies}
         known = next((tried for tried in self._begun if row.items() <= tried.items()), None)
         if known is not None:
             # Of a calibration that was interrupted. It has as many starts of a size as were made.
             self._begun.remove(known)
             entry["tries"].append(known)
             return bool(known["fits"])
-        race = trial_spec(self.spec, name, global_rows, size, steps, generates)
+        race = trial_spec(self.spec, name, global_rows, size, steps, verifies)
         trial = Trial(f"{name}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
         trial = trial.placed(self._file.parent, self._data_folder)
-        answer = self._ask(trial, self._limit)
+        answer = self._ask(trial, self._limit, verifies)
         seconds = time.perf_counter() - began
         entry["tries"].append(row | answer.to_plain() | {"limit_mib": self._limit, "seconds": seconds})
         self._write()
@@ -218,7 +218,7 @@ class Calibration:
         write_whole(self._file, json.dumps({"name": self.spec.name, "arms": self.arms}, indent=1))
 
 
-def trial_spec(spec: RaceSpec, name: str, global_rows: int, micro_rows: int, steps: int, generates: bool) -> RaceSpec:
+def trial_spec(spec: RaceSpec, name: str, global_rows: int, micro_rows: int, steps: int, verifies: bool) -> RaceSpec:
     """The race of one try: so many steps over the whole schedule, without a milestone on the way."""
     return replace(
         spec,
@@ -236,7 +236,7 @@ def trial_spec(spec: RaceSpec, name: str, global_rows: int, micro_rows: int, ste
         wandb="off",
         tensorboard=False,
         tuning=None,
-        evaluation=spec.evaluation if generates else None,
+        evaluation=spec.evaluation if verifies else None,
     )
 
 

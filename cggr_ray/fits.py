@@ -3,10 +3,11 @@
     python -m cggr_ray.fits QUESTION.json ANSWER.json
 
 The run is a trial's own: warm-up at every level, steps over the whole schedule with the optimizer's updates, the
-validation, the largest batch of generation where the trial is asked questions, a checkpoint, and the model where the
-race keeps it. The limit is the head-room: on a GPU
-the allocator of the process may use a part of the memory, on a CPU the process may have so many bytes of data
-(RLIMIT_DATA), so that an allocation beyond truly fails. Any error but that of an allocator ends the process.
+validation, the largest batch of generation where the trial is asked questions; and, where it verifies, a checkpoint,
+and the model where the race keeps it: of a large model tens of gigabytes, too slow for every step of a search. The
+limit is the head-room: on a GPU the allocator of the process may use a part of the memory, on a CPU the process may
+have so many bytes of data (RLIMIT_DATA), so that an allocation beyond truly fails. Any error but that of an allocator
+ends the process.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ LAST_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Question(Plain):
-    """`limit_mib` is what the process may use."""
+    """`limit_mib` is what the process may use, `writes` whether it ends with what a run leaves on the disk."""
 
     trial: Trial
     limit_mib: float
+    writes: bool
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Answer(Plain):
 class SmallRun(Run):
     """A run that ends where a real one would go on with smaller micro-batches."""
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: Trial, writes: bool) -> None:
         super().__init__(trial, lambda row: None)
-        self._peak = 0.0
+        self._peak, self._writes = 0.0, writes
 
     def _warm_up(self) -> None:
         """Every level, also where there is nothing to compile: the fullest one is what has to fit."""
@@ -76,7 +78,8 @@ class SmallRun(Run):
                 self._train()
                 if self.milestones.suite is not None:
                     self.milestones.suite.fill(self.learner.adapter.model)
-                self._write()
+                if self._writes:
+                    self._write()
         except FAILURES as error:
             if not is_out_of_memory(error):
                 raise
@@ -116,7 +119,7 @@ def limit(device: torch.device, limit_mib: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit_mib * MIB),) * 2)
 
 
-def ask(trial: Trial, limit_mib: float) -> Answer:
+def ask(trial: Trial, limit_mib: float, writes: bool) -> Answer:
     """The answer of a fresh process.
 
     Raises:
@@ -126,7 +129,7 @@ def ask(trial: Trial, limit_mib: float) -> Answer:
     with TemporaryDirectory(dir=trial.folder) as name:
         folder = Path(name)
         question, answer = folder / "question.json", folder / "answer.json"
-        asked = Question(trial.placed(folder / "run", Path(trial.data_folder)), limit_mib)
+        asked = Question(trial.placed(folder / "run", Path(trial.data_folder)), limit_mib, writes)
         question.write_text(json.dumps(asked.to_plain()))
         command = [sys.executable, "-m", "cggr_ray.fits", str(question), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -139,7 +142,7 @@ def ask(trial: Trial, limit_mib: float) -> Answer:
 def main(question: str, answer: str) -> None:
     asked = Question.from_plain(json.loads(Path(question).read_text()))
     limit(pick_device(asked.trial.race.device), asked.limit_mib)
-    Path(answer).write_text(json.dumps(SmallRun(asked.trial).fits().to_plain()))
+    Path(answer).write_text(json.dumps(SmallRun(asked.trial, asked.writes).fits().to_plain()))
 
 
 if __name__ == "__main__":

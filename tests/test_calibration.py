@@ -187,10 +187,11 @@ class Memory:
     """Stands in for the processes: rows of a recipe fit up to a number, longer tries up to a smaller one."""
 
     def __init__(self, most: dict[str, int], lasting: dict[str, int] | None = None) -> None:
-        self.most, self.lasting, self.asked = most, lasting or {}, list[Trial]()
+        self.most, self.lasting, self.asked, self.written = most, lasting or {}, list[Trial](), list[bool]()
 
-    def __call__(self, trial: Trial, limit_mib: float) -> Answer:
+    def __call__(self, trial: Trial, limit_mib: float, writes: bool) -> Answer:
         self.asked.append(trial)
+        self.written.append(writes)
         name, rows = trial.recipe.name, trial.race.micro_rows
         most = self.most[name] if trial.race.budget_seconds == 2 else self.lasting.get(name, self.most[name])
         return Answer(rows <= most, min(rows, most) * 10.0, "" if rows <= most else "no memory")
@@ -220,6 +221,7 @@ def test_what_is_found_is_verified_kept_and_raced(tmp_path: Path) -> None:
         *[(2, 30, True)] * 3,
     ]
     assert all(t["limit_mib"] == 950 and t["global_rows"] == 16 for t in tries) and tries[3]["message"] == "no memory"
+    assert memory.written[: len(tries)] == [t["steps"] == 30 for t in tries]
     trial = memory.asked[0]
     assert trial.race.step_seconds == 1 and trial.race.budget_seconds == 2 and trial.race.micro_rows == 1
     write_calibrated(SPEC, notes(SETTINGS, arms), arms, tmp_path / "calibrated.toml")
@@ -271,10 +273,10 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     for _ in range(len(whole.asked)):
         memory = Memory(most, lasting)
 
-        def stops(trial: Trial, limit_mib: float, memory: Memory = memory) -> Answer:
+        def stops(trial: Trial, limit_mib: float, writes: bool, memory: Memory = memory) -> Answer:
             if len(memory.asked) == 3:
                 raise StoppedError
-            return memory(trial, limit_mib)
+            return memory(trial, limit_mib, writes)
 
         calibration = Calibration(SPEC, SETTINGS, CPU, tmp_path / "parts.json", tmp_path, stops, lambda text: None)
         try:
@@ -344,16 +346,16 @@ def test_what_says_that_memory_ran_out() -> None:
 
 
 @pytest.mark.parametrize("writer", ["save", "save_model"])
-def test_a_try_writes_what_a_run_writes(
+def test_a_try_that_verifies_writes_what_a_run_writes(
     writer: str, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint and a kept model: where memory runs out in writing one, the rows do not fit."""
     asked = Evaluation(tasks=(Generated(questions=1, max_new_tokens=2),), rows=1)
     spec = replace(SPEC, recipes=("baseline",), global_rows=1, micro_rows=1)
-    race = trial_spec(spec, "baseline", 1, 1, 1, generates=False)
+    race = trial_spec(spec, "baseline", 1, 1, 1, verifies=False)
     (trial,) = plan_trials(race, tmp_path)
     if writer == "save_model":
-        trial = replace(trial, race=trial_spec(replace(spec, evaluation=asked), "baseline", 1, 1, 1, generates=True))
+        trial = replace(trial, race=trial_spec(replace(spec, evaluation=asked), "baseline", 1, 1, 1, verifies=True))
     trial = trial.placed(tmp_path / "try", data_folder)
 
     def fails(*arguments: Any) -> None:
@@ -361,14 +363,14 @@ def test_a_try_writes_what_a_run_writes(
 
     with monkeypatch.context() as patched:
         patched.setattr(f"cggr_ray.checkpoint.{writer}", fails)
-        answer = SmallRun(trial).fits()
-    assert not answer.fits and "CUBLAS_STATUS_ALLOC_FAILED" in answer.message
+        answer, searching = (SmallRun(trial, writes).fits() for writes in (True, False))
+    assert searching.fits and not answer.fits and "CUBLAS_STATUS_ALLOC_FAILED" in answer.message
 
 
 def test_a_try_keeps_what_it_writes_in_its_own_folder(data_folder: Path, tmp_path: Path) -> None:
     spec = replace(SPEC, recipes=("baseline",), save_model=True)
-    (trial,) = plan_trials(trial_spec(spec, "baseline", 1, 1, 1, generates=False), tmp_path)
-    assert SmallRun(trial.placed(tmp_path / "try", data_folder)).fits().fits
+    (trial,) = plan_trials(trial_spec(spec, "baseline", 1, 1, 1, verifies=False), tmp_path)
+    assert SmallRun(trial.placed(tmp_path / "try", data_folder), True).fits().fits
     assert [path.name for path in tmp_path.iterdir()] == ["try"]
     assert (tmp_path / "try" / "model" / "model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "try" / "checkpoints").iterdir()] == ["step_00000001"]
@@ -384,9 +386,9 @@ def tried(folder: Path, data_folder: Path, rows: int) -> Trial:
 
 @pytest.mark.slow
 def test_a_real_limit_is_run_into_and_nothing_is_left(data_folder: Path, tmp_path: Path) -> None:
-    small = ask(tried(tmp_path, data_folder, 2), 600.0)
+    small = ask(tried(tmp_path, data_folder, 2), 600.0, True)
     assert small.fits and 200 < small.peak_mib < 600 and small.message == ""
-    large = ask(tried(tmp_path, data_folder, 128), 600.0)
+    large = ask(tried(tmp_path, data_folder, 128), 600.0, True)
     assert not large.fits and "can't allocate memory" in large.message and large.peak_mib < 620
     assert list(tmp_path.iterdir()) == []
 
@@ -394,4 +396,4 @@ def test_a_real_limit_is_run_into_and_nothing_is_left(data_folder: Path, tmp_pat
 @pytest.mark.slow
 def test_any_other_error_is_shown(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"exit code 1, and not for want of memory:\n(.|\n)*FileNotFoundError"):
-        ask(tried(tmp_path, tmp_path / "nothing", 2), 2000.0)
+        ask(tried(tmp_path, tmp_path / "nothing", 2), 2000.0, False)
