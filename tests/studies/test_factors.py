@@ -46,6 +46,21 @@ def test_left_vectors_are_those_of_an_svd_but_for_their_signs(shape: tuple[int, 
     assert svd(weight * 0, weight, [2])[0].dense_OI().eq(0).all()
 
 
+@pytest.mark.parametrize("shape", [(9, 9), (12, 7), (6, 10), (64, 16)])
+def test_a_matrix_of_less_rank_is_found_whole_at_any_rank_above(shape: tuple[int, int]) -> None:
+    left, right = problem(shape[0], 3)[0], problem(3, shape[1], seed=1)[0]
+    weight, x = left @ right, problem(1, shape[1], seed=2)[1]
+    for method in (svd, data_aware):
+        for f in method(weight, x.mT @ x, (3, 4, min(shape))):
+            torch.testing.assert_close(f.dense_OI(), weight, rtol=1e-9, atol=1e-9)
+    # Singular values over fourteen decades: no rank errs by more than those that are left out, but for rounding.
+    steep = torch.linalg.svd(problem(*shape)[0], full_matrices=False)
+    weight = steep.U * torch.logspace(0, -14, min(shape), dtype=torch.float64) @ steep.Vh
+    for rank, f in enumerate(svd(weight, x, range(1, min(shape) + 1)), 1):
+        left_out = torch.logspace(0, -14, min(shape), dtype=torch.float64)[rank:].square().sum().sqrt()
+        assert (weight - f.dense_OI()).norm() <= left_out + 1e-7
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_data_aware_is_the_closed_form_with_explicit_inverses(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
