@@ -39,7 +39,7 @@ KIND = "mlp"
 
 @dataclass(frozen=True)
 class Settings(TrainedSettings):
-    """`fractions` of the channels are kept, in blocks of `block`; `pattern` adds the 2:4 row."""
+    """`fractions` of the channels are kept, in whole blocks of `block`; `pattern` adds the 2:4 row."""
 
     fractions: tuple[float, ...] = (0.5, 0.625, 0.75, 0.875)
     methods: tuple[str, ...] = ("drop", "refit")
@@ -65,10 +65,12 @@ def study(settings: Settings, device: torch.device) -> Result:
     downs = [matrix for matrix in trained.matrices if matrix.kind == "down"]
     scores = {m: channel_scores(m.weight_OI, calibration[m.reads].mean_absolute_I) for m in downs}
     width, inner = downs[0].linear.out_features, downs[0].linear.in_features
-    times = measured(trained, settings, scores[downs[0]], width, device)
+    # Some fractions may come to the same blocks.
+    numbers = list(dict.fromkeys(blocks_of(fraction, inner, settings.block) for fraction in settings.fractions))
+    times = measured(trained, settings, numbers, scores[downs[0]], width, device)
     rows = []
-    for fraction in settings.fractions:
-        kept = {m: kept_channels(scores[m], settings.block, fraction) for m in downs}
+    for number in numbers:
+        kept = {m: kept_channels(scores[m], settings.block, number) for m in downs}
         channels = len(kept[downs[0]])
         cost: dict[str, Any] = {
             "kept": channels,
@@ -83,13 +85,14 @@ def study(settings: Settings, device: torch.device) -> Result:
             weights = [METHODS[name](m.weight_OI.detach(), calibration[m.reads].gram_II, kept[m]) for m in downs]
             seconds = settled(device) - start
             quality = trained.quality(heldout, downs, weights)
-            rows.append(Replaced(name, KIND, fraction, **quality, **cost, fit_seconds=seconds))
+            rows.append(Replaced(name, KIND, channels / inner, **quality, **cost, fit_seconds=seconds))
     if settings.pattern:
         rows.append(pattern_row(trained, calibration, heldout, downs))
     notes = (
         *NOTES,
         "errors are those of W_down; times and flops are of the whole MLP, its three products and its activation",
-        "kept: channels of a layer; break_even: all of them, since every dropped block saves flops",
+        "kept: channels of a layer, in whole blocks; fraction: of all of them; break_even: all of them, since every "
+        "dropped block saves flops",
     )
     return Result("structured-mlp", rows, panels(rows), notes, {**trained.facts(), "channels": inner})
 
@@ -108,14 +111,18 @@ def channel_scores(weight_OF: Tensor, mean_absolute_F: Tensor) -> Tensor:
     return mean_absolute_F * weight_OF.double().norm(dim=0)
 
 
-def kept_channels(scores_F: Tensor, block: int, fraction: float) -> Tensor:
-    """Sorted channels of the blocks with the largest mean score; a fraction of the blocks, at least one.
+def blocks_of(fraction: float, channels: int, block: int) -> int:
+    """The nearest number of blocks to a fraction of them, at least one."""
+    return max(1, round(fraction * -(-channels // block)))
+
+
+def kept_channels(scores_F: Tensor, block: int, number: int) -> Tensor:
+    """Sorted channels of so many blocks, those with the largest mean score.
 
     The last block is shorter where `block` does not divide the channels.
     """
-    blocks = scores_F.split(block)
-    means = torch.stack([part.mean() for part in blocks])
-    best = means.topk(max(1, round(fraction * len(blocks)))).indices.sort().values
+    means = torch.stack([part.mean() for part in scores_F.split(block)])
+    best = means.topk(number).indices.sort().values
     channels = torch.arange(len(scores_F), device=scores_F.device).split(block)
     return torch.cat([channels[i] for i in best.tolist()])
 
@@ -154,10 +161,10 @@ def mlp_flops(tokens: int, width: int, channels: int) -> int:
 
 @torch.no_grad()
 def measured(
-    trained: Trained, settings: Settings, scores_F: Tensor, width: int, device: torch.device
+    trained: Trained, settings: Settings, numbers: Sequence[int], scores_F: Tensor, width: int, device: torch.device
 ) -> Mapping[int, float]:
-    """Median milliseconds of the forward of one MLP, by its channels: all of them, and those of every fraction."""
-    kept = {len(kept_channels(scores_F, settings.block, fraction)) for fraction in settings.fractions}
+    """Median milliseconds of the forward of one MLP, by its channels: all of them, and those of so many blocks."""
+    kept = {len(kept_channels(scores_F, settings.block, number)) for number in numbers}
     act = activation(trained.adapter.shapes[0].activation)
     x_ND = torch.randn(settings.tokens, width, device=device, dtype=trained.adapter.head_VD.dtype)
     calls = {channels: mlp_call(x_ND, channels, act) for channels in sorted({len(scores_F), *kept})}

@@ -9,7 +9,16 @@ from small_studies import Folders
 from torch import Tensor
 
 from cggr_ray.studies import factors
-from cggr_ray.studies.structured_mlp import Settings, channel_scores, drop, kept_channels, mlp_call, refit, two_four
+from cggr_ray.studies.structured_mlp import (
+    Settings,
+    blocks_of,
+    channel_scores,
+    drop,
+    kept_channels,
+    mlp_call,
+    refit,
+    two_four,
+)
 
 
 def activations(positions: int = 80, channels: int = 22) -> tuple[Tensor, Tensor]:
@@ -36,7 +45,8 @@ def test_kept_channels_are_those_of_the_best_blocks(block: int, fraction: float)
     count = max(1, round(fraction * len(by_block)))
     best = sorted(at for _, at in sorted(by_block, reverse=True)[:count])
     wanted = [j for at in best for j in range(at, min(at + block, 22))]
-    assert kept_channels(scores, block, fraction).tolist() == wanted
+    assert blocks_of(fraction, 22, block) == count
+    assert kept_channels(scores, block, count).tolist() == wanted
 
 
 def test_refit_leaves_the_residual_of_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,15 @@ def test_structured_mlp(device: str, folders: Folders, tmp_path: Path) -> None:
     assert 0 < found["two_four", 0.5]["output_error"] < half["output_error"]
 
 
+def test_fractions_are_what_whole_blocks_come_to(folders: Folders, tmp_path: Path) -> None:
+    # Three blocks of 16 channels: two fractions come to two of them, the largest to all.
+    options = ["--fractions", "0.4,0.6,0.75,0.9", "--block", "16", "--methods", "drop"]
+    rows = run(tmp_path / "out", "cpu", "structured-mlp", *folders.options(), *options)["rows"]
+    drops = [(row["fraction"], row["kept"]) for row in rows if row["method"] == "drop"]
+    assert drops == [(pytest.approx(16 / 48), 16), (pytest.approx(32 / 48), 32), (1.0, 48)]
+    assert all(row["flops"] == row["fraction"] * row["flops_full"] for row in rows if row["method"] == "drop")
+
+
 @on_every_device
 def test_attention_backends(device: str, tmp_path: Path) -> None:
     options = ["--shapes", "1x32x2x1x16", "--masks", "causal,window", "--rounds", "2"]
