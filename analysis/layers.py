@@ -16,8 +16,8 @@ from cggr_ray.schema import ACTIVE_LAYERS, PROBE, RELEVANCE, STEP, TRAIN_SECONDS
 START, PROBES, RESTING, BETWEEN, END = MODES = ("start", "probes", "resting", "between", "end")
 
 
-def resting_rows(race: Race) -> pd.DataFrame:
-    """The step rows, in order, of the runs in which a layer ever rested; empty where none did.
+def layer_rows(race: Race) -> pd.DataFrame:
+    """The step rows, in order, of the runs in which a layer ever rested or was measured; empty where there are none.
 
     Columns beside those of the rows: `layers` of the model, or else the most that learnt in any step of the race;
     `depth`, those that learn between probes; `mode`; `seconds` of the steps that are no probes; `probe_seconds`.
@@ -30,19 +30,19 @@ def resting_rows(race: Race) -> pd.DataFrame:
     runs = [
         _timed(rows.sort_values(STEP), layers[trial])
         for trial, rows in steps.groupby("trial_id", sort=False)
-        if rows[ACTIVE_LAYERS].min() < layers[trial]
+        if rows[ACTIVE_LAYERS].min() < layers[trial] or (rows[PROBE] == 1).any()
     ]
     return pd.concat(runs) if runs else steps.iloc[:0]
 
 
 def layer_measures(race: Race) -> pd.DataFrame:
-    """One row a run in which layers rested.
+    """One row a run of `layer_rows`.
 
     `mean_active` is over train seconds; `switches` counts changes of depth between steps that are no probes; there are
     `seconds/<mode>` for all MODES; `steps_per_row` above 1 means that probes and switches may have happened unseen.
     """
     table: list[dict[str, object]] = []
-    for identity, rows in resting_rows(race).groupby(list(IDENTITY), sort=False):
+    for identity, rows in layer_rows(race).groupby(list(IDENTITY), sort=False):
         seconds = rows.groupby("mode")["seconds"].sum().reindex(MODES, fill_value=0.0)
         seconds[PROBES] = rows["probe_seconds"].sum()
         learnt = rows["layers"] * rows["probe_seconds"] + rows["depth"] * rows["seconds"]
@@ -66,7 +66,7 @@ def relevance_shares(race: Race) -> dict[str, pd.DataFrame]:
     By trial id, of the first seed with probes of every recipe. Probes that are not finite or whose sum is not positive
     are left out.
     """
-    rows = resting_rows(race)
+    rows = layer_rows(race)
     if RELEVANCE not in rows.columns:
         return {}
     found = {}
@@ -81,9 +81,10 @@ def relevance_shares(race: Race) -> dict[str, pd.DataFrame]:
 
 
 def _timed(rows: pd.DataFrame, layers: float) -> pd.DataFrame:
-    """The rows of one run with the columns of `resting_rows`."""
+    """The rows of one run with the columns of `layer_rows`."""
     probe = rows[PROBE] == 1
-    depth = rows[ACTIVE_LAYERS].mask(probe).ffill().bfill()
+    # In a run of nothing but probes every layer learns.
+    depth = rows[ACTIVE_LAYERS].mask(probe).ffill().bfill().fillna(layers)
     resting = depth < layers
     before, after = ~resting.cummax(), ~resting[::-1].cummax()[::-1]
     mode = np.select([resting, before, after], [RESTING, START, END], BETWEEN)

@@ -102,7 +102,7 @@ seeds. Where the learning rate decays with the budget, the fall of the last quar
 still falls has not shown what a longer budget would give."""
 
 LAYER_NOTES = """\
-Runs in which a layer ever rested.
+Runs in which a layer ever rested, and those with probes: where nothing rested, such a run was full training.
 
 * **layers that learn**: mean over train seconds, probes included.
 * **probes**: steps in which every layer learns and its relevance is measured.

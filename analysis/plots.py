@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.frames import Race
-from analysis.layers import relevance_shares, resting_rows
+from analysis.layers import layer_rows, relevance_shares
 from analysis.measures import FINISHED, finished_runs
 from cggr_ray.schema import FRACTION, TOKENS_PER_SEC, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 
@@ -95,9 +95,9 @@ def plot_memory(race: Race, path: Path) -> Path:
 
 
 def plot_active_layers(race: Race, path: Path) -> Path:
-    """Layers that learn between probes against seconds of training: a line a run in which layers rested."""
+    """Layers that learn between probes against seconds of training: a line a run in which they rested or had probes."""
     figure, axes = canvas("train time (s)", "layers that learn")
-    look, rows = styles(race.recipes, race.baseline), resting_rows(race)
+    look, rows = styles(race.recipes, race.baseline), layer_rows(race)
     for recipe, own in rows.groupby("recipe", sort=False):
         colour, dash = look[str(recipe)]
         runs = [run for _, run in own.groupby("trial_id", sort=False)]

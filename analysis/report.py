@@ -26,7 +26,7 @@ from analysis.findings import (
 )
 from analysis.frames import Race
 from analysis.judging import LOSS, claims, lost_runs
-from analysis.layers import relevance_shares, resting_rows
+from analysis.layers import layer_rows, relevance_shares
 from analysis.measures import FINISHED, comparison, equal_tokens, finished_runs
 from analysis.notes import (
     COLUMN_NOTES,
@@ -183,7 +183,7 @@ def _images(plots: Plots) -> str:
 
 
 def _layers(race: Race) -> list[tuple[str, str]]:
-    """The section on resting layers, where some rested."""
+    """The section on resting layers, where some rested or were measured."""
     plots = layer_plots(race)
     return [("## Layers that learn", f"{layers_table(race)}\n\n{LAYER_NOTES}\n\n{_images(plots)}")] if plots else []
 
@@ -195,7 +195,7 @@ def race_plots(race: Race) -> Plots:
 
 def layer_plots(race: Race) -> Plots:
     """Those that have something to show."""
-    shown = (len(resting_rows(race)), len(relevance_shares(race)))
+    shown = (len(layer_rows(race)), len(relevance_shares(race)))
     return tuple(plot for plot, some in zip(LAYER_PLOTS, shown, strict=True) if some)
 
 

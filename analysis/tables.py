@@ -145,7 +145,7 @@ def stability_table(race: Race) -> str:
 
 
 def layers_table(race: Race) -> str:
-    """One row a run in which layers rested: how many learnt on average, probes, switches, seconds of each mode."""
+    """One row a run of `layer_rows`: how many layers learnt on average, probes, switches, seconds of each mode."""
     headers = ("trial", "recipe", "seed", "layers that learn (mean)", "probes", "switches", "steps a row")
     seconds = ("full at the start (s)", "probes (s)", "resting (s)", "full between (s)", "full at the end (s)")
     rows = []

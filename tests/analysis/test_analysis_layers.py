@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from analysis.frames import read_race
-from analysis.layers import MODES, layer_measures, relevance_shares, resting_rows
+from analysis.layers import MODES, layer_measures, layer_rows, relevance_shares
 
 Writer = Callable[..., Path]
 RowMaker = Callable[..., dict[str, Any]]
@@ -56,6 +56,24 @@ def test_a_suffix_that_never_changes_only_rests(resting_race: Path) -> None:
     assert [run[f"seconds/{mode}"] for mode in MODES] == [0, 0, 1.5, 0, 0]
 
 
+def test_a_run_whose_probes_let_nothing_rest_is_shown(
+    tmp_path: Path, run_writer: Writer, learning_row: RowMaker
+) -> None:
+    flat = [1.0] * 4
+    rows = [learning_row(1, 1.0, 4, flat), learning_row(2, 1.5, 4), learning_row(3, 2.5, 4, flat)]
+    run_writer(tmp_path, "suffix", 0, rows, {})
+    run_writer(tmp_path, "suffix", 1, [learning_row(1, 2.0, 4, flat)], {})
+    table = measures(tmp_path)
+    assert [table[name]["mean_active"] for name in ("suffix-0", "suffix-1")] == [4, 4]
+    assert [table[name]["probes"] for name in ("suffix-0", "suffix-1")] == [2, 1]
+    assert all(run["switches"] == 0 for run in table.values())
+    assert [[run[f"seconds/{mode}"] for mode in MODES] for run in table.values()] == [
+        [0.5, 2, 0, 0, 0],
+        [0, 2, 0, 0, 0],
+    ]
+    assert relevance_shares(read_race(tmp_path))["suffix-0"].to_numpy().tolist() == [[0.25] * 4] * 2
+
+
 def test_a_model_says_how_many_layers_it_has(tmp_path: Path, run_writer: Writer, learning_row: RowMaker) -> None:
     run_writer(tmp_path, "static", 0, [learning_row(1, 1.0, 2)], {}, model={"name": "tiny", "layers": 4})
     run = measures(tmp_path)["static-0"]
@@ -92,7 +110,7 @@ def test_probes_that_cannot_be_shared_out_are_left_out(
 
 def test_a_race_of_before_has_no_resting_layers(pair_race: Path) -> None:
     race = read_race(pair_race)
-    assert len(resting_rows(race)) == 0 and len(layer_measures(race)) == 0 and relevance_shares(race) == {}
+    assert len(layer_rows(race)) == 0 and len(layer_measures(race)) == 0 and relevance_shares(race) == {}
 
 
 def test_a_row_without_the_number_is_left_out(tmp_path: Path, run_writer: Writer, learning_row: RowMaker) -> None:
