@@ -97,7 +97,7 @@ def study(settings: Settings, device: torch.device) -> Result:
             rows += cell_rows(Cell.of(shape, mask, device), settings.backends, settings.rounds, dtype)
     facts = {"dtype": str(dtype).removeprefix("torch."), "documents_a_row": DOCUMENTS_A_ROW}
     facts["window"] = f"positions // {WINDOW_SHARE}"
-    return Result("attention-backends", rows, panels(rows), NOTES, facts)
+    return Result("attention-backends", rows, panels(rows), NOTES, facts, conclusions(rows))
 
 
 def cell_rows(cell: Cell, backends: Sequence[str], rounds: int, dtype: torch.dtype) -> list[Row]:
@@ -187,6 +187,19 @@ def _time_columns(part: str, quartiles: Quartiles | None, flops: float) -> dict[
     times: dict[str, Any] = {"ms": quartiles.median, "ms_low": quartiles.low, "ms_high": quartiles.high}
     times["tflops"] = flops / quartiles.median / 1e9
     return {f"{part}_{name}": value for name, value in times.items()}
+
+
+def conclusions(rows: Sequence[Row]) -> list[str]:
+    """A line a cell: forward and backward of the fastest backend, and the others' over it."""
+    said = []
+    for cell in dict.fromkeys((row.shape, row.mask) for row in rows):
+        both = {r.backend: r.forward_ms + r.backward_ms for r in rows
+                if (r.shape, r.mask) == cell and r.forward_ms is not None and r.backward_ms is not None}  # fmt: skip
+        order = sorted(both, key=lambda name: both[name])
+        others = "".join(f", {name} {both[name] / both[order[0]]:.2f}x" for name in order[1:])
+        fastest = f"{order[0]} is fastest, {both[order[0]]:.4g} ms{others}" if order else "no backend runs both ways"
+        said.append(f"{' '.join(cell)}, forward and backward: {fastest}")
+    return said
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:

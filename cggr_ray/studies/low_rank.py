@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cggr_ray.data.batch import IGNORE, MicroBatch
+from cggr_ray.studies.conclusions import conclusions
 from cggr_ray.studies.factors import ClosedForm, Factors, break_even_rank, data_aware, plus_diag, rank_of, svd
 from cggr_ray.studies.moments import MomentsOf
 from cggr_ray.studies.result import Panel, Result
@@ -94,7 +95,8 @@ def study(settings: Settings, device: torch.device) -> Result:
                 cost = cost_of(layer, settings.tokens, times)
                 rows.append(Replaced(name, kind, fraction, **quality, **cost, fit_seconds=seconds))
     notes = (*NOTES, "break_even: the rank at which two products cost as many flops as one, of matrices of one shape")
-    return Result("low-rank", rows, panels(rows), notes, trained.facts())
+    concluded = conclusions(rows, trained.full_loss, widest_of(rows))
+    return Result("low-rank", rows, panels(rows), notes, trained.facts(), concluded)
 
 
 @torch.no_grad()
@@ -218,9 +220,14 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+def widest_of(rows: Sequence[Replaced]) -> str:
+    """The kind of which the most matrices are replaced, or the first."""
+    return ALL if any(row.kind == ALL for row in rows) else rows[0].kind
+
+
 def panels(rows: Sequence[Replaced]) -> list[Panel]:
     """Loss and output error by method where the most matrices are replaced, and time by kind."""
-    widest = ALL if any(row.kind == ALL for row in rows) else rows[0].kind
+    widest = widest_of(rows)
     by_method = {row.method: [r for r in rows if r.method == row.method and r.kind == widest] for row in rows}
     by_kind = {row.kind: [r for r in rows if r.kind == row.kind and r.method == rows[0].method] for row in rows}
     loss = {name: [(r.fraction, r.loss_change) for r in found] for name, found in by_method.items()}

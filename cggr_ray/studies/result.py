@@ -37,13 +37,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Result:
-    """`rows` are instances of one dataclass, `facts` what holds for all of them, `notes` how to read the columns."""
+    """`rows` are instances of one dataclass, `facts` what holds for all of them, `notes` how to read the columns,
+    `conclusions` what follows from the rows."""
 
     name: str
     rows: Sequence[Any]
     panels: Sequence[Panel]
     notes: Sequence[str]
     facts: Mapping[str, Any]
+    conclusions: Sequence[str]
 
     def write(self, folder: Path, settings: Any, device: torch.device, seconds: float) -> Path:
         """Writes NAME.json, NAME.png and NAME.md; the path of the last."""
@@ -55,6 +57,7 @@ class Result:
             "versions": fingerprint(),
             "device": device_fingerprint(device),
             "seconds": seconds,
+            "conclusions": list(self.conclusions),
             "facts": dict(self.facts),
             "notes": list(self.notes),
             "rows": rows,
@@ -70,7 +73,9 @@ class Result:
         ran = f"{where['name']}, torch {versions['torch']}, commit {versions['commit'] or 'unknown'}."
         facts = "".join(f"* {key}: {_cell(value)}\n" for key, value in self.facts.items())
         notes = "".join(f"* {note}\n" for note in self.notes)
-        return f"# {self.name}\n\n{ran}\n\n{facts}{notes}\n{table(rows)}\n\n![{self.name}]({self.name}.png)\n"
+        concluded = "".join(f"* {conclusion}\n" for conclusion in self.conclusions)
+        plot = f"![{self.name}]({self.name}.png)\n"
+        return f"# {self.name}\n\n{ran}\n\n{concluded}\n## Rows\n\n{facts}{notes}\n{table(rows)}\n\n{plot}"
 
 
 def device_fingerprint(device: torch.device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cggr_ray.models.families import activation
 from cggr_ray.models.presets import ModelSpec
+from cggr_ray.studies.conclusions import conclusions
 from cggr_ray.studies.factors import damped
 from cggr_ray.studies.moments import MomentsOf
 from cggr_ray.studies.result import Panel, Result
@@ -94,7 +95,8 @@ def study(settings: Settings, device: torch.device) -> Result:
         "kept: channels of a layer, in whole blocks; fraction: of all of them; break_even: all of them, since every "
         "dropped block saves flops",
     )
-    return Result("structured-mlp", rows, panels(rows), notes, {**trained.facts(), "channels": inner})
+    facts, concluded = trained.facts() | {"channels": inner}, conclusions(rows, trained.full_loss, KIND)
+    return Result("structured-mlp", rows, panels(rows), notes, facts, concluded)
 
 
 def pattern_row(trained: Trained, calibration: MomentsOf, heldout: MomentsOf, downs: Sequence[Matrix]) -> Replaced:

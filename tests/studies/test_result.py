@@ -31,10 +31,12 @@ class Settings:
 def test_a_result_is_written_whole(tmp_path: Path) -> None:
     rows = [Row("a|b", 0.123456), Row("c", float("nan")), Row("d", None)]
     panels = [Panel("t", "x", "y", {"a": [(1, 2.0), (2, -1.0)], "b": [("word", 1.0)]}, log_y=True)]
-    path = Result("demo", rows, panels, ["a note"], {"fact": 1.5}).write(tmp_path / "new", Settings(), CPU, 2.0)
+    result = Result("demo", rows, panels, ["a note"], {"fact": 1.5}, ["it follows"])
+    path = result.write(tmp_path / "new", Settings(), CPU, 2.0)
     record = json.loads((tmp_path / "new" / "demo.json").read_text(), parse_constant=pytest.fail)
     assert [row["value"] for row in record["rows"]] == [0.123456, "nan", None]
     assert record["settings"] == {"sizes": [1, 2]} and record["seconds"] == 2.0 and record["facts"] == {"fact": 1.5}
+    assert record["conclusions"] == ["it follows"] and "* it follows\n" in path.read_text()
     assert record["versions"]["torch"] and record["device"]["type"] == "cpu" and record["device"]["cores"] >= 1
     assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "| a\\|b | 0.1235 |" in path.read_text() and "missing" not in path.read_text()

@@ -26,7 +26,9 @@ def run(out: Path, device: str, name: str, *options: str) -> dict[str, Any]:
     assert f"# {name}" in done.output and str(out) in done.output
     record: dict[str, Any] = json.loads((out / f"{name}.json").read_text(), parse_constant=pytest.fail)
     assert record["study"] == name and record["versions"]["torch"] and record["device"]["type"] == device
-    assert len((out / f"{name}.md").read_text().splitlines()) > len(record["rows"])
+    page = (out / f"{name}.md").read_text()
+    assert len(page.splitlines()) > len(record["rows"]) and record["conclusions"]
+    assert all(f"* {line}\n" in page and line in done.output for line in record["conclusions"])
     return record
 
 
