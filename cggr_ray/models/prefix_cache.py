@@ -10,6 +10,7 @@ Shapes: B rows of T positions, N = B T, D width, P positions of the data set.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class PrefixCache:
         positions: P. file: where what the device does not hold is kept; its owner removes it.
     Raises:
         ValueError: it does not hold all positions, without which hardly a micro-batch would be there whole.
+        OSError: the disk has no room for the file.
     """
 
     def __init__(
@@ -59,7 +61,10 @@ class PrefixCache:
                              f"{positions * row / GIB:.2f} GiB")  # fmt: skip
         self._memory = torch.zeros(here, width, dtype=dtype, device=device)
         # Bytes, as files know nothing of bf16.
-        self._file = np.memmap(file, np.uint8, "w+", shape=(there, row)) if there else None
+        self._file: np.memmap | None = None
+        if there:
+            reserve(file, there * row)
+            self._file = np.memmap(file, np.uint8, "r+", shape=(there, row))
         self._here = here
         self._filled = np.zeros(positions, bool)
         self._writing: list[tuple[np.ndarray, Tensor, torch.cuda.Event | None]] = []
@@ -121,6 +126,15 @@ class PrefixCache:
             self._file[ids - self._here] = rows.view(torch.uint8).numpy()
             self._filled[ids] = True
         self._writing = waiting
+
+
+def reserve(path: Path, size: int) -> None:
+    """Makes a file of so many bytes, all of which the disk has: a mapped file that meets a full one is a SIGBUS."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        # macOS has none.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def moved(index: np.ndarray, device: torch.device) -> Tensor:

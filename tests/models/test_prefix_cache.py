@@ -112,6 +112,12 @@ def test_a_cache_that_does_not_hold_everything_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "kept.bin").exists()
 
 
+def test_the_disk_gives_its_room_before_the_first_step(tmp_path: Path) -> None:
+    cache_of(tmp_path, 50, 76)
+    file = (tmp_path / "kept.bin").stat()
+    assert file.st_size == 76 * ROW and file.st_blocks * 512 >= file.st_size
+
+
 def test_what_is_kept_is_not_written_again(tmp_path: Path) -> None:
     adapter = Adapter(small_model("llama"))
     adapter.set_active_layers((False, False, True))
