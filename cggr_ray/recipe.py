@@ -122,8 +122,9 @@ class Recipe(Plain):
         if isinstance(matrix, GaLore) and matrix.full_rank:
             raise ValueError(f"updates {kind!r} with full_rank = {matrix.full_rank}; accepted: one of the two, a layer "
                              "that rests could be drawn")  # fmt: skip
-        if isinstance(matrix, GaLore) and getattr(updates, "relevance", None) in WHOLE_GRADIENT:
-            raise ValueError("relevance of weights or updates with GaLore, whose gradients are projected; "
+        relevance = getattr(updates, "relevance", None)
+        if isinstance(matrix, GaLore) and relevance in WHOLE_GRADIENT:
+            raise ValueError(f"relevance = {relevance!r} with GaLore, whose gradients are projected; "
                              "accepted: gradient_norm, fisher")  # fmt: skip
         if isinstance(updates, RandomBlocks) and self.execution.cuda_graphs:
             raise ValueError("updates 'random_blocks' with cuda_graphs; accepted: without, as there are too many draws "

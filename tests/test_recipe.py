@@ -134,7 +134,7 @@ def test_an_unknown_recipe_names_the_nearest_and_all(tmp_path: Path) -> None:
         ),
         (
             {"updates": {"kind": "dynamic_suffix", "relevance": "decrease"}, "optimizer.matrix": {"kind": "galore"}},
-            "GaLore, whose gradients are projected",
+            "relevance = 'decrease' with GaLore, whose gradients are projected",
         ),
         ({"updates": {"kind": "random_blocks"}, "execution.cuda_graphs": True}, "'random_blocks' with cuda_graphs"),
     ],

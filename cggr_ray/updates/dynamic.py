@@ -106,7 +106,7 @@ class DynamicSuffix:
     """The last layers learn, as many as hold `threshold` of the relevance.
 
     `smallest`, `largest`, `levels`: the fractions of the layers between which there are so many depths. `hysteresis`:
-    probes in a row that must ask for another depth; until they have, every layer learns. The schedule starts at
+    probes in a row that must ask for another depth; until they first have, every layer learns. The schedule starts at
     `full_until` of the budget, and not before the loss is steady where `stability` is set; from `full_from` every layer
     learns again.
     """

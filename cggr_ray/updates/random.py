@@ -52,7 +52,10 @@ class RandomBlocks:
 
 @dataclass(frozen=True)
 class RandomSuffix:
-    """Control: the last layers learn, as many as one of `levels` between two fractions, drawn every `every` steps."""
+    """Control: the last layers learn, as many as one of `levels` between two fractions, drawn every `every` steps.
+
+    In the mean (smallest + largest) / 2 of the layers learn: to be set to what the arm that it controls comes to.
+    """
 
     IS_PART: ClassVar[bool] = True
 
