@@ -70,7 +70,8 @@ class Stability:
 class Limits:
     """Moves the smallest and the largest number of layers by a level with the moving average of the probes' loss.
 
-    Up where it rose above `upper` times what it was at the last move, down where it fell below `lower` times that.
+    Up where it rose above `upper` times what it was at the last move, down where it fell below `lower` times that. If
+    positions are chosen, the loss is theirs, and rises as fewer of them are kept.
     """
 
     upper: float = 1.02
