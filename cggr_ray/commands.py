@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import typer
 from rich.console import Console
 
@@ -184,7 +185,9 @@ def check_executor(executor: str, spec: RaceSpec) -> None:
 
 def check_tokens(spec: RaceSpec, recipes: Iterable[Recipe], data_folder: Path) -> None:
     """Whether the model, and the reference models that recipes name, read the tokens of the prepared data, and have the
-    positions that an evaluation asks for."""
+    positions that an evaluation asks for; and whether what recipes keep of activations holds all positions."""
+    recipes = list(recipes)
+    check_caches(spec, recipes, data_folder)
     references = {recipe.reference for recipe in recipes if recipe.reference is not None}
     if not references and spec.evaluation is None and spec.model.pretrained is None and spec.model.vocab_size is None:
         return
@@ -194,6 +197,17 @@ def check_tokens(spec: RaceSpec, recipes: Iterable[Recipe], data_folder: Path) -
         check_reference(reference, data)
     if spec.evaluation is not None:
         spec.evaluation.asked(data.tokenizer, spec.model.config())
+
+
+def check_caches(spec: RaceSpec, recipes: Sequence[Recipe], data_folder: Path) -> None:
+    """Whether what recipes keep of activations holds all positions; where the device is not known here, in the smaller
+    of the dtypes that it may come to."""
+    devices = [torch.device(name) for name in (("cpu", "cuda") if spec.device == "auto" else (spec.device,))]
+    for recipe in recipes:
+        if (cache := recipe.execution.activation_cache) is not None:
+            width = spec.model.config().get_text_config().hidden_size
+            row = width * min(recipe.execution.dtype(device).itemsize for device in devices)
+            cache.shares(open_data(spec.data, data_folder).num_positions, row)
 
 
 def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
@@ -237,8 +251,6 @@ def data_preset(name: str) -> tuple[AnySource, ...]:
 
 
 def default_race(device: str) -> str:
-    import torch
-
     return "gpu" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 

@@ -184,6 +184,23 @@ def test_a_model_folder_without_safetensors_is_refused(
     assert "has no *.safetensors; accepted" in fails(monkeypatch, capsys, "race", spec)
 
 
+def test_a_cache_that_does_not_hold_the_data_is_refused_before_the_first_trial(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "mine.toml", tmp_path / "out"
+    file.write_text(
+        'recipes = ["baseline", "static_suffix"]\nbudget_seconds = 1.0\nglobal_rows = 2\nmicro_rows = 2\n'
+        '[model]\npreset = "tiny"\ntie_embeddings = false\n'
+        '[data]\nrow_tokens = 64\nval_documents = 4\n[[data.sources]]\nkind = "problems"\nname = "p"\ncount = 60\n'
+        '[arms.static_suffix]\n"execution.activation_cache" = { memory_gib = 0.001 }\n'
+    )
+    # Of a width of 128, in float32 on a CPU, and in the half of that where a GPU may take it.
+    for device, row in (("cpu", 512), ("auto", 256)):
+        said = fails(monkeypatch, capsys, "race", file, "--device", device, "--out", out / device)
+        assert f"positions of {row} bytes; accepted: together at least 0.00" in said
+        assert not (out / device / "runs").exists()
+
+
 def test_two_commands_do_not_run_trials_of_a_race_at_the_same_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

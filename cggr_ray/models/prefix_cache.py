@@ -10,6 +10,7 @@ Shapes: B rows of T positions, N = B T, D width, P positions of the data set.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,21 @@ class ActivationCache:
         if self.memory_gib < 0 or self.disk_gib < 0 or self.memory_gib + self.disk_gib == 0:
             raise ValueError(f"{self}; accepted: 0 or more GiB of each, and some of one")
 
+    def shares(self, positions: int, row: int) -> tuple[int, int]:
+        """How many positions of `row` bytes the device holds, and how many the file.
+
+        Raises:
+            ValueError: together they do not hold all, without which hardly a micro-batch would be there whole.
+        """
+        here = min(positions, int(self.memory_gib * GIB) // row)
+        if positions - here > int(self.disk_gib * GIB) // row:
+            # Rounded up, and a row more, as each of the two may hold a part of one that is of no use.
+            enough = math.ceil((positions + 1) * row / GIB * 1000) / 1000
+            raise ValueError(
+                f"{self} for {positions} positions of {row} bytes; accepted: together at least {enough:g} GiB"
+            )
+        return here, positions - here
+
 
 class PrefixCache:
     """The running cache of one model.
@@ -46,7 +62,7 @@ class PrefixCache:
     Args:
         positions: P. file: where what the device does not hold is kept; its owner removes it.
     Raises:
-        ValueError: it does not hold all positions, without which hardly a micro-batch would be there whole.
+        ValueError: it does not hold all positions.
         OSError: the disk has no room for the file.
     """
 
@@ -54,11 +70,7 @@ class PrefixCache:
         self, config: ActivationCache, positions: int, width: int, dtype: torch.dtype, device: torch.device, file: Path
     ) -> None:
         row = width * dtype.itemsize
-        here = min(positions, int(config.memory_gib * GIB) // row)
-        there = positions - here
-        if there > int(config.disk_gib * GIB) // row:
-            raise ValueError(f"{config} for {positions} positions of {row} bytes; accepted: together at least "
-                             f"{positions * row / GIB:.2f} GiB")  # fmt: skip
+        here, there = config.shares(positions, row)
         self._memory = torch.zeros(here, width, dtype=dtype, device=device)
         # Bytes, as files know nothing of bf16.
         self._file: np.memmap | None = None

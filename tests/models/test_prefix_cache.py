@@ -112,6 +112,17 @@ def test_a_cache_that_does_not_hold_everything_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "kept.bin").exists()
 
 
+@pytest.mark.parametrize("positions, row", [(126, 128), (68_150, 512), (5_000_001, 3072)])
+def test_what_is_said_to_be_enough_is(positions: int, row: int) -> None:
+    with pytest.raises(ValueError, match="together at least") as refused:
+        ActivationCache(1e-6).shares(positions, row)
+    enough = float(str(refused.value).split()[-2])
+    assert enough < positions * row / GIB + 0.0011
+    for memory in (enough, enough / 3):
+        here, there = ActivationCache(memory, enough - memory).shares(positions, row)
+        assert here + there == positions and here * row <= memory * GIB and there * row <= (enough - memory) * GIB
+
+
 def test_the_disk_gives_its_room_before_the_first_step(tmp_path: Path) -> None:
     cache_of(tmp_path, 50, 76)
     file = (tmp_path / "kept.bin").stat()
