@@ -334,9 +334,9 @@ def reproduce(run: Path, out: Path | None) -> None:
 
 
 def study(name: str, values: Mapping[str, Any], out: Path | None, device: str) -> None:
-    """Runs a study and prints its table and its folder."""
+    """Runs a study; prints what it finds as it goes, its table and its folder."""
     from cggr_ray.studies import run_study
 
-    path = run_study(name, values, out or new_folder(name), pick_device(device))
+    path = run_study(name, values, out or new_folder(name), pick_device(device), typer.echo)
     typer.echo(path.read_text())
     typer.echo(f"study: {path.parent}")

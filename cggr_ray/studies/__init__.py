@@ -1,7 +1,8 @@
 """Studies by name: what could make a step cheaper, measured on trained weights and on this device.
 
 A study is a module with a dataclass of settings, checked before anything heavy, and a function from settings to a
-result. `run_study` writes the result into a folder: NAME.json, NAME.png, NAME.md.
+result, which says what it has found as it goes. `run_study` writes the result into a folder: NAME.json, NAME.png,
+NAME.md.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from cggr_ray.codec import from_plain, nearest
 if TYPE_CHECKING:
     import torch
 
-    from cggr_ray.studies.result import Result
+    from cggr_ray.studies.result import Result, Say
+
+    Study = Callable[[Any, torch.device, Say], Result]
 
 NAMES = ("low-rank", "structured-mlp", "attention-backends")
 
 
-def run_study(name: str, values: Mapping[str, Any], folder: Path, device: torch.device) -> Path:
-    """Runs a study with settings in the place of its defaults; the path of its Markdown table.
+def run_study(name: str, values: Mapping[str, Any], folder: Path, device: torch.device, say: Say) -> Path:
+    """Runs a study with settings in the place of its defaults; the path of its Markdown table. `say` hears of each part
+    as soon as it is measured.
 
     Raises:
         ValueError: unknown study, a setting it does not have or does not accept, or a folder that is not empty.
@@ -34,14 +38,14 @@ def run_study(name: str, values: Mapping[str, Any], folder: Path, device: torch.
     settings_type, study = _study(name)
     settings = from_plain(settings_type, values)
     start = time.perf_counter()
-    result = study(settings, device)
+    result = study(settings, device, say)
     return result.write(folder, settings, device, time.perf_counter() - start)
 
 
-def _study(name: str) -> tuple[type, Callable[[Any, torch.device], Result]]:
+def _study(name: str) -> tuple[type, Study]:
     from cggr_ray.studies import attention_backends, low_rank, structured_mlp
 
-    table: dict[str, tuple[type, Callable[[Any, torch.device], Result]]] = {
+    table: dict[str, tuple[type, Study]] = {
         "low-rank": (low_rank.Settings, low_rank.study),
         "structured-mlp": (structured_mlp.Settings, structured_mlp.study),
         "attention-backends": (attention_backends.Settings, attention_backends.study),

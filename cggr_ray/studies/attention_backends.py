@@ -26,7 +26,7 @@ from cggr_ray.studies.attention import (
     Inputs,
     exact,
 )
-from cggr_ray.studies.result import Panel, Result
+from cggr_ray.studies.result import Panel, Result, Say
 from cggr_ray.studies.timing import Prepare, Quartiles, interleaved, peak_mib
 from cggr_ray.studies.trained import check_names
 
@@ -78,6 +78,9 @@ class Row:
     gradient_error: float | None = None
     unavailable: str | None = None
 
+    def timed(self) -> str:
+        return f"{self.backend} not" if self.forward_ms is None else f"{self.backend} {self.forward_ms:.3g} ms"
+
 
 NOTES = (
     "ms: median; low and high: quartiles of interleaved rounds, the backward without its forward",
@@ -87,14 +90,16 @@ NOTES = (
 )
 
 
-def study(settings: Settings, device: torch.device) -> Result:
+def study(settings: Settings, device: torch.device, say: Say) -> Result:
     """Every backend on every mask and shape, those of a cell in the same rounds."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = [AttentionShape.parse(text) for text in settings.shapes or SHAPES[device.type]]
     rows: list[Row] = []
     for shape in shapes:
         for mask in settings.masks:
-            rows += cell_rows(Cell.of(shape, mask, device), settings.backends, settings.rounds, dtype)
+            found = cell_rows(Cell.of(shape, mask, device), settings.backends, settings.rounds, dtype)
+            rows += found
+            say(f"{shape} {mask}: {', '.join(map(Row.timed, found))}")
     facts = {"dtype": str(dtype).removeprefix("torch."), "documents_a_row": DOCUMENTS_A_ROW}
     facts["window"] = f"positions // {WINDOW_SHARE}"
     return Result("attention-backends", rows, panels(rows), NOTES, facts, conclusions(rows))

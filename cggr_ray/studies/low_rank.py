@@ -20,7 +20,7 @@ from cggr_ray.data.batch import IGNORE, MicroBatch
 from cggr_ray.studies.conclusions import conclusions
 from cggr_ray.studies.factors import ClosedForm, Factors, break_even_rank, data_aware, plus_diag, rank_of, svd
 from cggr_ray.studies.moments import MomentsOf
-from cggr_ray.studies.result import Panel, Result
+from cggr_ray.studies.result import Panel, Result, Say
 from cggr_ray.studies.timing import Prepare, interleaved, settled
 from cggr_ray.studies.trained import (
     KINDS,
@@ -73,7 +73,7 @@ def unchanged(_: Trained, __: Settings, ___: Sequence[Matrix], factors: list[Fac
     return factors
 
 
-def study(settings: Settings, device: torch.device) -> Result:
+def study(settings: Settings, device: torch.device, say: Say) -> Result:
     """Every method at every rank, for each kind of matrix and for all of them."""
     trained = Trained(settings, device)
     calibration, heldout = trained.moments(trained.calibration), trained.moments(trained.heldout)
@@ -94,6 +94,7 @@ def study(settings: Settings, device: torch.device) -> Result:
                 layer = [(shape_of(m), f) for m, f in zip(matrices, factors, strict=True) if m.layer == 0]
                 cost = cost_of(layer, settings.tokens, times)
                 rows.append(Replaced(name, kind, fraction, **quality, **cost, fit_seconds=seconds))
+                say(rows[-1].line())
     notes = (*NOTES, "break_even: the rank at which two products cost as many flops as one, of matrices of one shape")
     concluded = conclusions(rows, trained.full_loss, widest_of(rows))
     return Result("low-rank", rows, panels(rows), notes, trained.facts(), concluded)

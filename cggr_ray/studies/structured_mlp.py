@@ -24,7 +24,7 @@ from cggr_ray.models.presets import ModelSpec
 from cggr_ray.studies.conclusions import conclusions
 from cggr_ray.studies.factors import damped
 from cggr_ray.studies.moments import MomentsOf
-from cggr_ray.studies.result import Panel, Result
+from cggr_ray.studies.result import Panel, Result, Say
 from cggr_ray.studies.timing import Prepare, interleaved, settled
 from cggr_ray.studies.trained import (
     NOTES,
@@ -59,7 +59,7 @@ class Settings(TrainedSettings):
             raise ValueError(f"pattern with {inner} channels; accepted: a multiple of 4, or no pattern")
 
 
-def study(settings: Settings, device: torch.device) -> Result:
+def study(settings: Settings, device: torch.device, say: Say) -> Result:
     """Every method at every kept fraction, in all layers at once."""
     trained = Trained(settings, device)
     calibration, heldout = trained.moments(trained.calibration), trained.moments(trained.heldout)
@@ -87,8 +87,10 @@ def study(settings: Settings, device: torch.device) -> Result:
             seconds = settled(device) - start
             quality = trained.quality(heldout, downs, weights)
             rows.append(Replaced(name, KIND, channels / inner, **quality, **cost, fit_seconds=seconds))
+            say(rows[-1].line())
     if settings.pattern:
         rows.append(pattern_row(trained, calibration, heldout, downs))
+        say(rows[-1].line())
     notes = (
         *NOTES,
         "errors are those of W_down; times and flops are of the whole MLP, its three products and its activation",

@@ -99,6 +99,9 @@ class Replaced:
     flops_full: int | None = None
     flops: int | None = None
 
+    def line(self) -> str:
+        return f"{self.method} {self.kind} at {self.fraction:.3g}: loss {self.loss_change:+.4f} nats/token"
+
 
 NOTES = (
     "weight_error: |W - W'|_F / |W|_F; output_error: |X (W - W')^T|_F / |X W^T|_F on held-out activations of the full "

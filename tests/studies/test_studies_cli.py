@@ -27,9 +27,19 @@ def run(out: Path, device: str, name: str, *options: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((out / f"{name}.json").read_text(), parse_constant=pytest.fail)
     assert record["study"] == name and record["versions"]["torch"] and record["device"]["type"] == device
     page = (out / f"{name}.md").read_text()
+    # A line for what is found, before the table.
+    heard = done.output[: done.output.index(f"# {name}")]
+    assert all(said(name, row) in heard for row in record["rows"])
     assert len(page.splitlines()) > len(record["rows"]) and record["conclusions"]
     assert all(f"* {line}\n" in page and line in done.output for line in record["conclusions"])
     return record
+
+
+def said(name: str, row: dict[str, Any]) -> str:
+    """What a study says of a row as soon as it is measured."""
+    if name == "attention-backends":
+        return f"{row['shape']} {row['mask']}: "
+    return f"{row['method']} {row['kind']} at {row['fraction']:.3g}: loss {row['loss_change']:+.4f} nats/token\n"
 
 
 @on_every_device
