@@ -1,6 +1,7 @@
 """Calibration: for every arm of a race the largest micro-batch that fits, found by trying, before the clock starts.
 
-A few real steps a try (`fits`), each in a fresh process: twice the rows until they do not fit, then halfway between.
+A few real steps a try (`fits`), each in a fresh process: what the peaks before let expect, until it is known what fits and
+what does not.
 What is found is tried again, for longer and as often as asked, with all that a run writes, and with generation where
 the race has an evaluation; if that fails, a smaller size is, unless the smallest fails too. Every try leaves a part of
 the memory free, the head-room.
@@ -94,21 +95,46 @@ def sizes_of(part: RowsPart, global_rows: int, grows: bool) -> list[int]:
     return found
 
 
-def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+def largest(sizes: Sequence[int], peak: Callable[[int], float | None], limit: float) -> int | None:
     """The largest of ascending sizes that fits, or one that is close; None where the smallest does not.
 
-    Larger sizes are taken to fit no better. The last one is never passed.
+    Larger sizes are taken to fit no better. The last one is never passed. What is tried next is where the peaks that
+    are known would meet the limit; if they are wrong, twice as much further every time, or halfway between.
+
+    Args:
+        peak: MiB of a size, None where it does not fit.
     """
-    low, high, at = -1, len(sizes), 0
-    while at < high:
-        if fits(sizes[at]):
-            low, at = at, max(at + 1, bisect_right(sizes, 2 * sizes[at]) - 1)
-        else:
+    low, high, at, gap = -1, len(sizes), 0, 1
+    known: list[tuple[int, float]] = []
+    while True:
+        found = peak(sizes[at])
+        if found is None:
             high = at
-    while high - low > 1 and sizes[high] - sizes[low] > max(1, CLOSE * sizes[low]):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+        else:
+            low = at
+            known.append((sizes[at], found))
+        if high - low <= 1:
+            break
+        expected = _expected(known, limit)
+        if high == len(sizes):
+            further = sizes[low] + gap
+            at = max(low + 1, bisect_right(sizes, max(expected, further)) - 1)
+            gap = 1 if expected >= further else 2 * gap
+        elif sizes[high] - sizes[low] <= CLOSE * sizes[low]:
+            break
+        else:
+            guess = bisect_right(sizes, expected) - 1
+            at = guess if low < guess < high else (low + high) // 2
     return sizes[low] if low >= 0 else None
+
+
+def _expected(known: Sequence[tuple[int, float]], limit: float) -> float:
+    """The size whose peak is the limit, by the last two that fit; twice the first."""
+    if len(known) == 1:
+        return 2.0 * known[0][0]
+    (before, lower), (size, peak) = known[-2:]
+    slope = (peak - lower) / (size - before)
+    return size + (limit - peak) / slope if slope > 0 else float("inf")
 
 
 class Calibration:
@@ -151,7 +177,13 @@ class Calibration:
         self.arms[name] = entry
         global_rows = self._global_rows(name)
         sizes = sizes_of(self.spec.recipe(name).rows, global_rows, self.settings.scale_batch)
-        found = largest(sizes, lambda size: self._try(entry, name, size, SEARCH_STEPS, verifies=False))
+
+        def peak(size: int) -> float | None:
+            return (
+                entry["tries"][-1]["peak_mib"] if self._try(entry, name, size, SEARCH_STEPS, verifies=False) else None
+            )
+
+        found = largest(sizes, peak, self._limit)
         if found is not None and not self._verified(entry, name, found):
             found = self._stepped_back(entry, name, sizes, found)
         # Nothing larger was of use: memory has set no limit.

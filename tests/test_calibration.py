@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,19 +139,43 @@ def test_what_a_curriculum_never_keeps_need_not_fit() -> None:
 # The search
 
 
+# Peaks in MiB of so many rows, of which `most` are the last that fit in 1000.
+PEAKS: dict[str, Callable[[int, int], float]] = {
+    "in proportion": lambda size, most: 1000 * size / (most + 0.5),
+    "above what is always there": lambda size, most: 700 + 300 * size / (most + 0.5),
+    "with a jump": lambda size, most: 1000 * size / (most + 0.5) - (200 if size < most / 2 else 0),
+    "an allocator that takes what there is": lambda size, most: min(990.0, 3000 * size / (most + 0.5)),
+    "of no use": lambda size, most: 500.0,
+}
+
+
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 5, 8, 13, 31, 60, 64, 99])
 @pytest.mark.parametrize("sizes", [range(1, 65), (1, 2, 4, 8, 16, 32, 64), (4, 8, 12, 24, 60), (3,)])
-def test_the_largest_size_is_found_by_trying_few(sizes: range | tuple[int, ...], most: int) -> None:
+@pytest.mark.parametrize("peaks", PEAKS)
+def test_the_largest_size_is_found_by_trying_few(peaks: str, sizes: range | tuple[int, ...], most: int) -> None:
     tried: list[int] = []
 
-    def fits(size: int) -> bool:
+    def peak(size: int) -> float | None:
         tried.append(size)
-        return size <= most
+        return PEAKS[peaks](size, most) if size <= most else None
 
-    found, best = largest(sizes, fits), max((size for size in sizes if size <= most), default=None)
+    found, best = largest(sizes, peak, 1000.0), max((size for size in sizes if size <= most), default=None)
     assert found == best or (found is not None and best is not None and 0 <= best - found <= CLOSE * best)
     assert len(tried) == len(set(tried)) <= 2 * len(sizes).bit_length() + 1 and set(tried) <= set(sizes)
     assert sum(size > most for size in tried) <= len(sizes).bit_length()
+
+
+@pytest.mark.parametrize("most", [4, 22, 57, 300])
+@pytest.mark.parametrize("peaks", ["in proportion", "above what is always there"])
+def test_peaks_that_grow_evenly_are_met_at_once(peaks: str, most: int) -> None:
+    tried: list[int] = []
+
+    def peak(size: int) -> float | None:
+        tried.append(size)
+        return PEAKS[peaks](size, most) if size <= most else None
+
+    assert largest(range(1, 4097), peak, 1000.0) == most
+    assert tried == [1, 2, most, most + 1]
 
 
 def test_sizes_divide_a_step_and_grow_where_that_is_asked() -> None:
@@ -194,7 +219,7 @@ class Memory:
         self.written.append(writes)
         name, rows = trial.recipe.name, trial.race.micro_rows
         most = self.most[name] if trial.race.budget_seconds == 2 else self.lasting.get(name, self.most[name])
-        return Answer(rows <= most, min(rows, most) * 10.0, "" if rows <= most else "no memory")
+        return Answer(rows <= most, limit_mib * min(1.0, rows / (most + 0.5)), "" if rows <= most else "no memory")
 
 
 def calibrate(spec: RaceSpec, memory: Memory, file: Path, settings: Settings, again: bool = False) -> dict[str, Any]:
@@ -226,7 +251,7 @@ def test_what_is_found_is_verified_kept_and_raced(tmp_path: Path) -> None:
     assert trial.race.step_seconds == 1 and trial.race.budget_seconds == 2 and trial.race.micro_rows == 1
     write_calibrated(SPEC, notes(SETTINGS, arms), arms, tmp_path / "calibrated.toml")
     text = (tmp_path / "calibrated.toml").read_text()
-    assert "# baseline: 2 rows fit, 20 MiB at the peak of 950, 16 rows a step" in text
+    assert "# baseline: 2 rows fit, 543 MiB at the peak of 950, 16 rows a step" in text
     assert "# random_tokens: 16 rows fit, and no more were of use" in text
     race = load_race(str(tmp_path / "calibrated.toml"))
     assert race == replace(calibrated(SPEC, arms), name="small") and race.rows_of("baseline") == (16, 2)
