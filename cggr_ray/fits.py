@@ -6,8 +6,8 @@ The run is a trial's own: warm-up at every level, steps over the whole schedule 
 validation, the largest batch of generation where the trial is asked questions; and, where it verifies, a checkpoint,
 and the model where the race keeps it: of a large model tens of gigabytes, too slow for every step of a search. The
 limit is the head-room: on a GPU the allocator of the process may use a part of the memory, on a CPU the process may
-have so many bytes of data (RLIMIT_DATA), so that an allocation beyond truly fails. Any error but that of an allocator
-ends the process.
+have so many bytes of data (RLIMIT_DATA), so that an allocation beyond truly fails. Any error but want of memory ends
+the process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import torch
 
 from cggr_ray.codec import Plain
 from cggr_ray.data.batch import Batch
-from cggr_ray.device import pick_device
 from cggr_ray.loop import Run
 from cggr_ray.out_of_memory import FAILURES, first_line, is_out_of_memory
 from cggr_ray.race import Trial
@@ -33,6 +32,8 @@ from cggr_ray.warmup import warm_up
 
 # Of what a process that failed has said.
 LAST_CHARACTERS = 2000
+# How a process near its limit fails beside its allocators: a thread finds no room for its stack, a library for itself.
+LIMIT_TEXTS = ("can't start new thread", "failed to map segment from shared object")
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class SmallRun(Run):
                     self.milestones.suite.fill(self.learner.adapter.model)
                 if self._writes:
                     self._write()
-        except FAILURES as error:
-            if not is_out_of_memory(error):
+        except (*FAILURES, ImportError) as error:
+            if not (is_out_of_memory(error) or any(text in str(error) for text in LIMIT_TEXTS)):
                 raise
             return Answer(False, self.peak, first_line(error))
         return Answer(True, self.peak)
@@ -141,8 +142,10 @@ def ask(trial: Trial, limit_mib: float, writes: bool) -> Answer:
 
 def main(question: str, answer: str) -> None:
     asked = Question.from_plain(json.loads(Path(question).read_text()))
-    limit(pick_device(asked.trial.race.device), asked.limit_mib)
-    Path(answer).write_text(json.dumps(SmallRun(asked.trial, asked.writes).fits().to_plain()))
+    # What it imports comes before the limit: without it not even an answer could be given.
+    run = SmallRun(asked.trial, asked.writes)
+    limit(run.device, asked.limit_mib)
+    Path(answer).write_text(json.dumps(run.fits().to_plain()))
 
 
 if __name__ == "__main__":

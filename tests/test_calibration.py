@@ -392,6 +392,31 @@ def test_a_try_that_verifies_writes_what_a_run_writes(
     assert searching.fits and not answer.fits and "CUBLAS_STATUS_ALLOC_FAILED" in answer.message
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ImportError])
+def test_a_thread_or_a_library_that_finds_no_room_is_want_of_memory(
+    error: type[Exception], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trial,) = plan_trials(trial_spec(replace(SPEC, recipes=("baseline",)), "baseline", 1, 1, 1, False), tmp_path)
+    said = {
+        RuntimeError: "can't start new thread",
+        ImportError: "/usr/lib/_lsprof.so: failed to map segment from shared object",
+    }
+
+    def fails(text: str) -> Callable[..., None]:
+        def fail(*arguments: Any) -> None:
+            raise error(text)
+
+        return fail
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cggr_ray.checkpoint.save", fails(said[error]))
+        answer = SmallRun(trial.placed(tmp_path / "try", data_folder)).fits()
+        assert (answer.fits, answer.message) == (False, said[error])
+        patched.setattr("cggr_ray.checkpoint.save", fails("a mistake"))
+        with pytest.raises(error, match="a mistake"):
+            SmallRun(trial.placed(tmp_path / "again", data_folder)).fits()
+
+
 def test_a_try_keeps_what_it_writes_in_its_own_folder(data_folder: Path, tmp_path: Path) -> None:
     spec = replace(SPEC, recipes=("baseline",), save_model=True)
     (trial,) = plan_trials(trial_spec(spec, "baseline", 1, 1, 1, verifies=False), tmp_path)
@@ -415,6 +440,9 @@ def test_a_real_limit_is_run_into_and_nothing_is_left(data_folder: Path, tmp_pat
     assert small.fits and 200 < small.peak_mib < 600 and small.message == ""
     large = ask(tried(tmp_path, data_folder, 128), 600.0, True)
     assert not large.fits and "can't allocate memory" in large.message and large.peak_mib < 620
+    # Less than the libraries take: nothing fits, and that is an answer too.
+    nothing = ask(tried(tmp_path, data_folder, 1), 100.0)
+    assert not nothing.fits and nothing.message
     assert list(tmp_path.iterdir()) == []
 
 
