@@ -24,6 +24,7 @@ from analysis.columns import of_kind, parse, surviving, to_frame
 from cggr_ray.schema import (
     EVAL,
     EVALUATION_FOLDER,
+    FAILURE_FILE,
     FRACTION,
     KIND,
     LATE_FILE,
@@ -43,7 +44,8 @@ from cggr_ray.schema import (
 
 IDENTITY = ("trial_id", "recipe", "seed")
 POSITION = (STEP, FRACTION, TRAIN_SECONDS, WALL_SECONDS, TOKENS_SEEN)
-UNFINISHED = "unfinished"
+# Statuses of runs without a summary: one may still end well, the other failed every time it was started.
+UNFINISHED, FAILED = "unfinished", "failed"
 KINDS: tuple[str, ...] = get_args(RowKind)
 # The marks of the data order stay one object: their keys are row counts, not names.
 WHOLE = ("order", "spec")
@@ -120,12 +122,15 @@ def read_race(folder: Path | str) -> Race:
 
 def read_run(folder: Path) -> tuple[Row, pa.Table, pa.Table]:
     """The row of one run for the runs frame, and its surviving steps and milestones in the order written."""
-    described = read_object(folder / RUN_FILE)
+    summary_file, failure_file = folder / SUMMARY_FILE, folder / FAILURE_FILE
+    failure = read_object(failure_file) | {"status": FAILED} if failure_file.is_file() else {"status": UNFINISHED}
+    # A run may have failed before it could say what it was.
+    run_file = folder / RUN_FILE if (folder / RUN_FILE).is_file() else failure_file
+    described = read_object(run_file)
     for key in IDENTITY:
         if key not in described:
-            raise ValueError(f"{folder / RUN_FILE}: no {key!r}; accepted: an object with {', '.join(IDENTITY)}")
-    summary_file = folder / SUMMARY_FILE
-    summary: Row = read_object(summary_file) if summary_file.is_file() else {"status": UNFINISHED}
+            raise ValueError(f"{run_file}: no {key!r}; accepted: an object with {', '.join(IDENTITY)}")
+    summary: Row = read_object(summary_file) if summary_file.is_file() else failure
     ledgers = {f"ledger/{name}": summary.get("ledgers", {}).get(name) for name in LEDGERS}
     rest = {key: value for key, value in summary.items() if key != "ledgers"}
     metrics_file = folder / METRICS_FILE
@@ -227,12 +232,17 @@ def _run_folders(root: Path) -> list[Path]:
     """Run folders at or below `root`; ValueError if there is none."""
     if (root / RUN_FILE).is_file():
         return [root]
-    found = sorted(root.glob(f"{RUNS_FOLDER}/*/{RUN_FILE}")) or sorted(root.glob(f"**/{RUNS_FOLDER}/*/{RUN_FILE}"))
+    found = _below(root, f"{RUNS_FOLDER}/*") or _below(root, f"**/{RUNS_FOLDER}/*")
     if not found:
         raise ValueError(
             f"no runs in {root}; accepted: a run folder ({RUN_FILE}), or one with {RUNS_FOLDER}/<trial id>/ below it"
         )
-    return [path.parent for path in found]
+    return found
+
+
+def _below(root: Path, pattern: str) -> list[Path]:
+    """Folders of that pattern that say what ran in them, or what failed there."""
+    return sorted({path.parent for name in (RUN_FILE, FAILURE_FILE) for path in root.glob(f"{pattern}/{name}")})
 
 
 def read_object(path: Path) -> Row:

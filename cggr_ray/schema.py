@@ -9,6 +9,7 @@ A run folder holds
                     rows before an adopted one are those of its `donor`, with whose weights the run goes on
     progress.f64    train seconds at which every step began: little-endian float64, 8 bytes a step
     summary.json    how it ended: status, ledgers, tokens, final validation (written last)
+    failure.json    of a race's trial that failed every time it was started: which, and why; gone when it begins again
     run.lock        held by the process that writes here, and who that was last
     checkpoints/    the last two, safetensors and JSON
     evaluation/     of a race with evaluation tasks: <milestone>/<task>.jsonl, every question with its samples, and
@@ -43,6 +44,7 @@ RUN_FILE: Final = "run.json"
 METRICS_FILE: Final = "metrics.jsonl"
 PROGRESS_FILE: Final = "progress.f64"
 SUMMARY_FILE: Final = "summary.json"
+FAILURE_FILE: Final = "failure.json"
 LOCK_FILE: Final = "run.lock"
 STOP_FILE: Final = "stop"
 RACE_FILE: Final = "race.json"

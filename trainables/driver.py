@@ -7,6 +7,7 @@ Results are read from the trials' own folders; Tune only places them.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -20,7 +21,8 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial as TuneTrial
 
-from cggr_ray.schema import SUMMARY_FILE
+from cggr_ray.files import write_whole
+from cggr_ray.schema import FAILURE_FILE, SUMMARY_FILE
 from trainables.cluster import cluster
 from trainables.scaling import Placement, place
 from trainables.stopping import stoppable
@@ -40,7 +42,8 @@ WorkOf = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Rows(tune.Callback):
-    """Passes every report on, with the trial's id in it, and says why a trial has failed for good."""
+    """Passes every report on, with the trial's id in it, and says why a trial has failed for good: in its folder too,
+    or its race's report would take it for one that may still end well."""
 
     def __init__(self, on_row: OnRow) -> None:
         self._on_row = on_row
@@ -55,9 +58,13 @@ class Rows(tune.Callback):
         self._on_row(result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: TuneTrial, **_: Any) -> None:
-        if trial.error_file:
-            run = trial.config.get("trial", {}).get("trial_id", trial.trial_id)
-            log.warning("%s has failed: %s", run, Path(trial.error_file).read_text().strip().splitlines()[-1])
+        own = trial.config["trial"]
+        lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
+        message = lines[-1] if lines else "its process died"
+        log.warning("%s has failed: %s", own["trial_id"], message)
+        folder, which = Path(own["folder"]), {"trial_id": own["trial_id"], "recipe": own["recipe"]["name"]}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / FAILURE_FILE, json.dumps({**which, "seed": own["seed"], "message": message}, indent=1))
 
 
 def trainable(executor: str, placement: Placement, storage: Path, work_of: WorkOf) -> Callable[..., Any]:
@@ -78,6 +85,8 @@ def run_trials(
 ) -> list[str]:
     """Runs trials in their order; returns the ids of those that did not end with a summary.
 
+    What a trial's folder says of an earlier failure is gone when it begins again.
+
     Raises:
         ValueError: the resources of a trial are not there; before anything starts.
         StoppedError: SIGTERM or Ctrl-C; what ran has been saved.
@@ -85,6 +94,8 @@ def run_trials(
     # Where the process of a nested trial dies, its worker gives its resources back only with the dashboard on.
     with cluster(address, dashboard=executor == "train") as machines, stoppable(folder) as ending:
         placement = place(trials[0].race.device, machines, trials[0].race.workers)
+        for trial in trials:
+            (Path(trial.folder) / FAILURE_FILE).unlink(missing_ok=True)
         session = f"session-{time.time_ns()}"
         storage = (folder / "ray").resolve()
         tuner = tune.Tuner(

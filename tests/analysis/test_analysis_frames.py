@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from analysis import write_report
 from analysis.frames import read_race
 
 Writer = Callable[..., Path]
@@ -85,6 +87,24 @@ def test_one_run_folder_and_a_folder_above_are_accepted(pair_race: Path) -> None
     assert read_race(pair_race / "runs" / "quick-1").runs["trial_id"].tolist() == ["quick-1"]
     above = read_race(pair_race.parent)
     assert len(above.runs) == 4 and above.spec == {} and above.baseline == "baseline"
+
+
+@pytest.mark.parametrize("lone", [False, True])
+def test_a_trial_that_failed_for_good_is_a_run_with_its_message(pair_race: Path, lone: bool) -> None:
+    """Before it had described itself, too, and where there is no other run."""
+    for run in (pair_race / "runs").iterdir():
+        if lone or run.name == "quick-1":
+            recipe, seed = run.name.split("-")
+            shutil.rmtree(run)
+            run.mkdir()
+            failure = {"trial_id": run.name, "recipe": recipe, "seed": int(seed), "message": "out of memory"}
+            (run / "failure.json").write_text(json.dumps(failure))
+    race = read_race(pair_race)
+    assert len(race.runs) == 4 and race.steps.empty == lone
+    said = race.runs.set_index("trial_id").loc["quick-1", ["recipe", "seed", "status", "message"]]
+    assert said.tolist() == ["quick", 1, "failed", "out of memory"]
+    text = write_report(pair_race).read_text()
+    assert "* quick-1 (failed): out of memory" in text and "never started" not in text
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "."])

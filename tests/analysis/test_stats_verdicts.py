@@ -145,6 +145,20 @@ def test_a_win_without_the_runs_that_diverged_is_not_supported(better_race: Path
     assert row_of(claims(read_race(better_race)), "chance", LOSS)["supported"]  # unfinished is not yet an ending
 
 
+def test_a_run_that_failed_for_good_speaks_against_a_win_even_if_it_could_not_say_what_it_was(
+    better_race: Path, run_writer: Writer
+) -> None:
+    assert row_of(claims(read_race(better_race)), "arm", LOSS)["supported"]
+    folder = run_writer(better_race, "arm", 3, [])
+    failure = {"trial_id": "arm-3", "recipe": "arm", "seed": 3, "message": "out of memory"}
+    (folder / "failure.json").write_text(json.dumps(failure))
+    for file in ("metrics.jsonl", "run.json"):
+        row = row_of(claims(read_race(better_race)), "arm", LOSS)
+        assert "not supported: 1 run failed of arm, left out" in row["verdict"] and not row["supported"]
+        (folder / file).unlink()
+    assert row_of(claims(read_race(better_race)), "arm", LOSS)["verdict"] == row["verdict"]
+
+
 def test_a_claim_against_an_arm_does_not_hold_without_the_baseline_s_lost_runs(
     better_race: Path, run_writer: Writer
 ) -> None:
