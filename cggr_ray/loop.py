@@ -257,6 +257,9 @@ class Run:
         self.counts.out_of_memory += 1
         self._say(f"out of memory, micro-batches of {after} rows from here on: {reason}")
         self.recorder.out_of_memory(self._position(), after, reason)
+        # At once: the run may end before its rows are due, for want of the same memory.
+        with self.clock.ledger("reporting"):
+            self.recorder.flush()
         self.milestones.resize(after)
         return self.loader.smaller(after)
 

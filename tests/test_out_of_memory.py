@@ -387,6 +387,10 @@ def test_where_no_smaller_micro_batch_will_do_the_run_ends(
     with pytest.raises(torch.OutOfMemoryError, match=f"out of memory with micro-batches of {last} rows, and "):
         run_race(trial_of(tmp_path, data_folder, recipe))
     assert not (tmp_path / "summary.json").exists()
+    # What was tried before the end is in the log all the same.
+    assert [row["train/micro_rows"] for row in rows_of(tmp_path, "out_of_memory")] == [
+        size for size in (4, 2, 1) if size >= last
+    ]
 
 
 def test_the_loader_hands_out_the_same_rows_in_smaller_pieces(data_folder: Path, tmp_path: Path) -> None:
