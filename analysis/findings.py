@@ -14,7 +14,16 @@ import pandas as pd
 from analysis.frames import Race
 from analysis.judging import RATIO, claims, part_kinds
 from analysis.measures import comparison, saturation
-from analysis.scores import PREFIX, at_marks, at_the_end, at_tokens, final_scores, score_claims, score_names
+from analysis.scores import (
+    PREFIX,
+    at_marks,
+    at_the_end,
+    at_tokens,
+    final_answers,
+    final_scores,
+    score_claims,
+    score_names,
+)
 from analysis.stats import mean_interval
 from analysis.tables import MARKDOWN, NONE, figure, table
 from analysis.targets import TAUS, efficiency, performance_profile, target_losses, target_times
@@ -161,6 +170,17 @@ def run_scores_table(race: Race, style: str = MARKDOWN) -> str:
         text = figure(row["value"], 3) + ("" if ends == NONE else f" {ends}") + asked
         cells.setdefault(row["trial_id"], []).append(text)
     return table(("trial", *scores), [[trial, *own] for trial, own in cells.items()], style)
+
+
+def answers_table(race: Race, style: str = MARKDOWN) -> str:
+    """One row a run and task: what its answers were like at the end, right or wrong."""
+    rows = []
+    for row in final_answers(race).to_dict("records"):
+        counts = [figure(row[name], 0) for name in ("n", "valid")]
+        cells = [*counts, figure(100 * row["truncated"], 1), figure(row["disagreements"], 0)]
+        rows.append([row["trial_id"], row["task"], *cells])
+    headers = ("trial", "task", "questions", "valid solutions", "truncated (%)", "disagreements")
+    return table(headers, rows, style)
 
 
 def interval(low: float, high: float, digits: int, sign: bool = False) -> str:

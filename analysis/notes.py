@@ -67,7 +67,13 @@ More is better. One score of each task is judged: the first that it has of {prim
 **difference**, **p (Holm)** and **detectable** are as for the verdicts; the judged scores are a family of their own,
 corrected over all arms and tasks together. A difference, its interval and ± are over seeds, on the same fixed
 questions: how other questions would turn out is not in them. A run's own interval is over its n questions, and wider
-where these are few."""
+where these are few.
+
+* **questions**: those that were answered within the task's seconds.
+* **valid solutions**: samples, right or wrong, that hold an answer of the form that is asked for.
+* **truncated**: the part of the samples that neither ended by themselves nor at a stop string.
+* **disagreements**: samples that math-verify and the second check judge differently; each is in the run's folder
+  `evaluation/`, with both verdicts."""
 
 TARGET_NOTES = """\
 Targets are losses that the slowest baseline run had reached at {fractions} % of its seconds. Cells: mean train

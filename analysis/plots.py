@@ -1,4 +1,4 @@
-"""The plots of a report: loss against train seconds and tokens, speed against train seconds, memory, resting layers.
+"""The plots of a report: loss and scores against train seconds and tokens, speed, memory, resting layers.
 
 A recipe keeps its colour in every plot of a race (Okabe and Ito's palette, which survives colour blindness; the
 baseline is black). A thin line is one run, a thick line the mean of a recipe's finished runs, drawn where all of them
@@ -53,10 +53,29 @@ def plot_loss_against_seconds(race: Race, path: Path, metric: str = VAL_LOSS) ->
 def plot_loss_against_tokens(race: Race, path: Path, metric: str = VAL_LOSS) -> Path:
     """Validation loss at every milestone against millions of tokens read from the stream."""
     figure, axes = canvas("tokens seen (millions)", f"{metric} (nats/token)")
-    millions = race.milestones.assign(**{TOKENS_SEEN: race.milestones[TOKENS_SEEN] / 1e6})
-    _lines(axes, race, millions, TOKENS_SEEN, metric)
+    _lines(axes, race, _in_millions(race.milestones), TOKENS_SEEN, metric)
     _zoom(axes, race.milestones, metric)
     return save(figure, axes, path)
+
+
+def plot_score_against_seconds(race: Race, path: Path, score: str) -> Path:
+    """A score of an evaluation at every milestone against seconds of training."""
+    figure, axes = canvas("train time (s)", score)
+    _lines(axes, race, race.milestones, TRAIN_SECONDS, score)
+    axes.set_ylim(bottom=0)
+    return save(figure, axes, path)
+
+
+def plot_score_against_tokens(race: Race, path: Path, score: str) -> Path:
+    """A score of an evaluation at every milestone against millions of tokens read from the stream."""
+    figure, axes = canvas("tokens seen (millions)", score)
+    _lines(axes, race, _in_millions(race.milestones), TOKENS_SEEN, score)
+    axes.set_ylim(bottom=0)
+    return save(figure, axes, path)
+
+
+def _in_millions(milestones: pd.DataFrame) -> pd.DataFrame:
+    return milestones.assign(**{TOKENS_SEEN: milestones[TOKENS_SEEN] / 1e6})
 
 
 def plot_speed(race: Race, path: Path) -> Path:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from analysis.cautions import caveats, ledger_words, order_words, stability_words, tuning_words, unfinished
 from analysis.findings import (
+    answers_table,
     efficiency_table,
     milestones_table,
     profile_table,
@@ -51,6 +53,8 @@ from analysis.plots import (
     plot_loss_against_tokens,
     plot_memory,
     plot_relevance,
+    plot_score_against_seconds,
+    plot_score_against_tokens,
     plot_speed,
 )
 from analysis.scores import PREFIX, PRIMARY, primary_scores, score_names, unequal_questions
@@ -175,7 +179,14 @@ def _scores(race: Race) -> list[tuple[str, str]]:
         parts += [f"**{short} at equal time**", milestones_table(race, name)]
         parts += [f"**{short} at equal tokens**", tokens_table(race, name)]
     notes = SCORE_NOTES.format(primary=", ".join(PRIMARY))
-    return [("## Evaluation scores", "\n\n".join([*parts, "**Run by run**", run_scores_table(race), notes]))]
+    parts += [
+        "**Run by run**",
+        run_scores_table(race),
+        "**Answers at the end, run by run**",
+        answers_table(race),
+        notes,
+    ]
+    return [("## Evaluation scores", "\n\n".join(parts))]
 
 
 def _images(plots: Plots) -> str:
@@ -189,8 +200,23 @@ def _layers(race: Race) -> list[tuple[str, str]]:
 
 
 def race_plots(race: Race) -> Plots:
-    """Loss and speed; and memory, where the device said its peak."""
-    return (*PLOTS, MEMORY_PLOT) if finished_runs(race)["peak_memory_mib"].notna().any() else PLOTS
+    """Loss, speed and the judged score of each task; and memory, where the device said its peak."""
+    scores = tuple(plot for score in primary_scores(race) for plot in _score_plots(score))
+    memory = (MEMORY_PLOT,) if finished_runs(race)["peak_memory_mib"].notna().any() else ()
+    return (*PLOTS, *scores, *memory)
+
+
+def _score_plots(score: str) -> Plots:
+    name = score.removeprefix(PREFIX)
+    file = name.replace("/", "_")
+    return (
+        (
+            f"{file}_against_seconds.png",
+            f"{name} against train seconds",
+            partial(plot_score_against_seconds, score=score),
+        ),
+        (f"{file}_against_tokens.png", f"{name} against tokens seen", partial(plot_score_against_tokens, score=score)),
+    )
 
 
 def layer_plots(race: Race) -> Plots:

@@ -23,7 +23,7 @@ from cggr_ray.schema import EVAL, FRACTION, STEP, TRAIN_SECONDS, VAL_LOSS
 PREFIX = f"{EVAL}/"
 QUESTIONS = "n"
 # What a task says about its answers beside how many were right.
-DESCRIPTIONS = (QUESTIONS, "truncated", "valid", "disagreements")
+DESCRIPTIONS = (QUESTIONS, "valid", "truncated", "disagreements")
 # The measure of a task that is judged: the first of these that it has.
 PRIMARY = ("verified", "strict", "avg_at_n", "accuracy")
 ENDS = ("_low", "_high")
@@ -40,9 +40,13 @@ def score_names(race: Race) -> list[str]:
 def primary_scores(race: Race) -> list[str]:
     """The score of each task that is judged; none of a task without any of PRIMARY."""
     names = score_names(race)
-    tasks = dict.fromkeys(name.rsplit("/", 1)[0] for name in names)
-    found = [[f"{task}/{measure}" for measure in PRIMARY if f"{task}/{measure}" in names] for task in tasks]
+    found = [[f"{task}/{measure}" for measure in PRIMARY if f"{task}/{measure}" in names] for task in tasks_of(names)]
     return [own[0] for own in found if own]
+
+
+def tasks_of(scores: Sequence[str]) -> list[str]:
+    """The tasks that scores are of, `eval/<task>`, each once."""
+    return list(dict.fromkeys(score.rsplit("/", 1)[0] for score in scores))
 
 
 def questions_of(score: str) -> str:
@@ -106,11 +110,21 @@ def score_claims(race: Race) -> pd.DataFrame:
 def final_scores(race: Race) -> pd.DataFrame:
     """One row a finished run and score at its last milestone: `value`, `questions`, and `low`, `high` where known."""
     rows = []
-    for milestone in _last(race).to_dict("records"):
+    for milestone in _last(race).sort_values("trial_id").to_dict("records"):
         for score in score_names(race):
             row = {name: milestone[name] for name in IDENTITY} | {"score": score, "value": milestone[score]}
             row["questions"] = milestone.get(questions_of(score), math.nan)
             rows.append(row | {end[1:]: milestone.get(f"{score}{end}", math.nan) for end in ENDS})
+    return pd.DataFrame(rows)
+
+
+def final_answers(race: Race) -> pd.DataFrame:
+    """One row a finished run and task at its last milestone: DESCRIPTIONS of its answers, NaN where it says nothing."""
+    rows = []
+    for milestone in _last(race).sort_values("trial_id").to_dict("records"):
+        for task in tasks_of(score_names(race)):
+            row = {name: milestone[name] for name in IDENTITY} | {"task": task.removeprefix(PREFIX)}
+            rows.append(row | {name: milestone.get(f"{task}/{name}", math.nan) for name in DESCRIPTIONS})
     return pd.DataFrame(rows)
 
 

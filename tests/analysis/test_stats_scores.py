@@ -13,9 +13,10 @@ import pytest
 from scipy import stats
 from simulated import simulated_race
 
+from analysis import write_report
 from analysis.findings import milestones_table, score_table, tokens_table
 from analysis.frames import read_race
-from analysis.report import render
+from analysis.report import race_plots, render
 from analysis.scores import at_marks, at_tokens, final_scores, score_claims, score_names, unequal_questions
 
 Writer = Callable[..., Path]
@@ -32,7 +33,7 @@ def scored_folder(tmp_path: Path, run_writer: Writer, milestone_row: RowMaker) -
             for step, part in ((5, 0.25), (10, 0.5), (20, 1.0)):
                 score = 0.4 * part + gain * part + 0.01 * seed * (recipe == "other")
                 asked = {ACCURACY: score, f"{ACCURACY}_low": score - 0.05, f"{ACCURACY}_high": score + 0.05}
-                asked |= {"eval/sums/n": 100.0, "eval/sums/truncated": 0.5, "eval/sums/valid": 90.0}
+                asked |= {"eval/sums/n": 100.0, "eval/sums/truncated": 0.5, "eval/sums/valid": 90.0 + seed}
                 row = milestone_row(step, 20 * part + 0.1 * (part < 1), int(1000 * part), 3 - part)
                 rows.append(row | (asked if part > 0.25 else {}))
             run_writer(tmp_path, recipe, seed, rows, {})
@@ -152,8 +153,28 @@ def test_scores_have_a_section_of_their_own(scored_folder: Path) -> None:
     assert "different numbers of questions" not in body and "nan" not in body
 
 
+def test_what_the_answers_were_like_is_told_of_every_run(scored_folder: Path) -> None:
+    path = scored_folder / "runs" / "other-2" / "metrics.jsonl"
+    path.write_text(
+        path.read_text().replace('"eval/sums/n": 100.0', '"eval/sums/n": 100.0, "eval/sums/disagreements": 7.0')
+    )
+    body = render(read_race(scored_folder)).split("Answers at the end, run by run")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("|")]
+    assert rows[0] == ["trial", "task", "questions", "valid solutions", "truncated (%)", "disagreements"]
+    assert rows[2] == ["baseline-0", "sums", "100", "90", "50.0", "–"]
+    assert rows[-1] == ["other-2", "sums", "100", "92", "50.0", "7"] and len(rows) == 2 + 6
+
+
+def test_the_judged_score_is_drawn_against_seconds_and_tokens(scored_folder: Path, tmp_path: Path) -> None:
+    text = write_report(scored_folder, tmp_path / "report").read_text()
+    for axis in ("seconds", "tokens"):
+        name = f"sums_accuracy_against_{axis}.png"
+        assert f"]({name})" in text.split("## Curves")[1] and (tmp_path / "report" / name).stat().st_size > 10_000
+
+
 def test_a_race_without_scores_has_no_such_section(pair_race: Path) -> None:
     assert "Evaluation scores" not in render(read_race(pair_race))
+    assert all("score" not in name and "eval" not in name for name, _, _ in race_plots(read_race(pair_race)))
 
 
 def test_a_time_cap_that_left_questions_out_is_said(scored_folder: Path) -> None:
