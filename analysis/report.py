@@ -57,7 +57,7 @@ from analysis.plots import (
     plot_score_against_tokens,
     plot_speed,
 )
-from analysis.scores import PREFIX, PRIMARY, primary_scores, score_names, unequal_questions
+from analysis.scores import PREFIX, PRIMARY, primary_scores, score_names, task_names, unequal_questions
 from analysis.stats import ALPHA
 from analysis.tables import (
     NONE,
@@ -166,9 +166,9 @@ def _target_notes() -> str:
 
 
 def _scores(race: Race) -> list[tuple[str, str]]:
-    """The section on evaluation scores, where milestones carry some."""
+    """The section on evaluation scores, where milestones asked for some."""
     names = score_names(race)
-    if not names or not (race.runs["status"] == FINISHED).any():
+    if not task_names(race) or not (race.runs["status"] == FINISHED).any():
         return []
     parts = [score_table(race)] if len(race.recipes) > 1 and primary_scores(race) else []
     uneven = ", ".join(name.removeprefix(PREFIX) for name in unequal_questions(race))
@@ -179,13 +179,8 @@ def _scores(race: Race) -> list[tuple[str, str]]:
         parts += [f"**{short} at equal time**", milestones_table(race, name)]
         parts += [f"**{short} at equal tokens**", tokens_table(race, name)]
     notes = SCORE_NOTES.format(primary=", ".join(PRIMARY))
-    parts += [
-        "**Run by run**",
-        run_scores_table(race),
-        "**Answers at the end, run by run**",
-        answers_table(race),
-        notes,
-    ]
+    parts += ["**Run by run**", run_scores_table(race)] if names else []
+    parts += ["**Answers at the end, run by run**", answers_table(race), notes]
     return [("## Evaluation scores", "\n\n".join(parts))]
 
 

@@ -40,13 +40,14 @@ def score_names(race: Race) -> list[str]:
 def primary_scores(race: Race) -> list[str]:
     """The score of each task that is judged; none of a task without any of PRIMARY."""
     names = score_names(race)
-    found = [[f"{task}/{measure}" for measure in PRIMARY if f"{task}/{measure}" in names] for task in tasks_of(names)]
+    found = [[f"{task}/{measure}" for measure in PRIMARY if f"{task}/{measure}" in names] for task in task_names(race)]
     return [own[0] for own in found if own]
 
 
-def tasks_of(scores: Sequence[str]) -> list[str]:
-    """The tasks that scores are of, `eval/<task>`, each once."""
-    return list(dict.fromkeys(score.rsplit("/", 1)[0] for score in scores))
+def task_names(race: Race) -> list[str]:
+    """The tasks that were asked, as `eval/<task>`; one without a question answered in time has no score."""
+    columns = [str(name) for name in race.milestones.columns if str(name).startswith(PREFIX)]
+    return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in columns))
 
 
 def questions_of(score: str) -> str:
@@ -122,7 +123,7 @@ def final_answers(race: Race) -> pd.DataFrame:
     """One row a finished run and task at its last milestone: DESCRIPTIONS of its answers, NaN where it says nothing."""
     rows = []
     for milestone in _last(race).sort_values("trial_id").to_dict("records"):
-        for task in tasks_of(score_names(race)):
+        for task in task_names(race):
             row = {name: milestone[name] for name in IDENTITY} | {"task": task.removeprefix(PREFIX)}
             rows.append(row | {name: milestone.get(f"{task}/{name}", math.nan) for name in DESCRIPTIONS})
     return pd.DataFrame(rows)

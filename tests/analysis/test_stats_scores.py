@@ -165,6 +165,19 @@ def test_what_the_answers_were_like_is_told_of_every_run(scored_folder: Path) ->
     assert rows[-1] == ["other-2", "sums", "100", "92", "50.0", "7"] and len(rows) == 2 + 6
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_task_of_which_no_question_was_answered_in_time_is_told(scored_folder: Path, alone: bool) -> None:
+    for path in scored_folder.glob("runs/*/metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        asked = [{k: v for k, v in row.items() if not (alone and k.startswith("eval/"))} for row in rows]
+        late = {"eval/late/n": 0.0, "eval/late/valid": 0.0, "eval/late/disagreements": 0.0}
+        path.write_text("".join(json.dumps(row | late) + "\n" for row in asked))
+    body = render(read_race(scored_folder)).split("## Evaluation scores")[1].split("\n## ")[0]
+    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if "| late " in line]
+    assert len(told) == 6 and told[0] == ["baseline-0", "late", "0", "0", "–", "0"]
+    assert ("sums/accuracy" in body) != alone
+
+
 def test_the_judged_score_is_drawn_against_seconds_and_tokens(scored_folder: Path, tmp_path: Path) -> None:
     text = write_report(scored_folder, tmp_path / "report").read_text()
     for axis in ("seconds", "tokens"):
