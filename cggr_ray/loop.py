@@ -155,7 +155,7 @@ class Run:
         self.data = open_data(spec.data, Path(self.trial.data_folder))
         self.learner = build_learner(self.trial, self.data, self.device, workers, self._say)
         order = self.data.order()
-        self.milestones = Milestones(spec, self.data, order, self.learner.adapter, self.folder, self._say)
+        self.milestones = Milestones(spec, self.data, order, self.learner.adapter, self.folder, self._fewer_at_once)
         self.rows_per_step = recipe.rows.rows_per_step(spec.global_rows)
         self.own_rows = rows_of_worker(self.rows_per_step, workers.size)
         self.counts = Counts(micro_rows=min(spec.micro_rows, self.own_rows))
@@ -190,6 +190,11 @@ class Run:
 
     def _say(self, text: str) -> None:
         log.info("%s: %s", self.trial.trial_id, text)
+
+    def _fewer_at_once(self, text: str) -> None:
+        """What a milestone says that found no memory."""
+        self._say(text)
+        self.recorder.milestone_out_of_memory(self._position(), text)
 
     def _restore(self, folder: Path) -> Row:
         """Everything that a checkpoint holds; the ledgers of this process are added to those of the earlier ones."""

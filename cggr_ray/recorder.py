@@ -111,8 +111,15 @@ class Recorder:
 
     def out_of_memory(self, at: Position, micro_rows: int, reason: str) -> None:
         """Keeps the event: the step after `at` found no memory, and is repeated with micro-batches of so many rows."""
-        where = _where(at, at.step + 1, min(1.0, at.train_seconds / self._budget.seconds))
+        where = self._where_now(at, at.step + 1)
         self._rows.append({KIND: "out_of_memory", **where, MICRO_ROWS: micro_rows, "message": reason})
+
+    def milestone_out_of_memory(self, at: Position, message: str) -> None:
+        """Keeps the event: the milestone at `at` found no memory, and goes on with fewer rows at once."""
+        self._rows.append({KIND: "out_of_memory", **self._where_now(at, at.step), "message": message})
+
+    def _where_now(self, at: Position, step: int) -> Row:
+        return _where(at, step, min(1.0, at.train_seconds / self._budget.seconds))
 
     def report_due(self, train_seconds: float) -> bool:
         every = min(max(self._budget.seconds / REPORTS, SHORTEST), LONGEST)

@@ -5,8 +5,9 @@ A run folder holds
     run.json        what ran: recipe, race, seeds, model, data, device, versions (written before the first step), and
                     in `earlier` other devices and hosts on which it ran before it went on from a checkpoint here
     metrics.jsonl   one JSON object a line, append-only: `step`, `milestone`, `resumed`, `adopted` and `out_of_memory`
-                    rows; one that was resumed from an older checkpoint than its last says why in `message`, and
-                    rows before an adopted one are those of its `donor`, with whose weights the run goes on
+                    rows, the last of a step or, without train/micro_rows, of a milestone; one that was resumed
+                    from an older checkpoint than its last says why in `message`, and rows before an adopted one
+                    are those of its `donor`, with whose weights the run goes on
     progress.f64    train seconds at which every step began: little-endian float64, 8 bytes a step
     summary.json    how it ended: status, ledgers, tokens, final validation (written last)
     failure.json    of a race's trial that failed every time it was started: which, and why; gone when it begins again

@@ -281,6 +281,12 @@ def test_milestones_that_find_no_memory_ask_fewer_rows_at_once(
         "1 rows at once from here on: no memory for held-out rows",
         "1 rows at once from here on: no memory for a cache",
     ]
+    first = rows_of(tmp_path, "milestone")[0]
+    events = rows_of(tmp_path, "out_of_memory")
+    assert [(event["step"], event["train_seconds"]) for event in events] == [
+        (first["step"], first["train_seconds"])
+    ] * 2
+    assert [event["message"] for event in events] == [message.partition(": ")[2] for message in said]
     assert losses(tmp_path) == losses(plain[0])
     for found, wanted in zip(rows_of(tmp_path, "milestone"), rows_of(asked[0], "milestone"), strict=True):
         assert found["val/loss"] == pytest.approx(wanted["val/loss"], rel=1e-6)
