@@ -75,7 +75,7 @@ def order_words(race: Race) -> str:
     if (agree == False).any():  # noqa: E712 - nullable booleans
         return "**Runs of one data seed read different rows: their losses cannot be compared as pairs.**"
     if agree.isna().any() or len(agree) == 0:
-        return "Some runs had no run of the same data seed to compare with."
+        return "Some runs could not be compared: no other run of their data seed has a mark at as many rows."
     return "Every run read the same rows in the same order as the other runs of its data seed, at every mark compared."
 
 

@@ -41,6 +41,13 @@ def test_broken_fairness_is_said_aloud(pair_race: Path) -> None:
     assert "miss the wall clock by up to 20.00 %" in bad and "read different rows" in bad
 
 
+def test_runs_too_short_for_a_mark_are_not_said_to_be_alone(pair_race: Path) -> None:
+    edit_summary(pair_race, "quick-0", order={})
+    text = render(read_race(pair_race))
+    assert "could not be compared: no other run of their data seed has a mark at as many rows" in text
+    assert "read the same rows in the same order" not in text
+
+
 def with_spec(race: Path, spec: dict[str, Any]) -> str:
     """The report of a race whose specification is another."""
     record = json.loads((race / "race.json").read_text())
