@@ -56,7 +56,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Race:
-    """The frames of one folder; `spec` is race.json and, as `overlap`, overlap.json; empty where runs stand alone."""
+    """The frames of one folder; `spec` is race.json, or what runs say of it, and, as `overlap`, overlap.json."""
 
     folder: Path
     spec: Mapping[str, Any]
@@ -110,7 +110,7 @@ def read_race(folder: Path | str) -> Race:
         twice = sorted(set(frame.loc[frame["trial_id"].duplicated(), "trial_id"]))
         raise ValueError(f"{root}: trial ids {twice} occur twice; accepted: the folder of one race")
     race_file = root / RACE_FILE
-    spec = read_object(race_file) if race_file.is_file() else {}
+    spec = read_object(race_file) if race_file.is_file() else _told_by([run for run, _, _ in found])
     if (root / OVERLAP_FILE).is_file():
         spec |= {"overlap": read_object(root / OVERLAP_FILE)}
     columns = (*IDENTITY, *POSITION)
@@ -118,6 +118,18 @@ def read_race(folder: Path | str) -> Race:
     del found
     milestones = to_frame([(run, own) for run, _, own in identified], columns)
     return Race(root, spec, frame, to_frame([(run, own) for run, own, _ in identified], columns), milestones)
+
+
+def _told_by(runs: list[Row]) -> Row:
+    """What runs say of a race whose own file is not beside them, by the first that says anything, the trial `told_by`;
+    its rows a step are then everybody's."""
+    present = {run["recipe"] for run in runs}
+    for run in runs:
+        if isinstance(spec := run.get("spec"), dict):
+            recipes = list(spec.get("recipes", ()))
+            first = {"baseline": recipes[0]} if recipes and recipes[0] in present else {}
+            return {"recipes": recipes, "spec": spec, "told_by": run["trial_id"]} | first
+    return {}
 
 
 def read_run(folder: Path) -> tuple[Row, pa.Table, pa.Table]:

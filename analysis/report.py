@@ -75,7 +75,7 @@ from analysis.tables import (
     validation_table,
 )
 from analysis.targets import TARGET_FRACTIONS
-from cggr_ray.schema import VAL_LOSS, VAL_TOKENS
+from cggr_ray.schema import RACE_FILE, VAL_LOSS, VAL_TOKENS
 
 REPORT_FILE = "benchmark_results.md"
 PLOTS = (
@@ -99,6 +99,7 @@ def render(race: Race) -> str:
     """The Markdown of a report; it links to the plots by the names in `race_plots` and LAYER_PLOTS."""
     title = f"# Race {race.spec.get('name', race.folder.resolve().name)}"
     specification = json.dumps(race.spec.get("spec", {}), indent=2, ensure_ascii=False)
+    told_by = f"{RACE_FILE} is not here; as {race.spec['told_by']} has it:\n\n" if "told_by" in race.spec else ""
     sections = (
         (title, _headline(race)),
         ("## Verdicts", _verdict_section(race)),
@@ -114,7 +115,7 @@ def render(race: Race) -> str:
         ("## Order of the data", f"{order_words(race)}\n\n{order_table(race)}"),
         ("## Settings of every recipe", f"{tuning_words(race)}\n\n{settings_table(race)}"),
         ("## What these figures cannot say", _bullets(caveats(race))),
-        ("## Specification", f"```json\n{specification}\n```"),
+        ("## Specification", f"{told_by}```json\n{specification}\n```"),
     )
     return "\n\n".join(f"{heading}\n\n{body.strip()}" for heading, body in sections) + "\n"
 

@@ -281,6 +281,26 @@ def test_headers_are_broken_in_a_terminal_and_not_in_markdown() -> None:
     assert max(map(len, table(long, cells, "simple").splitlines())) < 20 < len(table(long, cells).splitlines()[0])
 
 
+def test_runs_alone_make_the_report_of_their_race(pair_race: Path) -> None:
+    """Set seconds, a tuning, milestones and a baseline that is not called so: none of it is in the rows."""
+    spec = {"recipes": ["quick", "baseline"], "step_seconds": 1.0, "milestones": [0.5], "name": "pair"}
+    spec |= {"tuning": {"seconds": 20.0, "seed": 9, "values": [{"lr": 1.0}, {"lr": 2.0}]}}
+    spec |= {"arms": {name: {"lr": 2.0} for name in ("quick", "baseline")}}
+    record = json.loads((pair_race / "race.json").read_text())
+    record |= {"spec": spec, "recipes": ["quick", "baseline"], "baseline": "quick"}
+    (pair_race / "race.json").write_text(json.dumps(record))
+    for file in pair_race.glob("runs/*/run.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"spec": spec}))
+    for file in pair_race.glob("runs/*/summary.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"budget_seconds": 20.0}))
+    whole = render(read_race(pair_race))
+    (pair_race / "race.json").unlink()
+    alone = render(read_race(pair_race))
+    assert "tokens/s (ratio)" not in alone and "each arm had 2 trials of 20 train seconds" in alone
+    told = "race.json is not here; as baseline-0 has it:"
+    assert told in alone and alone.replace(f"{told}\n\n", "") == whole
+
+
 def test_a_baseline_without_a_run_is_refused(pair_race: Path) -> None:
     spec = json.loads((pair_race / "race.json").read_text())
     (pair_race / "race.json").write_text(json.dumps(spec | {"baseline": "full"}))
