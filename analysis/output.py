@@ -26,14 +26,19 @@ REPORT_FOLDER = "report"
 def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
     """Writes all of them; returns the path of the Markdown file.
 
-    Without `out` they go to `report/` in the folder of the race or sweep. Raises ValueError if the folder holds no run
-    and no trial, or two recipes whose logs would share a file.
+    Without `out` they go to `report/` in the folder of the race or sweep. Raises ValueError if two recipes' logs would
+    share a file and, before anything is written, if there is no run and no trial, or runs that cannot be compared.
     """
     found = read_sweep(folder) if is_sweep(folder) else read_race(folder)
+    text = render_sweep(found) if isinstance(found, Sweep) else render(found)
     target = Path(out) if out is not None else found.folder / REPORT_FOLDER
     target.mkdir(parents=True, exist_ok=True)
+    if isinstance(found, Sweep):
+        _write_sweep(found, target)
+    else:
+        _write_race(found, target)
     path = target / REPORT_FILE
-    path.write_text(_write_sweep(found, target) if isinstance(found, Sweep) else _write_race(found, target), "utf-8")
+    path.write_text(text, "utf-8")
     return path
 
 
@@ -45,19 +50,17 @@ def report_summary(folder: Path | str) -> str:
     return f"{headline(sweep)}\n\n{best_table(sweep, 'simple')}"
 
 
-def _write_race(race: Race, target: Path) -> str:
-    """Writes all but the Markdown, which it returns."""
+def _write_race(race: Race, target: Path) -> None:
+    """Writes all but the Markdown."""
     write_logs(race, target)
     write_tables(race, target)
     for name, _, plot in (*race_plots(race), *layer_plots(race)):
         plot(race, target / name)
     write_html(race, target / HTML_FILE)
-    return render(race)
 
 
-def _write_sweep(sweep: Sweep, target: Path) -> str:
+def _write_sweep(sweep: Sweep, target: Path) -> None:
     write_tables(sweep, target)
     for name, _, plot in sweep_plots(sweep):
         plot(sweep, target / name)
     write_sweep_html(sweep, target / HTML_FILE)
-    return render_sweep(sweep)

@@ -111,6 +111,14 @@ def test_csv_holds_the_frames(resting_race: Path, tmp_path: Path) -> None:
     assert [json.loads(text) for text in texts] == [[1, 1, 1, 1], [0, 1, 2, 5]]
 
 
+def test_runs_that_cannot_be_compared_leave_no_half_of_a_report(pair_race: Path) -> None:
+    for file in (pair_race / "runs" / "quick-1").glob("*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 0}))
+    with pytest.raises(ValueError, match=r"'quick-0', 'quick-1'\]; accepted: one run a recipe and seed"):
+        write_report(pair_race)
+    assert not (pair_race / "report").exists()
+
+
 def test_everything_comes_from_the_run_folders_and_twice_the_same(pair_race: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     path = write_report(pair_race, first)
