@@ -1,10 +1,9 @@
 """Calibration: for every arm of a race the largest micro-batch that fits, found by trying, before the clock starts.
 
-A few real steps a try (`fits`), each in a fresh process: what the peaks before let expect, until it is known what fits and
-what does not.
-What is found is tried again, for longer and as often as asked, with all that a run writes, and with generation where
-the race has an evaluation; if that fails, a smaller size is, unless the smallest fails too. Every try leaves a part of
-the memory free, the head-room.
+A few real steps a try (`fits`), each in a fresh process: what the peaks before let expect, until it is known what fits
+and what does not. What is found is tried again, for longer and as often as asked, with all that a run writes, and with
+generation where the race has an evaluation; if that fails, a smaller size is, unless the smallest fails too. Every try
+leaves a part of the memory free, the head-room.
 
 Sizes divide the rows of a step, so that all micro-batches of a step are alike. With `scale_batch` an arm's step grows
 to its micro-batch where this is the larger; a control that takes a part of a step's rows takes it of the baseline's
