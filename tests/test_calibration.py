@@ -410,11 +410,11 @@ def test_a_thread_or_a_library_that_finds_no_room_is_want_of_memory(
 
     with monkeypatch.context() as patched:
         patched.setattr("cggr_ray.checkpoint.save", fails(said[error]))
-        answer = SmallRun(trial.placed(tmp_path / "try", data_folder)).fits()
+        answer = SmallRun(trial.placed(tmp_path / "try", data_folder), True).fits()
         assert (answer.fits, answer.message) == (False, said[error])
         patched.setattr("cggr_ray.checkpoint.save", fails("a mistake"))
         with pytest.raises(error, match="a mistake"):
-            SmallRun(trial.placed(tmp_path / "again", data_folder)).fits()
+            SmallRun(trial.placed(tmp_path / "again", data_folder), True).fits()
 
 
 def test_a_try_keeps_what_it_writes_in_its_own_folder(data_folder: Path, tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_a_real_limit_is_run_into_and_nothing_is_left(data_folder: Path, tmp_pat
     large = ask(tried(tmp_path, data_folder, 128), 600.0, True)
     assert not large.fits and "can't allocate memory" in large.message and large.peak_mib < 620
     # Less than the libraries take: nothing fits, and that is an answer too.
-    nothing = ask(tried(tmp_path, data_folder, 1), 100.0)
+    nothing = ask(tried(tmp_path, data_folder, 1), 100.0, True)
     assert not nothing.fits and nothing.message
     assert list(tmp_path.iterdir()) == []
 
