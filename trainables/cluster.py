@@ -13,6 +13,8 @@ from ray.air.execution._internal.actor_manager import RayActorManager, TrackedAc
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution import class_cache, tune_controller
 
+from trainables.address import settle_address
+
 # Trials pass next to nothing through Ray's object store; its smallest size leaves the memory to them.
 OBJECT_STORE_BYTES = 256 << 20
 # Tune hands these of the driver to its workers by a way that Ray writes into its logs. Nodes have credentials of their
@@ -50,11 +52,12 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[
     Raises:
         ValueError: nothing answers at the address.
     """
+    own = {"worker_process_setup_hook": settle_address}
     if address:
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "1"
         ray_constants.ENABLE_RAY_CLUSTER = True
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, runtime_env=own, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError:
             raise ValueError(f"address {address!r}: no Ray cluster answers there; "
                              "accepted: auto or host:port of one that runs") from None  # fmt: skip
@@ -62,6 +65,7 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[
         ray.init(
             # Else it would join a cluster that somebody else has started on this machine.
             address="local",
+            runtime_env=own,
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             object_store_memory=OBJECT_STORE_BYTES,

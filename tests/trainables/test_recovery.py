@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import pytest
 from commands import MARK, PATIENCE, processes, shell, started, until_saved
@@ -16,9 +20,27 @@ from trainables.history import read_events
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
+SOMEBODY_ELSE = (
+    "import ray; ray.init(address='local', include_dashboard=False, num_cpus=1); print('up', flush=True); input()"
+)
+
+
+@pytest.fixture
+def somebody_else() -> Iterator[None]:
+    """Another Ray on this machine."""
+    command = [sys.executable, "-c", SOMEBODY_ELSE]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, env=shell()) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        yield
+        process.communicate("\n")
+
+
 @pytest.mark.parametrize("process", ["ray::RayTrainWorker", "ray::ImplicitFunc"])
-def test_a_trial_one_of_whose_processes_is_killed_goes_on_from_its_checkpoint(process: str, tmp_path: Path) -> None:
-    """The one that trains, or the one that Tune knows, with whose end the first loses its resources too."""
+def test_a_trial_one_of_whose_processes_is_killed_goes_on_from_its_checkpoint(
+    process: str, tmp_path: Path, somebody_else: None
+) -> None:
+    """The one that trains, or the one that Tune knows, with whose end the first loses its resources too; also beside
+    somebody else's Ray."""
     spec = write_race(tmp_path, budget=8, more="checkpoint_every_seconds = 1.0")
     environment = shell(**{MARK: str(tmp_path)})
     race = started("race", spec, "--out", tmp_path / "race", "--recipes", "baseline", environment=environment)
