@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -24,7 +25,10 @@ def shell(**more: str) -> dict[str, str]:
 
 def started(*arguments: object, environment: dict[str, str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "cggr_ray.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Where a test has failed in the middle, it is still there.
+    atexit.register(process.kill)
+    return process
 
 
 def until_saved(process: subprocess.Popen[str], run: Path, after: int = 0) -> None:
