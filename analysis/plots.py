@@ -29,6 +29,8 @@ DASHES = ("-", "--", ":", "-.")
 # The first part of a run falls so fast that it would flatten everything after it.
 ZOOM_FRACTION = 0.25
 SPEED_WINDOW = 9
+# Against what a milestone is drawn: the name of the axis, and what is 1 there. Tokens are those read from the stream.
+POSITIONS = {TRAIN_SECONDS: ("train time (s)", 1.0), TOKENS_SEEN: ("tokens seen (millions)", 1e6)}
 
 Style = tuple[str, str]
 
@@ -42,40 +44,26 @@ def styles(recipes: list[str], baseline: str) -> dict[str, Style]:
     return {name: (BASELINE_COLOUR, "-") if name == baseline else given[name] for name in recipes}
 
 
-def plot_loss_against_seconds(race: Race, path: Path, metric: str = VAL_LOSS) -> Path:
-    """Validation loss at every milestone against seconds of training."""
-    figure, axes = canvas("train time (s)", f"{metric} (nats/token)")
-    _lines(axes, race, race.milestones, TRAIN_SECONDS, metric)
-    _zoom(axes, race.milestones, metric)
+def plot_loss(race: Race, path: Path, position: str) -> Path:
+    """Validation loss at every milestone against one of POSITIONS."""
+    figure, axes = _at_milestones(race, position, VAL_LOSS, f"{VAL_LOSS} (nats/token)")
+    _zoom(axes, race.milestones, VAL_LOSS)
     return save(figure, axes, path)
 
 
-def plot_loss_against_tokens(race: Race, path: Path, metric: str = VAL_LOSS) -> Path:
-    """Validation loss at every milestone against millions of tokens read from the stream."""
-    figure, axes = canvas("tokens seen (millions)", f"{metric} (nats/token)")
-    _lines(axes, race, _in_millions(race.milestones), TOKENS_SEEN, metric)
-    _zoom(axes, race.milestones, metric)
-    return save(figure, axes, path)
-
-
-def plot_score_against_seconds(race: Race, path: Path, score: str) -> Path:
-    """A score of an evaluation at every milestone against seconds of training."""
-    figure, axes = canvas("train time (s)", score)
-    _lines(axes, race, race.milestones, TRAIN_SECONDS, score)
+def plot_score(race: Race, path: Path, position: str, score: str) -> Path:
+    """A score of an evaluation at every milestone against one of POSITIONS."""
+    figure, axes = _at_milestones(race, position, score, score)
     axes.set_ylim(bottom=0)
     return save(figure, axes, path)
 
 
-def plot_score_against_tokens(race: Race, path: Path, score: str) -> Path:
-    """A score of an evaluation at every milestone against millions of tokens read from the stream."""
-    figure, axes = canvas("tokens seen (millions)", score)
-    _lines(axes, race, _in_millions(race.milestones), TOKENS_SEEN, score)
-    axes.set_ylim(bottom=0)
-    return save(figure, axes, path)
-
-
-def _in_millions(milestones: pd.DataFrame) -> pd.DataFrame:
-    return milestones.assign(**{TOKENS_SEEN: milestones[TOKENS_SEEN] / 1e6})
+def _at_milestones(race: Race, position: str, metric: str, label: str) -> tuple[Figure, Axes]:
+    name, unit = POSITIONS[position]
+    figure, axes = canvas(name, label)
+    milestones = race.milestones.assign(**{position: race.milestones[position] / unit})
+    _lines(axes, race, milestones, position, metric)
+    return figure, axes
 
 
 def plot_speed(race: Race, path: Path) -> Path:

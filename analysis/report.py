@@ -49,12 +49,10 @@ from analysis.notes import (
 from analysis.plots import (
     ZOOM_FRACTION,
     plot_active_layers,
-    plot_loss_against_seconds,
-    plot_loss_against_tokens,
+    plot_loss,
     plot_memory,
     plot_relevance,
-    plot_score_against_seconds,
-    plot_score_against_tokens,
+    plot_score,
     plot_speed,
 )
 from analysis.scores import PREFIX, PRIMARY, primary_scores, score_names, task_names, unequal_questions
@@ -75,12 +73,20 @@ from analysis.tables import (
     validation_table,
 )
 from analysis.targets import TARGET_FRACTIONS
-from cggr_ray.schema import RACE_FILE, VAL_LOSS, VAL_TOKENS
+from cggr_ray.schema import RACE_FILE, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS, VAL_TOKENS
 
 REPORT_FILE = "benchmark_results.md"
 PLOTS = (
-    ("loss_against_seconds.png", "Validation loss against train seconds: equal time", plot_loss_against_seconds),
-    ("loss_against_tokens.png", "Validation loss against tokens seen: equal data", plot_loss_against_tokens),
+    (
+        "loss_against_seconds.png",
+        "Validation loss against train seconds: equal time",
+        partial(plot_loss, position=TRAIN_SECONDS),
+    ),
+    (
+        "loss_against_tokens.png",
+        "Validation loss against tokens seen: equal data",
+        partial(plot_loss, position=TOKENS_SEEN),
+    ),
     ("tokens_per_second.png", "Tokens per train second", plot_speed),
 )
 MEMORY_PLOT = ("memory.png", "Peak device memory", plot_memory)
@@ -205,13 +211,10 @@ def race_plots(race: Race) -> Plots:
 def _score_plots(score: str) -> Plots:
     name = score.removeprefix(PREFIX)
     file = name.replace("/", "_")
+    at_seconds, at_tokens = (partial(plot_score, position=at, score=score) for at in (TRAIN_SECONDS, TOKENS_SEEN))
     return (
-        (
-            f"{file}_against_seconds.png",
-            f"{name} against train seconds",
-            partial(plot_score_against_seconds, score=score),
-        ),
-        (f"{file}_against_tokens.png", f"{name} against tokens seen", partial(plot_score_against_tokens, score=score)),
+        (f"{file}_against_seconds.png", f"{name} against train seconds", at_seconds),
+        (f"{file}_against_tokens.png", f"{name} against tokens seen", at_tokens),
     )
 
 

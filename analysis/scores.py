@@ -111,7 +111,7 @@ def score_claims(race: Race) -> pd.DataFrame:
 def final_scores(race: Race) -> pd.DataFrame:
     """One row a finished run and score at its last milestone: `value`, `questions`, and `low`, `high` where known."""
     rows = []
-    for milestone in _last(race).sort_values("trial_id").to_dict("records"):
+    for milestone in _last(race).to_dict("records"):
         for score in score_names(race):
             row = {name: milestone[name] for name in IDENTITY} | {"score": score, "value": milestone[score]}
             row["questions"] = milestone.get(questions_of(score), math.nan)
@@ -122,7 +122,7 @@ def final_scores(race: Race) -> pd.DataFrame:
 def final_answers(race: Race) -> pd.DataFrame:
     """One row a finished run and task at its last milestone: DESCRIPTIONS of its answers, NaN where it says nothing."""
     rows = []
-    for milestone in _last(race).sort_values("trial_id").to_dict("records"):
+    for milestone in _last(race).to_dict("records"):
         for task in task_names(race):
             row = {name: milestone[name] for name in IDENTITY} | {"task": task.removeprefix(PREFIX)}
             rows.append(row | {name: milestone.get(f"{task}/{name}", math.nan) for name in DESCRIPTIONS})
@@ -147,7 +147,7 @@ def at_the_end(race: Race, metric: str) -> dict[tuple[str, int], float]:
 
 def _last(race: Race) -> pd.DataFrame:
     rows = marked_milestones(race)
-    return rows[rows["mark"] == 1.0]
+    return rows[rows["mark"] == 1.0].sort_values("trial_id")
 
 
 def _against_baseline(race: Race, values: pd.Series, mark: float, at: float) -> pd.DataFrame:

@@ -176,13 +176,7 @@ class Calibration:
         self.arms[name] = entry
         global_rows = self._global_rows(name)
         sizes = sizes_of(self.spec.recipe(name).rows, global_rows, self.settings.scale_batch)
-
-        def peak(size: int) -> float | None:
-            return (
-                entry["tries"][-1]["peak_mib"] if self._try(entry, name, size, SEARCH_STEPS, verifies=False) else None
-            )
-
-        found = largest(sizes, peak, self._limit)
+        found = largest(sizes, lambda size: self._try(entry, name, size, verifies=False), self._limit)
         if found is not None and not self._verified(entry, name, found):
             found = self._stepped_back(entry, name, sizes, found)
         # Nothing larger was of use: memory has set no limit.
@@ -213,27 +207,29 @@ class Calibration:
         return plain
 
     def _verified(self, entry: Row, name: str, size: int) -> bool:
-        steps = self.settings.verify_steps
-        return all(self._try(entry, name, size, steps, verifies=True) for _ in range(self.settings.starts))
+        starts = range(self.settings.starts)
+        return all(self._try(entry, name, size, verifies=True) is not None for _ in starts)
 
     def _stepped_back(self, entry: Row, name: str, sizes: Sequence[int], failed: int) -> int | None:
         """A smaller size that is verified. None where the smallest fails too: not the rows take the memory."""
-        if failed == sizes[0] or not self._try(entry, name, sizes[0], self.settings.verify_steps, verifies=True):
+        if failed == sizes[0] or self._try(entry, name, sizes[0], verifies=True) is None:
             return None
         found: int | None = failed
         while found is not None and (found == failed or not self._verified(entry, name, found)):
             found = max((size for size in sizes if size <= (1 - STEP_BACK) * found), default=None)
         return found
 
-    def _try(self, entry: Row, name: str, size: int, steps: int, verifies: bool) -> bool:
+    def _try(self, entry: Row, name: str, size: int, verifies: bool) -> float | None:
+        """MiB at the peak, None where the rows do not fit."""
         began, global_rows = time.perf_counter(), max(self._global_rows(name), size)
+        steps = self.settings.verify_steps if verifies else SEARCH_STEPS
         row = {"micro_rows": size, "global_rows": global_rows, "steps": steps, "verifies": verifies}
         known = next((tried for tried in self._begun if row.items() <= tried.items()), None)
         if known is not None:
             # Of a calibration that was interrupted. It has as many starts of a size as were made.
             self._begun.remove(known)
             entry["tries"].append(known)
-            return bool(known["fits"])
+            return float(known["peak_mib"]) if known["fits"] else None
         race = trial_spec(self.spec, name, global_rows, size, steps, verifies)
         trial = Trial(f"{name}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
         trial = trial.placed(self._file.parent, self._data_folder)
@@ -243,7 +239,7 @@ class Calibration:
         self._write()
         verdict = "fit" if answer.fits else "do not fit"
         self._say(f"{name}: {size} rows {verdict}, {steps} steps, {answer.peak_mib:,.0f} MiB of {self._limit:,.0f}")
-        return answer.fits
+        return answer.peak_mib if answer.fits else None
 
     def _write(self) -> None:
         write_whole(self._file, json.dumps({"name": self.spec.name, "arms": self.arms}, indent=1))

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.muon import Muon
+from cggr_ray.optim.polar import work_dtype
 from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.state_formats import Float32, Int8Blockwise, State, average_of
 from cggr_ray.transfer import to_device
@@ -229,10 +230,6 @@ def follow(basis_nRm: Tensor, grad_nmk: Tensor, iterations: int) -> Tensor:
 def without(x_nmk: Tensor, basis_nrm: Tensor) -> Tensor:
     """What of each matrix lies outside of its basis."""
     return x_nmk - torch.bmm(basis_nrm.mT, torch.bmm(basis_nrm, x_nmk))
-
-
-def work_dtype(x: Tensor) -> torch.dtype:
-    return torch.bfloat16 if x.is_cuda else torch.float32
 
 
 def shorter_first(x_nMK: Tensor, side: str) -> Tensor:

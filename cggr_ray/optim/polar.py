@@ -57,7 +57,7 @@ def orthogonalise(matrices_NMK: Tensor, method: Literal["newton_schulz", "polar_
     In float32, but on a GPU: there from bf16, which has the range of gradients, and in fp16, which is eight times as
     exact for values that are no longer than 1. Returns float32.
     """
-    work = matrices_NMK.to(torch.bfloat16 if matrices_NMK.is_cuda else torch.float32)
+    work = matrices_NMK.to(work_dtype(matrices_NMK))
     tall = work.shape[-2] > work.shape[-1]
     x = work.mT if tall else work
     factor, shifts = POLAR_EXPRESS if method == "polar_express" else NEWTON_SCHULZ
@@ -111,3 +111,8 @@ def _product(z_nmk: Tensor, shifts: list[tuple[float, float]]) -> Tensor:
 @polynomials.register_fake
 def _(z_Nmk: Tensor, shifts: Sequence[float]) -> Tensor:
     return z_Nmk.new_empty(z_Nmk.shape)
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """Of large products, and of what they are made of."""
+    return torch.bfloat16 if x.is_cuda else torch.float32
