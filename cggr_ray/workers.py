@@ -8,7 +8,7 @@ A worker that dies ends the others: their next message to it fails.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -33,8 +33,12 @@ class Workers:
         """Adds up a tensor of every worker, in place, in its dtype; the same bits everywhere."""
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all workers, of one shape, one after the other along the first dimension."""
+        """The tensors of all workers, of one shape, one after the other along the first dimension. Compiles."""
         return tensor
+
+    def share(self, find: Callable[[Tensor], Tensor], stack_N: Tensor) -> Tensor:
+        """What `find` makes of each of N tensors, of which all workers hold the same. Compiles."""
+        return find(stack_N)
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites tensors by those of worker 0."""
@@ -70,9 +74,17 @@ class Group(Workers):
         dist.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor)
-        return torch.cat(found)
+        return gathered(tensor, self.size)
+
+    def share(self, find: Callable[[Tensor], Tensor], stack_N: Tensor) -> Tensor:
+        """Each worker finds a part of them; fewer than there are workers are found by all."""
+        if len(stack_N) < self.size:
+            return find(stack_N)
+        each = -(-len(stack_N) // self.size)
+        own = stack_N[self.rank * each : (self.rank + 1) * each]
+        if len(own) < each:
+            own = torch.cat((own, stack_N[: each - len(own)]))
+        return self.gather(find(own))[: len(stack_N)]
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
@@ -91,3 +103,16 @@ class Group(Workers):
         who = torch.tensor([0 if own is None else self.rank + 1])
         dist.all_reduce(who, dist.ReduceOp.MAX, group=self._hosts)
         return own or (f"in worker {int(who) - 1} of {self.size}" if who else None)
+
+
+@torch.library.custom_op("cggr_ray::gathered", mutates_args=())
+def gathered(tensor: Tensor, size: int) -> Tensor:
+    """One operator to a compiler, so that what is compiled may gather."""
+    found = tensor.new_empty(size * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(found, tensor.contiguous())
+    return found
+
+
+@gathered.register_fake
+def _(tensor: Tensor, size: int) -> Tensor:
+    return tensor.new_empty(size * len(tensor), *tensor.shape[1:])

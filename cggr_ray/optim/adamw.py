@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
+from cggr_ray.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class AdamW(Rule):
         moments = self.state.zeros("first", weights, "geometric") | self.state.zeros("second", weights, "squares")
         return moments | {"count": count}
 
-    def direction(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
+    def direction(self, grad: Tensor, state: State, finite: Tensor, workers: Workers = ALONE) -> Tensor:
         """Updates both moments in place and returns D, float32. A step that is not finite changes nothing."""
         count = state["count"]
         count.add_(finite)

@@ -43,6 +43,7 @@ from cggr_ray.optim.polar import work_dtype
 from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.state_formats import Float32, Int8Blockwise, State, average_of
 from cggr_ray.transfer import to_device
+from cggr_ray.workers import ALONE, Workers
 
 # Subspace iterations of a refresh, and of the first, which begins with a random basis.
 ITERATIONS, FIRST_ITERATIONS = 1, 2
@@ -176,12 +177,13 @@ class GaLore(Rule):
         some = average_of(state, side, which)
         return torch.bmm(self.basis.read(some, side, "linear").to(grad_n.dtype), shorter_first(grad_n, side))
 
-    def direction(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
+    def direction(self, grad: Tensor, state: State, finite: Tensor, workers: Workers = ALONE) -> Tensor:
         """D in full size, float32, of what `project` gave."""
         corrected = "drawn" in state
-        return self._corrected(grad, state, finite) if corrected else self._low_rank(grad, state, finite)
+        found = self._corrected if corrected else self._low_rank
+        return found(grad, state, finite, workers)
 
-    def _corrected(self, grad_NMK: Tensor, state: State, finite: Tensor) -> Tensor:
+    def _corrected(self, grad_NMK: Tensor, state: State, finite: Tensor, workers: Workers) -> Tensor:
         """D of whole gradients: what lies outside of their bases for those that are drawn, inside for the others."""
         side, drawn_F = side_of(state), state["drawn"]
         assert side is not None, "a gradient that is not projected"
@@ -190,20 +192,21 @@ class GaLore(Rule):
         work = work_dtype(grad_NMK)
         inside_Nrk = torch.bmm(basis_Nrm.to(work), grad_Nmk.to(work)).float()
         # Of all, as few are drawn; what is found of those is overwritten.
-        found = self._low_rank(inside_Nrk / (1 - part), state, finite)
+        found = self._low_rank(inside_Nrk / (1 - part), state, finite, workers)
         # In float32, as it may be small beside what is taken away.
         basis_Frm, grad_Fmk = basis_Nrm[drawn_F], grad_Nmk[drawn_F]
         outside_Fmk = without(grad_Fmk, basis_Frm)
         inner = {key.removeprefix(FULL): value for key, value in state.items() if key.startswith(FULL)}
-        full_Fmk = shorter_first(self.rule.direction(shorter_first(outside_Fmk, side) / part, inner, finite), side)
+        outside_FMK = shorter_first(outside_Fmk, side)
+        full_Fmk = shorter_first(self.rule.direction(outside_FMK / part, inner, finite, workers), side)
         outside = shorter_first(without(full_Fmk, basis_Frm), side)
         # The optimizer will scale all of a stack as what learns in a basis.
         shape = grad_NMK.shape[-2:]
         return found.index_copy_(0, drawn_F, outside * (self.rule.shape_scale(*shape) / self.shape_scale(*shape)))
 
-    def _low_rank(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
+    def _low_rank(self, grad: Tensor, state: State, finite: Tensor, workers: Workers) -> Tensor:
         """D of projected gradients R."""
-        return self.full_size(self.rule.direction(grad, state, finite), state).float()
+        return self.full_size(self.rule.direction(grad, state, finite, workers), state).float()
 
     def full_size(self, found: Tensor, state: State) -> Tensor:
         """P D_R (N, M, K) of D_R (N, r, k), in bf16 on a GPU; what was given where nothing is projected."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from cggr_ray.optim.polar import orthogonalise
 from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
+from cggr_ray.workers import ALONE, Workers
 
 # Steps without gradients after which a momentum says nothing of the next.
 LONGEST_REST = 20
@@ -63,12 +64,12 @@ class Muon(Rule):
             state["rows"] = torch.zeros_like(weights[..., :1], dtype=torch.float32)
         return state
 
-    def direction(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
+    def direction(self, grad: Tensor, state: State, finite: Tensor, workers: Workers = ALONE) -> Tensor:
         """Updates the momentum in place and returns D, float32. A step that is not finite leaves the momentum as is."""
         momentum = self.state.read(state, "momentum", "linear").lerp(grad, 1 - self.momentum)
         self.state.write(state, "momentum", momentum, "linear", finite)
         update = grad.lerp(momentum, self.momentum) if self.nesterov else momentum
-        found = orthogonalise(update, self.orthogonalise)
+        found = orthogonalise(update, self.orthogonalise, workers)
         return found if self.row_beta is None else self._even_rows(found, state["rows"], self.row_beta, finite)
 
     def _even_rows(self, found_NMK: Tensor, rows_NM1: Tensor, beta: float, finite: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def apply_rule(
         measure: what to return of the update.
     """
     raw, gradient = gradient, torch.where(finite > 0, gradient.float() * clip, 0.0)
-    direction = stack.rule.direction(gradient, stack.state, finite)
+    direction = stack.rule.direction(gradient, stack.state, finite, stack.workers)
     stack.awake.add_(finite)
     rate = lr * finite
     measured = None

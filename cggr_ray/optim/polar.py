@@ -10,10 +10,13 @@ Shapes: N matrices (M, K), n of them at a time; m the shorter side, k the longer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from cggr_ray.workers import ALONE, Workers
 
 # Values of the matrices that are multiplied at once: more would be no faster.
 LARGEST_PRODUCT = 2**26
@@ -51,11 +54,13 @@ POLAR_EXPRESS = completed(
 )
 
 
-def orthogonalise(matrices_NMK: Tensor, method: Literal["newton_schulz", "polar_express"]) -> Tensor:
+def orthogonalise(
+    matrices_NMK: Tensor, method: Literal["newton_schulz", "polar_express"], workers: Workers = ALONE
+) -> Tensor:
     """The nearest semi-orthogonal matrix of each of N matrices, approximately; zero stays zero.
 
     In float32, but on a GPU: there from bf16, which has the range of gradients, and in fp16, which is eight times as
-    exact for values that are no longer than 1. Returns float32.
+    exact for values that are no longer than 1. Workers that hold the same matrices share them. Returns float32.
     """
     work = matrices_NMK.to(work_dtype(matrices_NMK))
     tall = work.shape[-2] > work.shape[-1]
@@ -63,7 +68,7 @@ def orthogonalise(matrices_NMK: Tensor, method: Literal["newton_schulz", "polar_
     factor, shifts = POLAR_EXPRESS if method == "polar_express" else NEWTON_SCHULZ
     length_N11 = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     start = x * (factor / length_N11.clamp_min(1e-7))
-    x = polynomials(start.to(torch.float16) if x.is_cuda else start, shifts)
+    x = workers.share(partial(polynomials, shifts=shifts), start.to(torch.float16) if x.is_cuda else start)
     return (x.mT if tall else x).float()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cggr_ray.optim.state_formats import State
+from cggr_ray.workers import ALONE, Workers
 
 
 class Rule:
@@ -22,11 +23,12 @@ class Rule:
         """For float32 weights of shape (N, *shape); may not keep them."""
         raise NotImplementedError
 
-    def direction(self, grad: Tensor, state: State, finite: Tensor) -> Tensor:
+    def direction(self, grad: Tensor, state: State, finite: Tensor, workers: Workers = ALONE) -> Tensor:
         """D of shape (N, *shape), float32, of what `project` made of the gradients. Compiled on a GPU.
 
         Args:
             finite: 0-d, 1 or 0; where it is 0 the gradients are 0 and no bit of the state may change.
+            workers: those that ask the same, and may share the work.
         """
         raise NotImplementedError
 

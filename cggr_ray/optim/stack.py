@@ -31,7 +31,7 @@ class Stack:
     def __init__(
         self, name: str, rule: Rule, named: list[Named], one_of_several: bool = False, workers: Workers = ALONE
     ) -> None:
-        self._one_of_several, self._workers = one_of_several, workers
+        self._one_of_several, self.workers = one_of_several, workers
         self.name, self.rule, self.parameters = name, rule, [p for _, p in named]
         shape = self.parameters[0].shape
         self.weights = torch.stack([p.detach() for p in self.parameters])
@@ -118,7 +118,7 @@ class Stack:
         if not self._early:
             gradient = self._take()
             # Bases follow the gradient of all workers, so that theirs are added up before they are projected.
-            if self._workers.size == 1:
+            if self.workers.size == 1:
                 gradient = self._project(gradient, rewinds=True)
             self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
 
@@ -129,10 +129,10 @@ class Stack:
         float32 after several micro-batches.
         """
         assert len({self._arrived[i] for i in self.learning}) == 1, "a parameter of an active layer has no gradient"
-        whole = self._sum is None or self._workers.size > 1
+        whole = self._sum is None or self.workers.size > 1
         gradient, self._sum = self._take() if self._sum is None else self._sum, None
         if whole:
-            self._workers.sum(gradient)
+            self.workers.sum(gradient)
             gradient = self._project(gradient, rewinds=False)
         self._refreshed = {}
         return gradient[rows_of(self.learning, gradient.device)] if self._early else gradient
@@ -188,7 +188,7 @@ class Part:
     """Some parameters of a stack: views of it where they are neighbours, else copies that `back` writes."""
 
     def __init__(self, stack: Stack, which: list[int]) -> None:
-        self.rule, self.scale = stack.rule, stack.scale
+        self.rule, self.scale, self.workers = stack.rule, stack.scale, stack.workers
         self._rows, self._of = rows_of(which, stack.weights.device), stack.tensors()
         self._own = {key: value[self._rows] for key, value in self._of.items()}
         rest = dict(self._own)

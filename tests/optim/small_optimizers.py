@@ -49,7 +49,7 @@ class Plain(Rule):
     def init_state(self, weights):
         return {}
 
-    def direction(self, grad, state, finite):
+    def direction(self, grad, state, finite, workers=None):
         return grad
 
     def without_momentum(self, grad, state):
