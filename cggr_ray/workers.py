@@ -109,7 +109,7 @@ class Group(Workers):
 def gathered(tensor: Tensor, size: int) -> Tensor:
     """One operator to a compiler, so that what is compiled may gather."""
     found = tensor.new_empty(size * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(found, tensor.contiguous())
+    dist.all_gather([*found.split(len(tensor))], tensor.contiguous())
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -36,8 +37,8 @@ RECIPES = ("baseline", "cggr_tuned")
 HERE, ROWS_FILE = "127.0.0.1", "rows.json"
 
 
-def bench_workers(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
-    """Rows of both recipes.
+def bench_workers(shape: Shape, device: str, rounds: int, folder: Path) -> Iterator[BenchRow]:
+    """Rows of one recipe, then of the other, with processes of its own.
 
     Raises:
         ValueError: a model with too few layers for them, or there is one GPU alone.
@@ -50,13 +51,16 @@ def bench_workers(shape: Shape, device: str, rounds: int, folder: Path) -> list[
         raise ValueError("1 GPU; accepted: at least 2, or device cpu")
     # Once, before all processes look for it.
     prepared_data(shape, folder)
-    store = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
-    mp.spawn(measure, (size, store.port, shape, on_gpu, rounds, folder), nprocs=size)
-    return [BenchRow(**row) for row in json.loads((folder / ROWS_FILE).read_text())]
+    for recipe in RECIPES:
+        store = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
+        mp.spawn(measure, (size, store.port, recipe, shape, on_gpu, rounds, folder), nprocs=size)
+        yield from (BenchRow(**row) for row in json.loads((folder / ROWS_FILE).read_text()))
 
 
-def measure(rank: int, size: int, port: int, shape: Shape, on_gpu: bool, rounds: int, folder: Path) -> None:
-    """One worker of all trials. Worker 0 writes the rows."""
+def measure(
+    rank: int, size: int, port: int, recipe: str, shape: Shape, on_gpu: bool, rounds: int, folder: Path
+) -> None:
+    """One worker of both trials of a recipe. Worker 0 writes the rows."""
     # All of them are on this machine, whatever its name resolves to.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
@@ -64,7 +68,7 @@ def measure(rank: int, size: int, port: int, shape: Shape, on_gpu: bool, rounds:
     store = dist.TCPStore(HERE, port, is_master=False)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
     group = Group(device)
-    rows = [row for recipe in RECIPES for row in rows_of(recipe, shape, device, rounds, folder, group)]
+    rows = rows_of(recipe, shape, device, rounds, folder, group)
     if group.is_first:
         (folder / ROWS_FILE).write_text(json.dumps([asdict(row) for row in rows]))
     group.first(0.0)

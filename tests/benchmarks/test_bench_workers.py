@@ -33,10 +33,10 @@ def test_one_gpu_is_not_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="accepted: at least 2, or device cpu"):
-        workers.bench_workers(Shape("llama-24m", 1, 16), "cuda", 1, tmp_path)
+        next(workers.bench_workers(Shape("llama-24m", 1, 16), "cuda", 1, tmp_path))
 
 
 def test_a_model_that_a_recipe_cannot_run_is_refused_before_any_process_starts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokens need a model of at least 5 layers, 'tiny' has 4"):
-        workers.bench_workers(Shape("tiny", 1, 16), "cpu", 1, tmp_path)
+        next(workers.bench_workers(Shape("tiny", 1, 16), "cpu", 1, tmp_path))
     assert not [*tmp_path.iterdir()]
