@@ -121,9 +121,8 @@ class Probe:
         return self.layers + 1
 
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
+        assert name == "loss", f"score {name!r} by a probe"
         check_depth(self.layers, setting)
-        if name != "loss":
-            raise ValueError(f"score {name!r} by a probe; accepted: 'loss', it predicts nothing else")
         return ProbeScorer(self, setting, seed)
 
 
@@ -138,8 +137,7 @@ class StaleScores:
         return 1
 
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
-        if name != "loss":
-            raise ValueError(f"score {name!r} from the last epoch; accepted: 'loss', nothing else is kept")
+        assert name == "loss", f"score {name!r} from the last epoch"
         return StaleScorer(setting)
 
 

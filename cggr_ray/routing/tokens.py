@@ -116,8 +116,16 @@ class SelectedTokens:
             raise ValueError(f"plan {self.plan!r} with a router that scores early; accepted: before, dense")
         if self.plan == "before" and not early:
             raise ValueError("plan 'before' with the model's own scores; accepted: after, two_pass, dense")
-        if self.dynamic is not None and isinstance(self.router, Probe | StaleScores):
-            raise ValueError(f"dynamic threshold with router {kind_of(type(self.router))!r}, which sees no confidence; "
+        if isinstance(self.router, Probe | StaleScores):
+            self._check_loss_alone(kind_of(type(self.router)))
+
+    def _check_loss_alone(self, router: str) -> None:
+        """Whether a router will do that knows of a position what it loses, or is to lose, and nothing else."""
+        if self.score != "loss":
+            raise ValueError(f"score {self.score!r} with router {router!r}, which knows the loss alone; accepted: "
+                             "'loss', or own_scores, truncated_router")  # fmt: skip
+        if self.dynamic is not None:
+            raise ValueError(f"dynamic threshold with router {router!r}, which sees no confidence; "
                              "accepted: own_scores, truncated_router")  # fmt: skip
 
     def _check_importance(self) -> None:
