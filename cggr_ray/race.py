@@ -184,14 +184,14 @@ class RaceSpec(Plain):
         """Whether every recipe fits the race's model and micro-batches, from shapes alone.
 
         Raises:
-            ValueError: a value that does not fit, a model of too few layers, or a micro-batch of which a recipe cannot
-                keep what it says.
+            ValueError: a value that does not fit, a model of another family or of too few layers, or a micro-batch of
+                which a recipe cannot keep what it says.
         """
         if self.model.pretrained is not None:
             if len(self.seeds) > 1 and not self.order_by_seed:
                 raise ValueError(f"seeds {list(self.seeds)} with trained weights and one order of the data, whose runs "
                                  "differ by rounding; accepted: order_by_seed = true, or one seed")  # fmt: skip
-            check_positions(self.data, self.model.config().max_position_embeddings)
+            check_positions(self.data, self.model.config_to_run().max_position_embeddings)
         for name in self.recipes:
             try:
                 recipe = self.recipe(name)

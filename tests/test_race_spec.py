@@ -287,16 +287,37 @@ def test_a_cache_of_activations_needs_an_embedding_that_rests() -> None:
     untied.check()
 
 
-@pytest.mark.parametrize(
-    "config", [{"model_type": "gpt2", "n_layer": 3}, {"model_type": "llama", "num_hidden_layers": 3}]
-)
+DROPS_NOTHING = {"model_type": "gpt2", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
+
+def model_folder(folder: Path, config: dict[str, Any]) -> ModelSpec:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").touch()
+    return ModelSpec(folder=str(folder))
+
+
+@pytest.mark.parametrize("config", [DROPS_NOTHING | {"n_layer": 3}, {"model_type": "llama", "num_hidden_layers": 3}])
 def test_layers_of_a_model_folder(config: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").touch()
-    model = ModelSpec(folder=str(tmp_path))
+    model = model_folder(tmp_path, config)
     RaceSpec(recipes=("cggr_model",), values={"tokens.router.layers": 2}, model=model).check()
     with pytest.raises(ValueError, match=r"at least 4 layers, .* has 3; accepted"):
         RaceSpec(recipes=("cggr_model",), values={"tokens.router.layers": 3}, model=model).check()
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"model_type": "gpt_neox"}, "model family 'gpt_neox'"),
+        ({"model_type": "gpt2"}, "attn_pdrop = 0.1, resid_pdrop = 0.1, embd_pdrop = 0.1"),
+        ({"model_type": "llama", "attention_dropout": 0.2}, "attention_dropout = 0.2"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"model_type": "qwen3", "head_dim": 512}, "head_dim = 512"),
+    ],
+)
+def test_a_model_folder_that_no_trial_could_run(config: dict[str, Any], named: str, tmp_path: Path) -> None:
+    spec = RaceSpec(recipes=("baseline",), model=model_folder(tmp_path, config))
+    with pytest.raises(ValueError, match=f"^{named}; accepted: "):
+        spec.check()
 
 
 @pytest.mark.parametrize("recipe", ["random_rows", "cggr_model_sequence"])

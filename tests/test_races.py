@@ -140,6 +140,7 @@ def test_a_model_in_the_cache_is_checked_too(tmp_path: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("c")
     config = {"model_type": "gpt2", "n_layer": 3, "n_embd": 8, "n_head": 2, "n_positions": 256, "vocab_size": 300}
+    config |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
     (repository / "snapshots" / "c" / "config.json").write_text(json.dumps(config))
     name = race_file(tmp_path, 'recipes = ["baseline"]\n[model]\nhub = "a/b@c"\n[data]\nrow_tokens = 128\n')
     (tmp_path / "cache" / "models--a--b" / "refs" / "c").write_text("c")
@@ -152,6 +153,8 @@ def test_a_model_in_the_cache_is_checked_too(tmp_path: Path) -> None:
         (repository / "snapshots" / "c" / file).write_text("{}")
         absent_now = [what.partition(":")[0] for what in absent(load_race(name))]
         assert absent_now == still
+    (repository / "snapshots" / "c" / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1}))
+    assert "resid_pdrop = 0.1; accepted: 0" in plan(name)[1]
 
 
 def test_a_model_that_a_race_is_yet_to_write_is_no_mistake_of_the_plan(tmp_path: Path) -> None:

@@ -41,10 +41,11 @@ def check_reference(folder: str, data: PreparedData) -> None:
     """Whether a reference model can score the rows of a data set, from its folder's JSON alone.
 
     Raises:
-        ValueError: no such model, or one that does not read the data's tokens or has fewer positions than its rows.
+        ValueError: no such model, one of another family, or one that does not read the data's tokens or has fewer
+            positions than its rows.
     """
     check_folder(Path(folder))
-    config, needed = ModelSpec(folder=folder).config(), len(data.tokenizer)
+    config, needed = ModelSpec(folder=folder).config_to_run(), len(data.tokenizer)
     if config.vocab_size < needed:
         raise ValueError(f"reference {folder!r} has a vocabulary of {config.vocab_size}; "
                          f"accepted: at least the {needed} tokens of the data's tokenizer")  # fmt: skip

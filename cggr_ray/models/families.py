@@ -24,6 +24,8 @@ NormKind = Literal["rms", "rms_plus_one", "layer"]
 # Of FlashAttention, and of attention for kept queries.
 WIDEST_HEAD = 256
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3", "gpt2")
+DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
+NO_DROPOUT = "accepted: 0 when the model is built, runs repeat exactly"
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,12 @@ class Family:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        check_config(model.config)
         self.model, self.config = model, model.config.get_text_config()
         self.name = model.config.model_type
-        if self.name not in SUPPORTED:
-            raise ValueError(f"model family {self.name!r}; accepted: {', '.join(SUPPORTED)}")
         body: Any = getattr(model, "transformer" if self.name == "gpt2" else "model", None)
         self.body: Any = getattr(body, "language_model", body)
         self._check_parts()
-        self._check()
 
     def _check_parts(self) -> None:
         head = self.model.get_output_embeddings()
@@ -96,31 +96,11 @@ class Family:
             raise ValueError(f"{type(self.model).__name__}; accepted: a causal LM of transformers")
         if getattr(head, "bias", None) is not None:
             raise ValueError(f"{head} as the head; accepted: a head without bias")
-
-    def _check(self) -> None:
-        dropped = ", ".join(f"{name} = {rate}" for name, rate in self._dropout().items())
-        if dropped:
-            raise ValueError(f"{dropped}; accepted: 0 when the model is built, runs repeat exactly")
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        if width > WIDEST_HEAD:
-            raise ValueError(f"head_dim = {width}; accepted: at most {WIDEST_HEAD}, attention has no wider kernel")
-        for key in ("final_logit_softcapping", "attn_logit_softcapping", "add_cross_attention"):
-            if getattr(self.config, key, None):
-                raise ValueError(f"{key} = {getattr(self.config, key)}; accepted: a model without it")
-        if getattr(self.config, "use_bidirectional_attention", False):
-            raise ValueError("use_bidirectional_attention = True; accepted: False, a causal model")
-
-    def _dropout(self) -> dict[str, float]:
-        """Settings that drop something; or a module that does, as it was built before its setting became 0."""
-        keys = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
-        found = {key: getattr(self.config, key, 0.0) for key in keys}
-        if any(found.values()):
-            return {key: rate for key, rate in found.items() if rate}
+        # A module drops as it was built, also where its setting became 0 since.
         for name, module in self.body.named_modules():
             rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
             if rate:
-                return {f"dropout of {name}": rate}
-        return {}
+                raise ValueError(f"dropout of {name} = {rate}; {NO_DROPOUT}")
 
     @property
     def layers(self) -> Sequence[nn.Module]:
@@ -165,6 +145,28 @@ class Family:
     def weights(self, index: int) -> BlockWeights:
         layer: Any = self.layers[index]
         return _gpt2_weights(layer) if self.name == "gpt2" else _llama_weights(layer, self.name.startswith("gemma3"))
+
+
+def check_config(config: Any) -> None:
+    """What can be said of a model from its configuration, before anything of it is read.
+
+    Raises:
+        ValueError: another family, or what `Family` does not take.
+    """
+    text = config.get_text_config()
+    if config.model_type not in SUPPORTED:
+        raise ValueError(f"model family {config.model_type!r}; accepted: {', '.join(SUPPORTED)}")
+    dropped = ", ".join(f"{key} = {rate}" for key in DROPOUTS if (rate := getattr(text, key, 0.0)))
+    if dropped:
+        raise ValueError(f"{dropped}; {NO_DROPOUT}")
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if width > WIDEST_HEAD:
+        raise ValueError(f"head_dim = {width}; accepted: at most {WIDEST_HEAD}, attention has no wider kernel")
+    for key in ("final_logit_softcapping", "attn_logit_softcapping", "add_cross_attention"):
+        if getattr(text, key, None):
+            raise ValueError(f"{key} = {getattr(text, key)}; accepted: a model without it")
+    if getattr(text, "use_bidirectional_attention", False):
+        raise ValueError("use_bidirectional_attention = True; accepted: False, a causal model")
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:

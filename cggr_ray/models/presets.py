@@ -18,6 +18,7 @@ import torch
 
 from cggr_ray.codec import nearest
 from cggr_ray.hub import HubName, is_cached, parse, reading, refuse_code
+from cggr_ray.models.families import check_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,6 +144,16 @@ class ModelSpec:
         return Gemma3TextConfig(
             **common, head_dim=GEMMA_HEAD, sliding_window=GEMMA_WINDOW, query_pre_attn_scalar=GEMMA_HEAD
         )
+
+    def config_to_run(self) -> Any:
+        """`config`, of a model that an adapter can run.
+
+        Raises:
+            ValueError: what `families.check_config` refuses too.
+        """
+        config = self.config()
+        check_config(config)
+        return config
 
     def _published(self, ask_hub: bool) -> Any:
         """The configuration as it was published, which may have more in it than a text model."""

@@ -212,6 +212,10 @@ def test_a_reference_that_does_not_fit_the_data(folder: str, data: PreparedData,
         check_reference(save_model(tmp_path / "short", positions=32), data)
     with pytest.raises(ValueError, match=r"has no config\.json; accepted"):
         check_reference(str(tmp_path / "nowhere"), data)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
+    with pytest.raises(ValueError, match=r"model family 'gpt_neox'; accepted: llama"):
+        check_reference(str(tmp_path / "small"), data)
     other = save_model(tmp_path / "other")
     data.tokenizer.save_pretrained(other)
     table = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
