@@ -171,7 +171,9 @@ def check(spec: RaceSpec, executor: str, address: str | None, folder: Path) -> N
     if spec.evaluation is not None:
         spec.evaluation.kept_in(folder).check()
     if address is None:
-        pick_device(spec.device)
+        device = pick_device(spec.device)
+        for name in spec.recipes:
+            spec.recipe(name).execution.check_device(device.type)
 
 
 def check_executor(executor: str, spec: RaceSpec) -> None:

@@ -184,8 +184,8 @@ class RaceSpec(Plain):
         """Whether every recipe fits the race's model and micro-batches, from shapes alone.
 
         Raises:
-            ValueError: a value that does not fit, a model of another family or of too few layers, or a micro-batch of
-                which a recipe cannot keep what it says.
+            ValueError: a value that does not fit, also with the device, a model of another family or of too few
+                layers, or a micro-batch of which a recipe cannot keep what it says.
         """
         if self.model.pretrained is not None:
             if len(self.seeds) > 1 and not self.order_by_seed:
@@ -195,6 +195,7 @@ class RaceSpec(Plain):
         for name in self.recipes:
             try:
                 recipe = self.recipe(name)
+                recipe.execution.check_device(self.device)
                 check_layers(recipe, self.model)
                 if self.model.pretrained is not None:
                     check_rates(recipe)

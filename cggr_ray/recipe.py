@@ -68,6 +68,11 @@ class Execution:
         bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
         return torch.bfloat16 if bf16 else torch.float32
 
+    def check_device(self, kind: str) -> None:
+        """Raises ValueError where it cannot run on a device of this kind; `auto` is any."""
+        if kind == "cuda" and self.precision == "fp32":
+            raise ValueError("precision 'fp32' on a GPU; accepted: bf16, auto: FlashAttention has no float32")
+
 
 @dataclass(frozen=True)
 class Recipe(Plain):

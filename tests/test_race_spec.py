@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from cggr_ray.commands import specify
+from cggr_ray.commands import check, specify
 from cggr_ray.data.dataset import DataSpec, is_prepared, open_data, prepare
 from cggr_ray.data.sources import HuggingFace, Jsonl, Parquet, Problems
 from cggr_ray.models.presets import ModelSpec
@@ -318,6 +320,23 @@ def test_a_model_folder_that_no_trial_could_run(config: dict[str, Any], named: s
     spec = RaceSpec(recipes=("baseline",), model=model_folder(tmp_path, config))
     with pytest.raises(ValueError, match=f"^{named}; accepted: "):
         spec.check()
+
+
+def test_a_precision_that_the_device_has_not() -> None:
+    spec = RaceSpec(recipes=("baseline",), values={"execution.precision": "fp32"}, device="cuda")
+    with pytest.raises(ValueError, match=r"^recipe 'baseline': precision 'fp32' on a GPU; accepted: bf16, auto"):
+        spec.check()
+    for device in ("auto", "cpu"):
+        replace(spec, device=device).check()
+    replace(spec, values={"execution.precision": "bf16"}).check()
+
+
+def test_a_precision_that_the_device_of_this_machine_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec = RaceSpec(recipes=("baseline",), values={"execution.precision": "fp32"})
+    check(replace(spec, device="cpu"), "train", None, tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"precision 'fp32' on a GPU"):
+        check(spec, "train", None, tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["random_rows", "cggr_model_sequence"])
