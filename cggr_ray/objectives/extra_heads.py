@@ -160,18 +160,10 @@ class Joined(nn.Module):
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
         width = adapter.head_VD.shape[1]
-        self.embedding_norm, self.hidden_norm = neutral_norm(adapter), neutral_norm(adapter)
+        # Initialised anew with the rest: they scale by 1, whatever the model's own does.
+        self.embedding_norm, self.hidden_norm = (copy.deepcopy(adapter.family.norm) for _ in range(2))
         self.join = nn.Linear(2 * width, width, bias=False)
         self.layers = nn.ModuleList([adapter.layer_beside()])
-
-
-@torch.no_grad()
-def neutral_norm(adapter: Adapter) -> nn.Module:
-    """A norm like the model's last one, as it was before any training: it scales by 1."""
-    norm = copy.deepcopy(adapter.family.norm)
-    for name, parameter in norm.named_parameters():
-        parameter.fill_(0.0 if name == "bias" or adapter.shapes[-1].norm == "rms_plus_one" else 1.0)
-    return norm
 
 
 def join(own: Joined, embedded_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
