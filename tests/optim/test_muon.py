@@ -124,7 +124,7 @@ def test_direction_with_8_bits_stays_close_to_that_of_float32(momentum, nesterov
     assert states[1]["momentum.codes"].dtype == torch.int8 and not torch.equal(*found)
 
 
-def final_loss(muon, seed, steps=300):
+def final_loss(muon, seed, steps=500):
     """Of a small regression, noise in the labels, rate falling to 0."""
     generator = torch.Generator().manual_seed(seed)
     x, noise = torch.randn(512, 64, generator=generator), 0.3 * torch.randn(512, 64, generator=generator)
@@ -139,11 +139,13 @@ def final_loss(muon, seed, steps=300):
     return ((x @ a).tanh() @ b - y).square().mean().item()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_regression_ends_as_well_with_8_bits(seed):
-    full, eight = final_loss(Muon(lr=0.01), seed), final_loss(Muon(lr=0.01, state=Int8Blockwise()), seed)
-    assert full < 0.4 * final_loss(Muon(lr=0.01), seed, steps=10)
-    assert full != eight and eight == pytest.approx(full, rel=0.01)
+def test_regressions_end_as_well_with_8_bits():
+    gaps = []
+    for seed in range(4):
+        full, eight = final_loss(Muon(lr=0.01), seed), final_loss(Muon(lr=0.01, state=Int8Blockwise()), seed)
+        assert full < 0.4 * final_loss(Muon(lr=0.01), seed, steps=10) and full != eight
+        gaps.append(eight / full - 1)
+    assert max(map(abs, gaps)) < 0.01 and abs(sum(gaps)) / len(gaps) < 0.005, gaps
 
 
 def test_a_momentum_too_long_for_8_bits_is_refused():

@@ -49,6 +49,8 @@ def test_counts_hold_where_a_model_diverges():
 def test_layers_by_hand():
     assert keep_layers(30, 4) == [30, 22, 15, 7]
     assert cut_layers(30, 4) == [-1, 7, 14, 22]
+    assert keep_layers(32, 4) == [32, 24, 16, 8] and cut_layers(32, 4) == [-1, 7, 15, 23]
+    assert keep_layers(34, 4) == [34, 25, 17, 8] and cut_layers(34, 4) == [-1, 8, 16, 25]
     assert cut_layers(12, 1) == [-1]
     assert keep_layers(2, 4) == [2, 1, 1, 0]
     # In floating point, floor(L / B * (B - b)) loses a layer here.
