@@ -177,24 +177,27 @@ def test_the_dynamic_threshold_reads_the_confidence_of_two_calls_before(rule: st
         criterion.step()
 
 
-def test_a_saved_criterion_goes_on_as_if_nothing_had_been() -> None:
+@pytest.mark.parametrize(("rule", "saved"), [("corrected", 5), ("corrected", 8), ("upstream", 8)])
+def test_a_saved_criterion_goes_on_as_if_nothing_had_been(rule: str, saved: int) -> None:
     def run(criterion: CGGRLoss, calls: range) -> list[float]:
         losses = []
         for call in calls:
-            losses.append(criterion(*batch(rows=4, width=40, seed=call)).item())
+            # Of another confidence in every call, so that none of the last two may be lost.
+            logits, targets = batch(rows=4, width=40, seed=call)
+            losses.append(criterion(logits * (0.2 + 3 * (call % 2)), targets).item())
             criterion.step()
         return losses
 
     def make() -> CGGRLoss:
-        return CGGRLoss(selection="stratified", warmup_steps=6, threshold_rule="corrected", seed=7)
+        return CGGRLoss(selection="stratified", warmup_steps=6, threshold_rule=rule, threshold_sensitivity=5.0, seed=7)
 
-    whole = run(make(), range(10))
+    whole = run(make(), range(12))
     first, second = make(), make()
-    assert run(first, range(5)) == whole[:5]
+    assert run(first, range(saved)) == whole[:saved]
     assert all(isinstance(value, Tensor) for value in first.state_dict().values())
-    assert int(first.state_dict()["curriculum.num_steps"]) == 5
+    assert int(first.state_dict()["curriculum.num_steps"]) == saved
     second.load_state_dict(first.state_dict())
-    assert run(second, range(5, 10)) == whole[5:]
+    assert run(second, range(saved, 12)) == whole[saved:]
 
 
 def test_micro_batches_of_a_step_draw_differently_and_repeat() -> None:
