@@ -85,6 +85,8 @@ def test_pairs_that_prove_nothing_have_no_p() -> None:
 def test_pairs_that_agree_exactly_differ_by_nothing() -> None:
     assert paired_p([0.0] * 3) == 1 and paired_p([0.0] * 8) == 1
     assert paired_p([0.25] * 3) == 0  # the same difference every time, as with a fixed clock
+    # One pair that does is a pair as any other.
+    assert paired_p([0.0, 1.0, 2.0]) == pytest.approx(stats.ttest_1samp([0.0, 1.0, 2.0], 0).pvalue)
 
 
 def test_holm_by_hand() -> None:
@@ -112,6 +114,7 @@ def test_detectable_is_in_the_unit_of_the_differences() -> None:
     expected = np.std(differences, ddof=1) * detectable_effect(4)
     assert detectable(differences) == pytest.approx(expected)
     assert detectable(1000 * np.array(differences)) == pytest.approx(1000 * expected)
+    assert detectable([0.1, 0.4]) == pytest.approx(np.std([0.1, 0.4], ddof=1) * detectable_effect(2))
     for sample in ([0.2, 0.2], [0.2], [0.2, math.nan]):
         assert math.isnan(detectable(sample))
     assert detectable(differences, alpha=0.01) > detectable(differences)

@@ -17,7 +17,7 @@ from simulated import simulated_race
 
 from analysis.frames import Race, read_race
 from analysis.judging import LOSS, SPEED, TIME, Quantity, claims, controls_of, differences, judge
-from analysis.stats import SIGNS, STUDENT
+from analysis.stats import SIGNS, STUDENT, detectable
 
 Writer = Callable[..., Path]
 RowMaker = Callable[..., dict[str, Any]]
@@ -31,6 +31,15 @@ def row_of(table: pd.DataFrame, recipe: str, quantity: Quantity) -> dict[Any, An
 def one(quantity: Quantity, *sample: float) -> dict[Any, Any]:
     """The verdict on a sample that is alone in its race."""
     return row_of(judge({("arm", quantity): np.array(sample)}), "arm", quantity)
+
+
+def test_the_level_is_shared_out_among_what_can_be_tested() -> None:
+    sample, two = np.array([-0.5, -0.6, -0.3]), np.array([0.1, 0.4])
+    idle = {"broken": np.array([0.1, math.nan]), "lone": np.array([0.2]), "none": np.array([])}
+    table = judge({("arm", LOSS): sample, ("other", LOSS): two} | {(name, LOSS): own for name, own in idle.items()})
+    for name, own in (("arm", sample), ("other", two)):
+        assert row_of(table, name, LOSS)["detectable"] == pytest.approx(detectable(own, 0.05 / 2))
+    assert one(LOSS, *sample)["detectable"] == pytest.approx(detectable(sample, 0.05))
 
 
 def test_words_of_a_lone_comparison() -> None:

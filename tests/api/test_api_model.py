@@ -437,8 +437,9 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
     late.config.attn_pdrop = late.config.resid_pdrop = late.config.embd_pdrop = 0.0
     later.model.layers[2].self_attn.attention_dropout = 0.1
     tokens = batch()["input_ids"]
-    holes, left = torch.ones_like(tokens), torch.ones_like(tokens)
-    holes[1, 5], left[0, :3] = 0, 0
+    holes, left, jump = torch.ones_like(tokens), torch.ones_like(tokens), torch.arange(WIDTH).repeat(3, 1)
+    # One position out of its place is enough.
+    holes[1, 5], left[2, 0], jump[1, -1] = 0, 0, 3
 
     def call(model: PreTrainedModel, **inputs: Tensor) -> Callable[[], Any]:
         return lambda: keep_all(model)(**{"input_ids": tokens, "labels": tokens} | inputs)
@@ -447,7 +448,7 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
         (call(llama, attention_mask=holes), "attention_mask with holes; accepted: ones in one piece"),
         (call(gpt2, attention_mask=left), "padded on the left, of a model with absolute positions; accepted"),
         (call(llama, position_ids=torch.arange(WIDTH).expand(3, -1) + 1), "position_ids that are no documents"),
-        (call(llama, position_ids=torch.arange(WIDTH).expand(3, -1) * 2), "position_ids that are no documents"),
+        (call(llama, position_ids=jump), "position_ids that are no documents"),
         (call(llama, labels=tokens[:, 1:]), r"labels of shape \(3, 16\); accepted: \(3, 17\)"),
         (call(llama, attention_mask=torch.ones(3, 1, 17, 17)), r"attention_mask of shape \(3, 1, 17, 17\)"),
         (call(llama, input_ids=tokens[0], labels=tokens[0]), r"input_ids of shape \(17,\); accepted: \(B, T\)"),
