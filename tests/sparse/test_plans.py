@@ -368,15 +368,23 @@ def skip_by_hand(model: PreTrainedModel, micro: MicroBatch, route: TokenRoute, e
     return total / micro.labelled
 
 
-@pytest.mark.parametrize("case", ["packed rows, empty slots", "one position", "a row with nothing kept", "everything"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_skip_equals_one_document_at_a_time(family: str, case: str) -> None:
+SKIPS = ["packed rows, empty slots", "one position", "a row with nothing kept", "everything"]
+
+
+@pytest.mark.parametrize(
+    ("family", "case", "entry", "exit"),
+    [
+        *((family, case, 1, 1) for family in CONFIGS for case in SKIPS),
+        *(("qwen3", case, *span) for case in SKIPS for span in ((0, 0), (0, 2), (2, 0))),
+    ],
+)
+def test_skip_equals_one_document_at_a_time(family: str, case: str, entry: int, exit: int) -> None:
     micro, route = ROUTES[case]
     model = small_model(family)
     plain = copy.deepcopy(model)
-    loss = skip_by_hand(plain, micro, route, 1, 1)
+    loss = skip_by_hand(plain, micro, route, entry, exit)
     loss.backward()
-    planned = Skip(Adapter(model), 1, 1).forward(micro, 0, lambda seen: route)
+    planned = Skip(Adapter(model), entry, exit).forward(micro, 0, lambda seen: route)
     assert planned.route is None
     found = NextToken().loss(planned.stream, micro, planned.route, torch.tensor(1 / micro.labelled))
     found.total.backward()
