@@ -13,6 +13,8 @@ from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
 from cggr_ray.workers import ALONE, Workers
 
+SMALLEST_EPS = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class AdamW(Rule):
@@ -34,10 +36,11 @@ class AdamW(Rule):
     state: Float32 | Int8Blockwise = field(default_factory=Float32)
 
     def __post_init__(self) -> None:
-        # Without eps a weight that never had a gradient would become 0 / 0.
+        # Without eps, or one that float32 has not, a weight that never had a gradient would become 0 / 0.
         rates = 0 <= self.lr < inf and 0 <= self.weight_decay < inf
-        if not (rates and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 < self.eps < inf):
-            raise ValueError(f"{self}; accepted: finite lr >= 0 and weight_decay >= 0, betas in [0, 1), finite eps > 0")
+        if not (rates and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and SMALLEST_EPS <= self.eps < inf):
+            raise ValueError(f"{self}; accepted: finite lr >= 0 and weight_decay >= 0, betas in [0, 1), "
+                             f"finite eps >= {SMALLEST_EPS:.3g}")  # fmt: skip
         longest = LONGEST["geometric"], LONGEST["squares"]
         if isinstance(self.state, Int8Blockwise) and (self.beta1 > longest[0] or self.beta2 > longest[1]):
             raise ValueError(f"beta1 = {self.beta1}, beta2 = {self.beta2} with 8-bit state; accepted: at most "

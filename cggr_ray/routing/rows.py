@@ -146,8 +146,8 @@ def check_rows_of(keep: float, rows: int) -> None:
 
 
 def rows_kept(ratio: float, rows: int) -> int:
-    """ceil(ratio B), up to rounding errors."""
-    return math.ceil(ratio * rows - 1e-9)
+    """ceil(ratio B), up to rounding errors; at least one."""
+    return max(1, math.ceil(ratio * rows - 1e-9))
 
 
 class EveryRow:

@@ -174,6 +174,8 @@ class SkippedTokens:
         check_keep(self.keep)
         if self.entry < 0 or self.exit < 0:
             raise ValueError(f"entry = {self.entry}, exit = {self.exit}; accepted: at least 0")
+        if self.num_strata < 1:
+            raise ValueError(f"num_strata = {self.num_strata}; accepted: at least 1")
         if self.choice != "random" and self.entry < 1:
             raise ValueError(
                 f"choice {self.choice!r} with entry = 0; accepted: at least one layer for the probe to read"

@@ -91,7 +91,7 @@ def test_never_a_gradient_means_no_update():
 
 @pytest.mark.parametrize(
     "values", [{"beta1": 1.0}, {"beta2": -0.1}, {"lr": -1.0}, {"weight_decay": -1.0}, {"eps": 0.0}, {"lr": math.nan},
-               {"lr": math.inf}, {"weight_decay": math.nan}, {"eps": math.inf}]
+               {"lr": math.inf}, {"weight_decay": math.nan}, {"eps": math.inf}, {"eps": 1e-50}]
 )  # fmt: skip
 def test_impossible_values_are_refused(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))}={next(iter(values.values()))}"):

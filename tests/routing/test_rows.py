@@ -116,6 +116,8 @@ def test_a_share_that_is_no_whole_number_of_rows_is_refused(part: HardestRows | 
     for rows in (1, 2, 3, 5, 6):
         with pytest.raises(ValueError, match=rf"keep = 0\.25 of a micro-batch of {rows} rows.*; accepted: "):
             part.check_rows(rows)
+    with pytest.raises(ValueError, match="of 8 rows, which would keep 1; accepted: "):
+        replace(part, keep=1e-12).check_rows(8)
     assert HardestRows(layers=3).needs_layers() == 4
 
 
