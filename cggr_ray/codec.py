@@ -156,7 +156,7 @@ def _from_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(table, Mapping):
         raise ValueError(f"{where} = {value!r}; accepted: a table with kind = one of {', '.join(sorted(accepted))}")
     kind = table.get("kind", next(iter(tables)) if len(tables) == 1 else None)
-    if kind not in tables:
+    if not isinstance(kind, str) or kind not in tables:
         raise ValueError(f"{where}.kind = {kind!r}; {nearest(str(kind), accepted)}")
     return _from_table(tables[kind], table, where)
 

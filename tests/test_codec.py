@@ -94,6 +94,7 @@ def test_a_bare_kind_and_a_whole_number_for_a_float_are_accepted() -> None:
         ({"name": "x", "wall": {"kind": "red_paint", "coat": 1}}, r"'wall\.coat'; did you mean 'coats'\?"),
         ({"name": "x", "wall": {"kind": "red_pain"}}, r"wall\.kind = 'red_pain'; did you mean 'red_paint'\?"),
         ({"name": "x", "wall": {"depth": 0.1}}, r"wall\.kind = None; .*azure, red_paint"),
+        ({"name": "x", "wall": {"kind": ["azure"]}}, r"wall\.kind = \['azure'\]; .*azure, red_paint"),
         ({"name": "x", "wall": 3}, r"wall = 3; .*azure, red_paint"),
         ({"name": "x", "wall": {"kind": "azure", "tint": "ligth"}}, r"wall\.tint = 'ligth'; did you mean 'light'\?"),
         ({"name": "x", "wall": {"kind": "red_paint", "coats": "two"}}, r"wall\.coats = 'two'; accepted: int"),

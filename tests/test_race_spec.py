@@ -109,6 +109,7 @@ def test_a_trial_round_trips_through_json(tmp_path: Path) -> None:
         ({"data": {"sources": ["problems", "problems"]}}, r"sources .*; accepted"),
         ({"data": {"sources": [{"kind": "problems", "max_epochs": 1}]}}, r"max_epochs; accepted"),
         ({"data": {"sources": [{"kind": "problems", "weight": 0.0}]}}, r"weight = 0\.0.*accepted"),
+        ({"data": {"sources": [{"kind": "problems", "weight": math.inf}]}}, r"weight = inf.*accepted"),
         ({"data": {"sources": [{"kind": "jsonlines"}]}}, r"'jsonlines'; did you mean 'jsonl'\?"),
     ],
 )

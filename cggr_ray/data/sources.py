@@ -70,8 +70,8 @@ class Source:
     max_epochs: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"weight = {self.weight} of source {self.name!r}; accepted: a positive number")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight = {self.weight} of source {self.name!r}; accepted: a positive, finite number")
         if self.max_epochs is not None and self.max_epochs < 1:
             raise ValueError(f"max_epochs = {self.max_epochs} of source {self.name!r}; accepted: at least 1")
 
