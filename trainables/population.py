@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,8 +40,8 @@ class Population(Plain):
             raise ValueError(f"interval = {self.interval}; accepted: a fraction of the budget in (0, 1)")
         if not 0 < self.quantile <= 0.5:
             raise ValueError(f"quantile = {self.quantile}; accepted: a fraction of the population in (0, 0.5]")
-        if not self.factors or min(self.factors) <= 0:
-            raise ValueError(f"factors = {list(self.factors)}; accepted: positive numbers, at least one")
+        if not self.factors or not all(0 < factor < inf for factor in self.factors):
+            raise ValueError(f"factors = {list(self.factors)}; accepted: positive, finite numbers, at least one")
 
     @property
     def milestones(self) -> tuple[float, ...]:

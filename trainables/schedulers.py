@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -96,8 +97,8 @@ class HyperBand(Alone, Plain):
     def __post_init__(self) -> None:
         if not 0 < self.first_rung < 1:
             raise ValueError(f"first_rung = {self.first_rung}; accepted: a fraction of the budget in (0, 1)")
-        if not self.reduction > 1:
-            raise ValueError(f"reduction = {self.reduction}; accepted: more than 1")
+        if not 1 < self.reduction < inf:
+            raise ValueError(f"reduction = {self.reduction}; accepted: a finite number above 1")
         if not 1 <= self.brackets <= len(self.milestones):
             raise ValueError(f"brackets = {self.brackets}; accepted: 1 to the number of rungs, "
                              f"{len(self.milestones)}")  # fmt: skip

@@ -68,7 +68,9 @@ def test_a_file_says_space_search_and_race_and_the_command_line_has_the_last_wor
         ('"hyperband"', '"ahsa"', "did you mean 'asha'?"),
         ('"hyperband"', '{kind = "asha", first_rung = 1.0}', "first_rung = 1.0; accepted: a fraction"),
         ('"hyperband"', '{kind = "hyperband", brackets = 4}', "brackets = 4; accepted: 1 to the number of rungs, 3"),
+        ('"hyperband"', '{kind = "asha", reduction = inf}', "reduction = inf; accepted: a finite number"),
         ('"hyperband"', '{kind = "pbt", quantile = 0.6}', "quantile = 0.6; accepted"),
+        ('"hyperband"', '{kind = "pbt", factors = [0.8, nan]}', "factors = [0.8, nan]; accepted: positive"),
         ("budget_seconds = 7", "budget_second = 7", "did you mean 'budget_seconds'?"),
     ],
 )
