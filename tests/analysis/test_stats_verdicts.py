@@ -136,6 +136,28 @@ def test_a_control_is_beaten_only_from_the_better_side(control: float, words: st
     assert row["verdict"] == words
 
 
+def test_controls_are_named_by_what_was_won(tmp_path: Path, run_writer: Writer, milestone_row: RowMaker) -> None:
+    """`arm` ends lower than the control `chance`, but comes later to the loss that both reach; `worse` ends higher."""
+    parts = {"rows": {"kind": "all_rows"}, "updates": {"kind": "full_update"}}
+    kinds = {"baseline": "all_tokens", "arm": "selected_tokens", "worse": "selected_tokens", "chance": "random_tokens"}
+    curves = {"baseline": (5.5, 2.0), "arm": (5.0, 1.5), "worse": (6.0, 2.5), "chance": (1.9, 1.9)}
+    for seed in range(3):
+        for recipe, (half, end) in curves.items():
+            spread = (seed if recipe == "arm" else -seed) / 100
+            rows = [
+                milestone_row(0, 0, 0, 9.0),
+                milestone_row(10, 10, 10, half),
+                milestone_row(20, 20, 20, end + spread),
+            ]
+            tokens = round(1e6 * (1.2 if recipe in ("arm", "worse") else 1.0) * (1 + seed * spread / 10))
+            described = {"parts": parts | {"tokens": {"kind": kinds[recipe]}}, "device": {"name": "Test GPU"}}
+            run_writer(tmp_path, recipe, seed, rows, {"order": {"8": f"a{seed}"}, "tokens_seen": tokens}, **described)
+    table = claims(read_race(tmp_path))
+    assert row_of(table, "arm", LOSS)["verdict"] == "better" and row_of(table, "arm", SPEED)["verdict"] == "faster"
+    assert row_of(table, "arm", TIME)["verdict"] == "faster; not shown to beat the control chance"
+    assert row_of(table, "worse", LOSS)["verdict"] == "worse" and row_of(table, "worse", SPEED)["verdict"] == "faster"
+
+
 def test_fewer_rows_control_every_method_and_chance_its_own_part(better_race: Path, run_writer: Writer) -> None:
     parts = {"rows": {"kind": "fewer_rows"}, "tokens": {"kind": "all_tokens"}, "updates": {"kind": "full_update"}}
     run_writer(better_race, "less", 0, [], {}, parts=parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,18 @@ def test_the_readme_s_loops_run_as_they_are_written(tmp_path: Path, monkeypatch:
     MatrixOptimizer(small_model("llama"), *names["eight_bits"])
     MatrixOptimizer(small_model("llama"), *names["low_rank"])
     assert len(blocks) == 3
+
+
+def test_defaults_are_what_upstream_documents() -> None:
+    """A caller who gives nothing gets them: they do not change with what the races find."""
+    selection = {"scoring": "combined", "selection": "topk", "num_strata": 4, "min_tokens_per_sequence": 1}
+    ratio = {"min_tokens_ratio": 0.25, "warmup_steps": 1000}
+    dynamic = {"dynamic_threshold": True, "threshold_sensitivity": 0.5, "threshold_rule": "upstream"}
+    wrapper = {"num_buckets": 4, "warmup_steps": 1000, "leak_rate": 0.0, "scoring": "entropy_confidence"}
+    wanted = ((CGGRLoss, selection | ratio | dynamic), (CGGRModel, selection | ratio | dynamic), (CGGRWrapper, wrapper))
+    for made, expected in (*wanted, (create_truncated_router, {"num_layers": 4})):
+        given = {name: taken.default for name, taken in inspect.signature(made).parameters.items()}
+        assert {name: given[name] for name in expected} == expected, made
 
 
 def test_public_names_are_listed_and_known_to_type_checkers() -> None:
