@@ -42,8 +42,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         clip_norm: of all gradients together, for loops that do not clip by themselves.
 
     Raises:
-        ValueError: no parameter learns, there is no hidden matrix, a name is unknown, or a parameter is of a dtype, a
-            kind or a device that cannot be updated with the others.
+        ValueError: it is no module, or a rule none of these; no parameter learns, there is no hidden matrix, a name is
+            unknown, or a parameter is of a dtype, a kind or a device that cannot be updated with the others.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         hidden: Iterable[str] | None = None,
         clip_norm: float = inf,
     ) -> None:
+        check_arguments(model, matrix, rest, clip_norm)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         check_parameters(named)
         inside = inside_blocks(model, named) if hidden is None else known(hidden, named)
@@ -102,19 +103,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """State of all stacks, float32 masters too, and the groups; for `torch.save`, or `accelerate`."""
         groups = [
             {key: value for key, value in group.items() if key != "params"}
-            | {"params": [self._names[id(p)] for p in group["params"]]}
+            | {"params": [bare(self._names[id(p)]) for p in group["params"]]}
             for group in self.param_groups
         ]
         return {"state": {"steps": self._steps, "tensors": self._inner.state_dict()}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on as the optimizer that was saved.
+        """Goes on as the optimizer that was saved, whether or not either model was compiled or wrapped for DDP.
 
         Raises:
             ValueError: the state is that of other parameters or other rules.
         """
         mine, stored = self.state_dict()["param_groups"], state_dict["param_groups"]
-        if [group["params"] for group in mine] != [group["params"] for group in stored]:
+        if [group["params"] for group in mine] != [[*map(bare, group["params"])] for group in stored]:
             raise ValueError("state of an optimizer of other parameters; accepted: that of the same model")
         self._inner.load_state_dict(state_dict["state"]["tensors"])
         self._steps = int(state_dict["state"]["steps"])
@@ -145,6 +146,23 @@ class Seen(NamedTuple):
 
 def seen(parameters: Iterable[nn.Parameter]) -> list[Seen]:
     return [Seen(p.data_ptr(), p._version) for p in parameters]
+
+
+def bare(name: str) -> str:
+    """A parameter's name without what `torch.compile` and `DistributedDataParallel` put into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def check_arguments(model: Any, matrix: Any, rest: Any, clip_norm: Any) -> None:
+    """Raises ValueError for what other optimizers take in their place."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model of type {type(model).__name__}; accepted: the nn.Module itself, not its parameters")
+    if not isinstance(matrix, Muon | GaLore | AdamW | None):
+        raise ValueError(f"matrix = {matrix!r}; accepted: Muon, GaLore or AdamW of cggr_ray, or None")
+    if not isinstance(rest, AdamW | None):
+        raise ValueError(f"rest = {rest!r}; accepted: AdamW of cggr_ray, or None")
+    if not isinstance(clip_norm, int | float):
+        raise ValueError(f"clip_norm = {clip_norm!r}; accepted: a positive number (inf clips nothing)")
 
 
 def check_parameters(named: list[Named]) -> None:

@@ -212,9 +212,10 @@ def rows_of(which: list[int], device: torch.device) -> slice | Tensor:
 
 
 def parts(same: list[Named]) -> list[list[Named]]:
-    """Parameters of one shape, in stacks of LARGEST_STACK values at most."""
-    most = max(1, LARGEST_STACK // same[0][1].numel())
-    return [same[at : at + most] for at in range(0, len(same), most)]
+    """Parameters of one shape, in stacks of one dtype each and of LARGEST_STACK values at most."""
+    most = max(1, LARGEST_STACK // max(1, same[0][1].numel()))
+    by_dtype = [[one for one in same if one[1].dtype == dtype] for dtype in dict.fromkeys(p.dtype for _, p in same)]
+    return [own[at : at + most] for own in by_dtype for at in range(0, len(own), most)]
 
 
 def call_if_alive(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:

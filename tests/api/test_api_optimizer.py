@@ -233,8 +233,60 @@ def test_a_closure_is_called_with_gradients() -> None:
     assert second < first
 
 
+class Mixed(nn.Module):
+    """A block in bf16 whose norm is in float32, and has parameters of its bias' shape; and one without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4, dtype=torch.bfloat16), nn.LayerNorm(4)])
+        self.nothing = nn.Parameter(torch.zeros(0, 4))
+
+
+@pytest.mark.parametrize("state", [Float32(), BOTH8], ids=["float32", "int8"])
+def test_parameters_of_one_shape_keep_their_dtypes(state: Float32 | Int8Blockwise) -> None:
+    model = Mixed()
+    before = {name: (p.dtype, p.detach().float()) for name, p in model.named_parameters()}
+    rule = AdamW(lr=0.02, state=state)
+    optimizer = MatrixOptimizer(model, rule, rule)
+    gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.grad = gradients[name].clone()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        dtype, start = before[name]
+        theirs = nn.Parameter(start.clone())
+        theirs.grad = gradients[name].float()
+        torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.0).step()
+        assert p.dtype == dtype, name
+        tolerance = 1e-6 if dtype == torch.float32 else 0.01
+        torch.testing.assert_close(p.detach().float(), theirs.detach(), rtol=tolerance, atol=1e-6, msg=name)
+
+
+def test_a_state_knows_the_model_whether_compiled_or_not() -> None:
+    plain, compiled = model_of(), torch.compile(model_of(), backend="eager")
+    assert isinstance(compiled, nn.Module)
+    first, second = MatrixOptimizer(compiled), MatrixOptimizer(plain)
+    train(compiled, first, range(3))
+    plain.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in compiled.state_dict().items()})
+    second.load_state_dict(first.state_dict())
+    assert train(plain, second, range(3, 6)) == pytest.approx(train(compiled, first, range(3, 6)), rel=1e-6)
+    named = [f"module._orig_mod.{name}" for name in second.state_dict()["param_groups"][0]["params"]]
+    state = second.state_dict()
+    state["param_groups"][0]["params"] = named
+    first.load_state_dict(state)
+
+
 def test_mistakes_are_named() -> None:
     model = model_of()
+    with pytest.raises(ValueError, match="model of type generator; accepted: the nn"):
+        MatrixOptimizer(model.parameters())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="matrix = 'muon'; accepted: Muon, GaLore or AdamW of cggr_ray, or None"):
+        MatrixOptimizer(model, "muon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rest = Muon\(.*\); accepted: AdamW of cggr_ray, or None"):
+        MatrixOptimizer(model, AdamW(), Muon())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="clip_norm = None; accepted: a positive number"):
+        MatrixOptimizer(model, clip_norm=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no parameter requires a gradient; accepted: a model of which something"):
         MatrixOptimizer(copy.deepcopy(model).requires_grad_(False))
     with pytest.raises(ValueError, match=r"parameter 'weight' of dtype torch\.float64; accepted: float32, bfloat16"):
