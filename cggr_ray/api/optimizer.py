@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
@@ -25,8 +26,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         optimizer = MatrixOptimizer(model, Muon(lr=2e-3, state=Int8Blockwise()), AdamW(lr=2e-3))
         loss.backward(); optimizer.step(); scheduler.step()
 
-    Takes the parameters that require a gradient when it is made, on one device. Those of one shape are views of one
-    tensor from then on and are updated together, in a few kernels that are compiled on a GPU. 16-bit parameters have
+    Takes the parameters that require a gradient when it is made, on one device. Those of one shape lie in one tensor
+    from then on and are updated together, in a few kernels that are compiled on a GPU; a model that is moved to another
+    device is followed there at the next step. 16-bit parameters have
     float32 masters here. Learning rates stand in `param_groups`, `matrix` before `rest`, for schedulers of torch; all
     else is in the rules. A step drops the gradients, and where one is not finite it changes nothing at all. A
     parameter without a gradient rests.
@@ -35,7 +37,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     arXiv:2504.20437; AdamW, arXiv:1711.05101.
 
     Args:
-        model: weights may be loaded into it later too; moved or cast it must not be.
+        model: weights may be loaded into it later too, and it may be moved; cast it must not be.
         matrix: `Muon`, `GaLore` around it or around `AdamW`, or `AdamW`. rest: `AdamW`.
         hidden: names of parameters in the model's blocks, of which the two-dimensional ones are hidden matrices. By
             default all in a `nn.ModuleList`, but for embeddings and for what `get_output_embeddings` returns.
@@ -68,8 +70,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         groups = (("matrix", matrices, config.matrix.lr), ("rest", others, config.rest.lr))
         super().__init__([{"params": [p for _, p in own], "lr": lr, "name": n} for n, own, lr in groups if own], {})
         self._complete = True
-        self._inner = config.build(named, inside, named[0][1].device)
-        self._seen = {name: seen(stack.parameters) for name, stack in self._inner.stacks.items()}
+        self._build = partial(config.build, named, inside)
+        self._stack_weights()
         # Of all gradients in the last step, 0-d; None before the first.
         self.grad_norm: Tensor | None = None
 
@@ -77,7 +79,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns what `closure` does.
 
         Raises:
-            RuntimeError: the model was moved or cast after the optimizer was made.
+            RuntimeError: the model was cast, or a weight resized, after the optimizer was made.
         """
         loss = None
         if closure is not None:
@@ -106,7 +108,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             | {"params": [bare(self._names[id(p)]) for p in group["params"]]}
             for group in self.param_groups
         ]
-        return {"state": {"steps": self._steps, "tensors": self._inner.state_dict()}, "param_groups": groups}
+        state = {"steps": self._steps, "tensors": self._inner.state_dict(), "waiting": self._inner.waiting()}
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on as the optimizer that was saved, whether or not either model was compiled or wrapped for DDP.
@@ -118,23 +121,47 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if [group["params"] for group in mine] != [[*map(bare, group["params"])] for group in stored]:
             raise ValueError("state of an optimizer of other parameters; accepted: that of the same model")
         self._inner.load_state_dict(state_dict["state"]["tensors"])
+        self._inner.wait(state_dict["state"].get("waiting", {}))
         self._steps = int(state_dict["state"]["steps"])
         for group, values in zip(self.param_groups, stored, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
+
+    def _stack_weights(self) -> None:
+        """Stacks the weights where they are now."""
+        self._inner = self._build(self.param_groups[0]["params"][0].device)
+        for stack in self._inner.stacks.values():
+            for p in stack.parameters:
+                # As a tensor of its own on the same memory: safetensors, and with it accelerate, saves and loads no
+                # parameter that is part of a larger tensor.
+                p.data = torch.from_dlpack(p.data)
+        self._seen = {name: seen(stack.parameters) for name, stack in self._inner.stacks.items()}
 
     def _look_at_weights(self) -> None:
         """Whether all weights are where they were, and which were written by others since the last step."""
         for name, stack in self._inner.stacks.items():
             before, now = self._seen[name], seen(stack.parameters)
-            written = [i for i, one in enumerate(now) if one != before[i]]
-            for i in written:
-                if now[i].place != before[i].place:
-                    raise RuntimeError(f"parameter {self._names[id(stack.parameters[i])]!r} was moved or cast after "
-                                       "the optimizer was made; accepted: first the model's device and dtype, then "
-                                       "the optimizer")  # fmt: skip
-            if written:
+            if any(one.place != old.place for one, old in zip(now, before, strict=True)):
+                self._follow_weights()
+                return
+            if written := [i for i, one in enumerate(now) if one != before[i]]:
                 stack.read_again(written)
                 self._seen[name] = now
+
+    def _follow_weights(self) -> None:
+        """All of it again where the weights are now, with the state that there was."""
+        stacks = self._inner.stacks
+        for stack in stacks.values():
+            for p in stack.parameters:
+                if p.dtype != stack.weights.dtype or p.shape != stack.weights.shape[1:]:
+                    raise RuntimeError(f"parameter {self._names[id(p)]!r} was cast or resized after the optimizer was "
+                                       "made; accepted: first the model's dtype, then the optimizer")  # fmt: skip
+        check_parameters([(self._names[id(p)], p) for stack in stacks.values() for p in stack.parameters])
+        state, waiting = self._inner.state_dict(), self._inner.waiting()
+        self._stack_weights()
+        self._inner.load_state_dict(state)
+        self._inner.wait(waiting)
+        for stack in self._inner.stacks.values():
+            stack.read_again(list(range(len(stack.parameters))))
 
 
 class Seen(NamedTuple):

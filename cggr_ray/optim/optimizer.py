@@ -210,6 +210,15 @@ class StackedOptimizer:
             if key != "weights"
         }
 
+    def waiting(self) -> dict[str, list[int]]:
+        """By stack, which of its parameters have a basis to come, in loops that rest and wake them as they like."""
+        return {name: sorted(stack.woken) for name, stack in self.stacks.items() if stack.woken}
+
+    def wait(self, waiting: Mapping[str, list[int]]) -> None:
+        """Takes what `waiting` gave."""
+        for name, stack in self.stacks.items():
+            stack.woken = {*waiting.get(name, ())}
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         mine = self.state_dict()

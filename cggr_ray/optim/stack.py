@@ -40,7 +40,8 @@ class Stack:
         self.master = self.weights if self.weights.dtype == torch.float32 else self.weights.float()
         self.state = rule.init_state(self.master)
         self.awake = torch.full((len(named), *[1] * len(shape)), float(REWARM_STEPS), device=self.weights.device)
-        self.learning, self._woken = list(range(len(named))), set[int]()
+        # Those whose basis is due in the first step in which they learn.
+        self.learning, self.woken = list(range(len(named))), set[int]()
         # Whose basis is refreshed in this step; true where the old one is worth nothing, as at the first step.
         self._due: dict[int, bool] = {}
         # Of the bases that this step has refreshed before its update: what was due, and, on the host, the state before.
@@ -54,15 +55,16 @@ class Stack:
         """Before the first gradient of a step."""
         self.rule.begin(self.state, len(self.parameters), step, self.name)
         self.learning = [i for i, p in enumerate(self.parameters) if p.requires_grad]
-        due = {*self.rule.due(len(self.parameters), step), *self._woken}
-        self._due = {i: step == 0 or i in self._woken for i in self.learning if i in due}
-        self._sum, self._arrived, self._woken, self._refreshed = None, [0] * len(self.parameters), set(), {}
+        due = {*self.rule.due(len(self.parameters), step), *self.woken}
+        self._due = {i: step == 0 or i in self.woken for i in self.learning if i in due}
+        self.woken = ({*range(len(self.parameters))} if step == 0 else self.woken) - {*self.learning}
+        self._sum, self._arrived, self._refreshed = None, [0] * len(self.parameters), {}
 
     def rest_without_gradient(self) -> None:
         """After `begin`, in loops where a parameter may have none: it rests in this step, and what its basis lacks is
-        due in the next."""
+        due when it has one."""
         self.learning = [i for i in self.learning if self.parameters[i].grad is not None]
-        self._woken |= {i for i, first in self._due.items() if first} - {*self.learning}
+        self.woken |= {i for i, first in self._due.items() if first} - {*self.learning}
 
     @torch.no_grad()
     def read_again(self, which: list[int]) -> None:
@@ -89,7 +91,7 @@ class Stack:
         self.rule.wake(part.state, steps)
         part.awake.zero_()
         part.back()
-        self._woken |= {*which}
+        self.woken |= {*which}
 
     def pieces(self) -> list[tuple[Stack | Part, slice]]:
         """What learns in this step, and which of its gradients: in one piece, but for scattered parameters of a shape

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from small_models import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -131,6 +132,77 @@ def test_a_basis_waits_for_the_first_gradient(basis: Float32 | Int8Blockwise) ->
     first, second = stepped(0), stepped(1)
     assert first and all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
     assert not any(torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_basis_waits_for_as_long_as_a_matrix_rests(frozen: bool, saved: bool) -> None:
+    """Until then it lies anywhere; then it holds the strongest direction of the first gradient, here the only one."""
+
+    def new() -> tuple[Two, MatrixOptimizer]:
+        torch.manual_seed(0)
+        model = Two()
+        model.ways.requires_grad_(True)
+        return model, MatrixOptimizer(model, GaLore(rank=4, refresh_every=200, smallest=8))
+
+    model, optimizer = new()
+    model.ways[1].requires_grad_(not frozen)
+    for _ in range(3):
+        model(torch.ones(3, 16), (0,)).backward()
+        optimizer.step()
+    if saved:
+        weights_then, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        model, optimizer = new()
+        model.load_state_dict(weights_then)
+        optimizer.load_state_dict(state)
+    model.ways[1].requires_grad_(True)
+    model(torch.ones(3, 16), (1,)).backward()
+    weight = model.ways[1].weight
+    assert isinstance(weight, nn.Parameter) and weight.grad is not None
+    strongest = torch.linalg.svd(weight.grad).U[:, 0]
+    optimizer.step()
+    basis = next(v for key, v in optimizer.state_dict()["state"]["tensors"].items() if key.endswith(".left"))[1]
+    assert float((basis @ strongest).norm()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RULES)
+def test_a_model_that_is_moved_is_followed(name: str, dtype: torch.dtype) -> None:
+    """As to another device, which `cpu:0` is to torch."""
+    runs = []
+    for moves in (False, True):
+        model = model_of(dtype=dtype)
+        optimizer = MatrixOptimizer(model, *RULES[name]())
+        found = []
+        for steps in (range(2), range(2, 5), range(5, 7)):
+            if moves:
+                model.to("cpu:0")
+            found += train(model, optimizer, steps)
+        runs.append((found, weights(model)))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(value, runs[1][1][key]) for key, value in runs[0][1].items())
+
+
+def test_a_weight_that_is_put_in_place_of_another_is_what_learns() -> None:
+    model = model_of(dtype=torch.bfloat16)
+    optimizer = MatrixOptimizer(model, Muon(lr=0.0), AdamW(lr=0.0))
+    train(model, optimizer, range(2))
+    other = torch.randn_like(model.model.norm.weight)
+    model.model.norm.weight.data = other.clone()
+    train(model, optimizer, range(2))
+    assert torch.equal(model.model.norm.weight.detach(), other)
+
+
+def test_accelerate_prepares_saves_and_loads_it(tmp_path: Path) -> None:
+    model = model_of()
+    optimizer = MatrixOptimizer(model, *RULES["galore_8bit"]())
+    accelerator = Accelerator(cpu=True)
+    prepared, accelerated = accelerator.prepare(model, optimizer)
+    train(prepared, accelerated, range(3))
+    accelerator.save_state(str(tmp_path))
+    whole = train(prepared, accelerated, range(3, 6))
+    accelerator.load_state(str(tmp_path))
+    assert train(prepared, accelerated, range(3, 6)) == whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -308,6 +380,6 @@ def test_mistakes_are_named() -> None:
     train_one = model(batch(0), labels=batch(0)).loss
     train_one.backward()
     with pytest.raises(
-        RuntimeError, match=r"parameter '.*' was moved or cast after the optimizer was made; accepted: "
+        RuntimeError, match=r"parameter '.*' was cast or resized after the optimizer was made; accepted: "
     ):
         optimizer.step()
