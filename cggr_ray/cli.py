@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from cggr_ray import options
-from cggr_ray.files import FULL
+from cggr_ray.files import FORBIDDEN, FULL
 from cggr_ray.lock import InUseError
 from cggr_ray.recipe_command import recipe_app
 from cggr_ray.stopping import StoppedError
@@ -287,8 +287,8 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The console script: a user's mistake, or a folder in use, is one line and exit code 2, a full disk one line and
-    1; SIGTERM is 143, Ctrl-C 130."""
+    """The console script: a user's mistake, or a folder in use, is one line and exit code 2; a full disk, or a path
+    that this user may not read or write, one line and 1; SIGTERM is 143, Ctrl-C 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # As an exception, so that what has processes of its own ends them.
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
@@ -298,9 +298,10 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in (*FULL, *FORBIDDEN):
             raise
-        typer.echo(f"error: {error}; what was saved before is whole", err=True)
+        behind = "what was saved before is whole" if error.errno in FULL else "accepted: a path that this user may use"
+        typer.echo(f"error: {error}; {behind}", err=True)
         sys.exit(1)
     except StoppedError as stopped:
         typer.echo(stopped, err=True)

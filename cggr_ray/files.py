@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the system does not let this user do.
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class DiskFullError(OSError):

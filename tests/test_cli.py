@@ -79,6 +79,10 @@ def race_file(folder: Path, data: str) -> Path:
         (["race", "--recipes", "baseline,cgr_loss"], "unknown recipe 'cgr_loss'; did you mean 'cggr_loss'?"),
         (["race", "--recipes", "cggr_loss", "--set", "tokens.keep=1.5"], "keep = 1.5; accepted: a ratio in (0, 1]"),
         (["race", "--set", "optimizer.matrix.rl=1"], "unknown key 'optimizer.matrix.rl'; did you mean 'lr'?"),
+        (
+            ["race", "cpu", "--set", "tokens.keep=0.5"],
+            "error: recipe 'baseline': unknown key 'tokens.keep'; accepted: ",
+        ),
         (["race", "--set", "nobody:tokens.keep=0.5"], "arms.nobody: no such recipe in the race"),
         (["race", "--set", "tokens.keep"], "accepted: key=value"),
         (["race", "--set", "tokens.keep=0.5", "--set", "tokens.keep=0.25"], "another value of 'tokens.keep'; accepted"),
@@ -355,9 +359,21 @@ def test_recipe_show_explains_every_part_and_prints_all_values() -> None:
     assert plain["tokens"]["selection"] == "stratified" and plain["optimizer"]["matrix"]["kind"] == "muon"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_one_line_and_no_traceback(
-    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+WHOLE, MAY_USE = "what was saved before is whole", "accepted: a path that this user may use"
+
+
+@pytest.mark.parametrize(
+    ("number", "behind"),
+    [
+        (errno.ENOSPC, WHOLE),
+        (errno.EDQUOT, WHOLE),
+        (errno.EACCES, MAY_USE),
+        (errno.EPERM, MAY_USE),
+        (errno.EROFS, MAY_USE),
+    ],
+)
+def test_a_full_disk_or_a_forbidden_path_is_one_line_and_no_traceback(
+    number: int, behind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Wherever it is met; any other error of the system is shown as it is."""
 
@@ -371,7 +387,7 @@ def test_a_full_disk_is_one_line_and_no_traceback(
 
     with pytest.raises(SystemExit) as exit_:
         failing(number)
-    said = f"error: [Errno {number}] words: 'best/baseline.toml'; what was saved before is whole"
+    said = f"error: [Errno {number}] words: 'best/baseline.toml'; {behind}"
     assert exit_.value.code == 1 and capsys.readouterr().err.splitlines() == [said]
-    with pytest.raises(PermissionError):
-        failing(errno.EACCES)
+    with pytest.raises(OSError, match="words"):
+        failing(errno.EIO)
