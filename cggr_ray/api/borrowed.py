@@ -88,7 +88,12 @@ class Borrowed:
 def check_parameters(adapter: Adapter) -> None:
     """The blocks here read the weights of a layer, not its modules: whatever else it holds would be left out."""
     for i, layer in enumerate(adapter.layers):
-        known = {w.untyped_storage().data_ptr() for w in adapter.family.weights(i) if w is not None}
+        try:
+            weights = adapter.family.weights(i)
+        except AttributeError as error:
+            # A module in the place of another, as somebody's own LoRA, which need not have what that one had.
+            raise ValueError(f"layer {i}: {error}; accepted: layers as transformers builds them") from None
+        known = {w.untyped_storage().data_ptr() for w in weights if w is not None}
         for name, parameter in layer.named_parameters():
             if not _is_plain(parameter) or parameter.untyped_storage().data_ptr() not in known:
                 raise ValueError(f"parameter {name!r} of layer {i}; accepted: layers as transformers builds them")

@@ -14,7 +14,7 @@ from small_models import CONFIGS, small_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PreTrainedModel
 
-from cggr_ray import CGGRWrapper
+from cggr_ray import CGGRModel, CGGRWrapper
 from cggr_ray.api.hooks import find_layers
 from cggr_ray.routing.depth import cut_layers
 
@@ -147,6 +147,33 @@ def test_a_model_that_the_sparse_engine_cannot_run_is_hooked_and_said_so() -> No
     expected = small_model("llama")
     CGGRWrapper(expected, num_buckets=3, warmup_steps=0)(TOKENS, labels=TOKENS).backward()
     assert_same_gradients(checkpointed, expected)
+
+
+class Adapted(nn.Module):
+    """A matrix that is frozen, and a product of two thin ones beside it, as LoRA has them."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down = base.requires_grad_(False), nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
+
+
+def test_a_model_with_modules_of_somebody_s_own_in_its_layers_is_hooked() -> None:
+    model = small_model("llama").requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+    with pytest.raises(ValueError, match=r"layer 0: 'Adapted' .* 'weight'; accepted: layers as transformers builds"):
+        CGGRModel(model)
+    with pytest.warns(UserWarning, match="'llama' gates gradients by hooks.*layers as transformers builds them"):
+        wrapper = CGGRWrapper(model, num_buckets=3, warmup_steps=0)
+    assert wrapper.depth.engine == "every"
+    wrapper(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    for layer in model.model.layers:
+        assert layer.self_attn.q_proj.up.weight.grad.abs().sum() > 0
 
 
 def test_recomputing_layers_changes_no_gradient_of_the_sparse_engine() -> None:
