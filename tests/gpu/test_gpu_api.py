@@ -6,11 +6,13 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from on_gpu import DEVICE, DTYPE, no_waiting, small_twins
+from safetensors.torch import load_model, save_model
 from small_models import small_model
 from torch import Tensor, nn
 
@@ -193,3 +195,22 @@ def test_the_public_optimizer_learns_as_on_a_cpu(rules: tuple[Any, ...]) -> None
         losses.append(torch.stack(found).cpu())
     torch.testing.assert_close(losses[1], losses[0], rtol=0.03, atol=0.03)
     assert losses[0][-1] < losses[0][0] - 0.1
+
+
+def test_an_optimizer_made_before_the_model_came_here_learns_as_one_made_here(tmp_path: Path) -> None:
+    found = []
+    for first in ("cpu", "cuda"):
+        model, batch = small_model("llama").to(first, DTYPE), inputs_on(DEVICE)
+        optimizer = MatrixOptimizer(model, GaLore(rank=8), AdamW(state=Int8Blockwise()))
+        model.to(DEVICE)
+        for _ in range(6):
+            model(**batch).loss.backward()
+            optimizer.step()
+        found.append({name: value.detach().clone() for name, value in model.named_parameters()})
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=0.02, atol=2e-3)
+    # Its parameters are tensors of their own to safetensors.
+    save_model(model, str(tmp_path / "model.safetensors"))
+    other = small_model("llama", seed=7).to(DEVICE, DTYPE)
+    load_model(other, str(tmp_path / "model.safetensors"))
+    assert all(torch.equal(value, found[1][name]) for name, value in other.named_parameters())
