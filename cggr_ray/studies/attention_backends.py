@@ -222,4 +222,4 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
 
 
 def _cell(row: Row) -> str:
-    return f"{row.shape}\n{row.mask}"
+    return f"{row.shape}, {row.mask}"

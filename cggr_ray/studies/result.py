@@ -28,7 +28,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes. A series is a name and its points; x may be words. `log_y` draws positive values only."""
+    """One set of axes. A series is a name and its points; x may be words, which are drawn as the lines of a table.
+    `log_y` draws positive values only."""
 
     title: str
     x: str
@@ -100,26 +101,37 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(panels), 4.0), layout="constrained")
+    lines = max((len(_words(panel)) for panel in panels), default=0)
+    figure = Figure(figsize=((7.0 if lines else 5.2) * len(panels), max(4.0, 1.0 + 0.4 * lines)), layout="constrained")
     FigureCanvasAgg(figure)
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        # Words have no order that a line could follow.
-        line = "none" if _has_words(panel) else "-"
+        words, scale = _words(panel), "log" if panel.log_y else "linear"
         for i, (name, points) in enumerate(panel.series.items()):
             shown = [point for point in points if math.isfinite(point[1]) and (point[1] > 0 or not panel.log_y)]
             x, y = [point[0] for point in shown], [point[1] for point in shown]
-            axes.plot(x, y, marker="o", linestyle=line, markersize=5, label=name, color=PALETTE[i % len(PALETTE)])
-        axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, yscale="log" if panel.log_y else "linear")
-        axes.tick_params(axis="x", labelrotation=30 if _has_words(panel) else 0)
+            style: dict[str, Any] = {"marker": "o", "markersize": 5, "label": name, "color": PALETTE[i % len(PALETTE)]}
+            if words:
+                # They have no order that a line could follow.
+                axes.plot(y, [words.index(str(word)) for word in x], linestyle="none", **style)
+            else:
+                axes.plot(x, y, linestyle="-", **style)
+        if words:
+            axes.set(title=panel.title, xlabel=panel.y, ylabel=panel.x, xscale=scale)
+            axes.set_yticks(range(len(words)), words)
+            axes.invert_yaxis()
+        else:
+            axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, yscale=scale)
         axes.grid(alpha=0.3)
         if panel.series:
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=DPI)
 
 
-def _has_words(panel: Panel) -> bool:
-    return any(isinstance(x, str) for points in panel.series.values() for x, _ in points)
+def _words(panel: Panel) -> list[str]:
+    """Every x once, in order, where some of them are words; else nothing."""
+    found = [x for points in panel.series.values() for x, _ in points]
+    return list(dict.fromkeys(map(str, found))) if any(isinstance(x, str) for x in found) else []
 
 
 def _cell(value: Any) -> str:
