@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.galore import GaLore
@@ -66,11 +66,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                              "the names; accepted: hidden = the names of the blocks' parameters")  # fmt: skip
         # Copies: the rates of the two groups are told apart by the rules, which may be one object.
         config = Optimizer(replace(matrix or Muon()), replace(rest or AdamW()), clip_norm=clip_norm)
-        self._names, self._steps, self._complete = {id(p): name for name, p in named}, 0, False
+        self._named, self._inside, self._config = named, inside, config
+        self._steps, self._complete = 0, False
         groups = (("matrix", matrices, config.matrix.lr), ("rest", others, config.rest.lr))
         super().__init__([{"params": [p for _, p in own], "lr": lr, "name": n} for n, own, lr in groups if own], {})
         self._complete = True
-        self._build = partial(config.build, named, inside)
         self._stack_weights()
         # Of all gradients in the last step, 0-d; None before the first.
         self.grad_norm: Tensor | None = None
@@ -95,6 +95,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._steps += 1
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy.deepcopy` and `pickle` take: the parameters, which a model in the same call shares with the copy,
+        and values of stacks, which are the copy's own."""
+        own = {key: self.__dict__[key] for key in ("_named", "_inside", "_config", "_steps", "_complete", "grad_norm")}
+        stacks = {"tensors": self._inner.state_dict(), "waiting": self._inner.waiting()}
+        return {**super().__getstate__(), **own, "stacks": stacks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        stacks = state["stacks"]
+        super().__setstate__({key: value for key, value in state.items() if key != "stacks"})
+        self._stack_again(**stacks)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ValueError: the parameters of a shape are stacked once, when the optimizer is made."""
         if self._complete:
@@ -103,9 +115,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State of all stacks, float32 masters too, and the groups; for `torch.save`, or `accelerate`."""
+        names = self._names()
         groups = [
             {key: value for key, value in group.items() if key != "params"}
-            | {"params": [bare(self._names[id(p)]) for p in group["params"]]}
+            | {"params": [bare(names[id(p)]) for p in group["params"]]}
             for group in self.param_groups
         ]
         state = {"steps": self._steps, "tensors": self._inner.state_dict(), "waiting": self._inner.waiting()}
@@ -126,9 +139,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for group, values in zip(self.param_groups, stored, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
 
+    def _names(self) -> dict[int, str]:
+        return {id(p): name for name, p in self._named}
+
     def _stack_weights(self) -> None:
         """Stacks the weights where they are now."""
-        self._inner = self._build(self.param_groups[0]["params"][0].device)
+        self._inner = self._config.build(self._named, self._inside, self.param_groups[0]["params"][0].device)
         for stack in self._inner.stacks.values():
             for p in stack.parameters:
                 # As a tensor of its own on the same memory: safetensors, and with it accelerate, saves and loads no
@@ -149,16 +165,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _follow_weights(self) -> None:
         """All of it again where the weights are now, with the state that there was."""
-        stacks = self._inner.stacks
+        stacks, names = self._inner.stacks, self._names()
         for stack in stacks.values():
             for p in stack.parameters:
                 if p.dtype != stack.weights.dtype or p.shape != stack.weights.shape[1:]:
-                    raise RuntimeError(f"parameter {self._names[id(p)]!r} was cast or resized after the optimizer was "
+                    raise RuntimeError(f"parameter {names[id(p)]!r} was cast or resized after the optimizer was "
                                        "made; accepted: first the model's dtype, then the optimizer")  # fmt: skip
-        check_parameters([(self._names[id(p)], p) for stack in stacks.values() for p in stack.parameters])
-        state, waiting = self._inner.state_dict(), self._inner.waiting()
+        check_parameters([(names[id(p)], p) for stack in stacks.values() for p in stack.parameters])
+        self._stack_again(self._inner.state_dict(), self._inner.waiting())
+
+    def _stack_again(self, tensors: dict[str, Tensor], waiting: dict[str, list[int]]) -> None:
+        """Stacks the weights where they are now, with the state that there was of them."""
         self._stack_weights()
-        self._inner.load_state_dict(state)
+        self._inner.load_state_dict(tensors)
         self._inner.wait(waiting)
         for stack in self._inner.stacks.values():
             stack.read_again(list(range(len(stack.parameters))))
@@ -209,6 +228,8 @@ def check_parameters(named: list[Named]) -> None:
 def inside_blocks(model: nn.Module, named: list[Named]) -> list[str]:
     """Names of the parameters in a `nn.ModuleList`, but for embeddings and the output embedding."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # What a parametrized weight is made of is a list too.
+    lists = [module for module in lists if not isinstance(module, ParametrizationList)]
     outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if callable(head := getattr(model, "get_output_embeddings", None)) and (found := head()) is not None:
         outside.append(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -76,6 +77,15 @@ def test_hidden_matrices_are_those_of_the_blocks() -> None:
         assert (id(p) in matrix) == ("layers" in name and p.ndim == 2) != (id(p) in rest), name
     only = MatrixOptimizer(model_of(), hidden=["model.layers.0.mlp.up_proj.weight"])
     assert [len(group["params"]) for group in only.param_groups] == [1, len(matrix) + len(rest) - 1]
+
+
+def test_a_parametrized_head_is_none_of_them() -> None:
+    model = Two()
+    model.head = nn.utils.parametrizations.weight_norm(nn.Linear(16, 8, bias=False))
+    model.ways[0] = nn.utils.parametrizations.spectral_norm(model.ways[0])
+    matrix, rest = (group["params"] for group in MatrixOptimizer(model).param_groups)
+    assert {id(p) for p in matrix} == {id(p) for p in model.ways.parameters()}
+    assert {id(p) for p in rest} == {id(p) for p in model.head.parameters()}
 
 
 class Two(nn.Module):
@@ -228,6 +238,40 @@ def test_what_is_saved_goes_on_to_the_bit(name: str, dtype: torch.dtype, model_f
     later.load_state_dict(saved["lr"])
     assert train(again, other, range(5, 9), later.step) == whole
     assert all(torch.equal(value, weights(again)[key]) for key, value in weights(model).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_goes_on_with_the_model_that_is_copied_with_it(
+    name: str, dtype: torch.dtype, copied: Callable[[Any], Any]
+) -> None:
+    model = model_of(dtype=dtype)
+    optimizer = MatrixOptimizer(model, *RULES[name]())
+    train(model, optimizer, range(5))
+    other, again = copied((optimizer, model))
+    before = weights(model)
+    found = train(again, other, range(5, 9))
+    assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
+    assert train(model, optimizer, range(5, 9)) == found
+    assert all(torch.equal(value, weights(again)[key]) for key, value in weights(model).items())
+    assert other.grad_norm == optimizer.grad_norm
+
+
+def test_a_copy_alone_leaves_the_model_as_it_is() -> None:
+    """As one of torch's own optimizers does: its parameters are copies too."""
+    model = model_of()
+    optimizer = MatrixOptimizer(model)
+    other, before = copy.deepcopy(optimizer), weights(model)
+    for p in all_of(other):
+        p.grad = torch.ones_like(p)
+    other.step()
+    assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
+    assert not any(torch.equal(p, q) for p, q in zip(*map(all_of, (optimizer, other)), strict=True))
+
+
+def all_of(optimizer: MatrixOptimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def test_weights_that_are_loaded_later_are_what_learns() -> None:
