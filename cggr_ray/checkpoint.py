@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cggr_ray.files import flush
+from cggr_ray.files import allow_as, flush
 from cggr_ray.learner import Learner
 from cggr_ray.workers import Workers
 
@@ -106,8 +106,8 @@ def save_heads(final: Path, named: list[tuple[str, nn.Parameter]]) -> None:
 
 @contextmanager
 def whole(final: Path) -> Iterator[Path]:
-    """A folder to write into. When the body has ended well it is flushed to disk and takes the place of `final`; else
-    nothing is left of it.
+    """A folder to write into. When the body has ended well it is flushed to disk and takes the place of `final`, all of
+    it with the permissions that the umask gives; else nothing is left of it.
 
     Raises:
         OSError: what was written in the body or here cannot be.
@@ -120,6 +120,7 @@ def whole(final: Path) -> Iterator[Path]:
         with _said_by_the_system(aside):
             yield aside
         for file in aside.iterdir():
+            allow_as(aside, file)
             flush(file)
         flush(aside)
         if final.exists():

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the system does not let this user do.
@@ -37,6 +38,15 @@ def _whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         aside.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def allow_as(folder: Path, file: Path) -> None:
+    """Lets those read and write a file who may in the folder, which has what the umask gives: safetensors writes for its
+    owner alone."""
+    mode, own = (S_IMODE(path.stat().st_mode) for path in (folder, file))
+    # Where they are alike nothing is asked of a file system that may know no permissions.
+    if own != mode & 0o666:
+        file.chmod(mode & 0o666)
 
 
 def flush(path: Path) -> None:

@@ -6,6 +6,8 @@ a configuration that names code, in the repository or in another one, is refused
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +71,12 @@ def reading(what: str, folder: str = "a local folder, in safetensors") -> Iterat
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{what} cannot be read: {said.strip()}; accepted: a name on the Hugging Face hub that can "
                          f"be reached or is in its cache, or {folder}") from None  # fmt: skip
+
+
+def check_readable(file: Path) -> None:
+    """Raises PermissionError where this user may not read a file: others say of it that it is not there."""
+    if file.exists() and not os.access(file, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
 
 
 def refuse_code(config: Any, where: str) -> None:

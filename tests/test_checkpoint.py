@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from cggr_ray.data.batch import Batch
 from cggr_ray.data.loader import micro_batches
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.store import TokenStore
+from cggr_ray.data.tokenizer import SHIPPED, load_tokenizer
 from cggr_ray.learner import Learner
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Progress
@@ -96,6 +99,20 @@ def test_the_last_two_are_kept_and_the_newest_found(tmp_path: Path, tiny_model: 
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     checkpoint.remove_all(tmp_path)
     assert checkpoint.newest(tmp_path) == (None, "")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_files_have_the_permissions_of_the_umask(umask: int, tmp_path: Path, tiny_model: PreTrainedModel) -> None:
+    before = os.umask(umask)
+    try:
+        saved = checkpoint.save(tmp_path, 1, learner(tiny_model, Recipe("x")), {})
+        checkpoint.save_model(tmp_path / "model", tiny_model, load_tokenizer(SHIPPED), {"note.json": {}})
+    finally:
+        os.umask(before)
+    files = [*saved.iterdir(), *(tmp_path / "model").iterdir()]
+    assert len([file for file in files if file.suffix == ".safetensors"]) == 5
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in (saved, tmp_path / "model")} == {0o777 & ~umask}
 
 
 def test_all_workers_go_on_from_what_the_first_one_finds(tmp_path: Path, tiny_model: PreTrainedModel) -> None:

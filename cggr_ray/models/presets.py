@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from cggr_ray.codec import nearest
-from cggr_ray.hub import HubName, is_cached, parse, reading, refuse_code
+from cggr_ray.hub import HubName, check_readable, is_cached, parse, reading, refuse_code
 from cggr_ray.models.families import check_config
 
 if TYPE_CHECKING:
@@ -247,11 +247,14 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ValueError: no such folder, no config.json, no *.safetensors, or a config that is no JSON or names code.
+        PermissionError: this user may not read one of these.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {str(folder)!r} has no config.json; accepted: config.json and *.safetensors")
-    if not list(folder.glob("*.safetensors")):
+    if not (weights := list(folder.glob("*.safetensors"))):
         raise ValueError(f"model folder {str(folder)!r} has no *.safetensors; accepted: weights in safetensors only")
+    for file in weights:
+        check_readable(file)
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:

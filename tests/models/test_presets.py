@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ def test_a_folder_that_is_not_safe_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"no config\.json; accepted"):
         ModelSpec(folder=str(folder))
+
+
+def test_weights_that_may_not_be_read_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers says that there is no such file."""
+    weights, access = folder / "model.safetensors", os.access
+    weights.chmod(0)
+    # The superuser may read everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != weights and access(path, mode))
+    with pytest.raises(PermissionError, match=r"Permission denied: .*model\.safetensors"):
+        ModelSpec(folder=str(folder)).config()
 
 
 def test_a_config_that_is_not_json_is_named(folder: Path) -> None:
