@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cggr_ray.api.batches import check_device, check_whole
 from cggr_ray.api.curriculum import StepCurriculum
-from cggr_ray.api.selection import Chooser, kept_fraction, on_host, score_name, seen_by, selected_tokens
+from cggr_ray.api.selection import Chooser, kept_fraction, on_host, score_name, seen_by, selected_tokens, sound
 from cggr_ray.data.batch import IGNORE
 from cggr_ray.kernels.head_stats.op import HeadStats, check_operands, head_stats
 from cggr_ray.kernels.logit_stats.op import logit_stats
@@ -38,7 +38,8 @@ class CGGRLoss(nn.Module):
         loss.backward(); optimizer.step(); criterion.step()
 
     Nothing is shifted unless asked. A target that is `ignore_index`, or negative, is no label. In eval mode, and while
-    the ratio is 1, every label counts and nothing is scored. A batch without labels has loss 0.
+    the ratio is 1, every label counts and nothing is scored. A batch without labels has loss 0. Logits with a NaN have
+    loss NaN, and so has its gradient, whether or not their position is one of the hardest.
 
     Args:
         scoring: entropy (H, in nats), entropy_confidence (H - p1), margin (1 - (p1 - p2)), loss, gnorm (|p - onehot|),
@@ -90,6 +91,7 @@ class CGGRLoss(nn.Module):
         self.curriculum = StepCurriculum(min_tokens_ratio, warmup_steps, self.config.dynamic)
         self._chooser = Chooser(self.config, seed)
         self._metrics: dict[str, Tensor] = {}
+        self._sound: Tensor | None = None
 
     def forward(self, logits: Tensor, targets: Tensor, shift: bool = False) -> Tensor:
         """The loss of logits (B, T, V) or (N, V) against targets (B, T) or (N,)."""
@@ -135,19 +137,21 @@ class CGGRLoss(nn.Module):
     @torch.no_grad()
     def _route(self, labels_BT: Tensor, stats_of: Callable[[Tensor], HeadStats]) -> TokenRoute | None:
         """None keeps everything."""
-        self._metrics = {}
+        self._metrics, self._sound = {}, None
         ratio = self.curriculum.ratio() if self.training else 1.0
         if ratio == 1:
             return None
         stats = stats_of(labels_BT.flatten())
         scored = Scored(score(self.config.score, stats).view(labels_BT.shape), stats)
         self._metrics = seen_by(scored)
+        self._sound = sound(scored.scores_BT, labels_BT)
         self.curriculum.observe(self._metrics[ROUTER_CONFIDENCE])
         one = torch.zeros_like(labels_BT)
         return self._chooser.choose(scored.scores_BT, labels_BT, one, ratio, self.curriculum.steps)
 
     def _finish(self, total: Tensor, labels_BT: Tensor, route: TokenRoute | None) -> Tensor:
         loss = total / (labels_BT >= 0).sum().clamp_min(1)
+        loss = loss if self._sound is None else loss * self._sound
         name = TRAIN_LOSS if route is None else KEPT_LOSS
         self._metrics |= {name: loss.detach(), ROUTER_KEPT_FRACTION: kept_fraction(route, labels_BT)}
         return loss

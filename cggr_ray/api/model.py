@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cggr_ray.api.borrowed import Borrowed
 from cggr_ray.api.curriculum import StepCurriculum
 from cggr_ray.api.router import TruncatedModel
-from cggr_ray.api.selection import Chooser, check_name, kept_fraction, on_host, seen_by, selected_tokens
+from cggr_ray.api.selection import Chooser, check_name, kept_fraction, on_host, seen_by, selected_tokens, sound
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.objectives.next_token import NextToken
@@ -112,6 +112,7 @@ class CGGRModel(nn.Module):
         self._chooser = Chooser(self.tokens, seed)
         self._plan: tuple[Adapter, Plan] | None = None
         self._metrics: dict[str, Tensor] = {}
+        self._sound: Tensor | None = None
         self.register_state_dict_post_hook(copy_tied)
 
     @property
@@ -167,7 +168,7 @@ class CGGRModel(nn.Module):
 
     def _loss(self, adapter: Adapter, micro: MicroBatch, ratio: float) -> Tensor:
         """Mean over the kept positions."""
-        self._metrics, every = {}, micro.labels_BT
+        self._metrics, self._sound, every = {}, None, micro.labels_BT
         if ratio < 1 and self.mode == "sequence":
             micro = self._hardest_rows(adapter, micro, ratio)
         if ratio < 1 and self.mode == "token":
@@ -175,6 +176,7 @@ class CGGRModel(nn.Module):
         else:
             planned = Dense(adapter).forward(micro, 0, lambda seen: None)
         loss = mean_loss(planned, micro)
+        loss = loss if self._sound is None else loss * self._sound
         self._metrics[ROUTER_KEPT_FRACTION] = kept_fraction(planned.route, micro.labels_BT, every)
         self._metrics[KEPT_LOSS if ratio < 1 else TRAIN_LOSS] = loss.detach()
         return loss
@@ -183,7 +185,7 @@ class CGGRModel(nn.Module):
         @torch.no_grad()
         def decide(seen: Seen | None) -> TokenRoute:
             assert seen is not None
-            scored = self._observed(own_scores(self.tokens.score, seen, micro))
+            scored = self._observed(own_scores(self.tokens.score, seen, micro), micro)
             sequences, steps = micro.documents_BT, self.curriculum.steps
             return self._chooser.choose(scored.scores_BT, micro.labels_BT, sequences, ratio, steps)
 
@@ -192,11 +194,11 @@ class CGGRModel(nn.Module):
     @torch.no_grad()
     def _hardest_rows(self, adapter: Adapter, micro: MicroBatch, ratio: float) -> MicroBatch:
         rows = rows_kept(ratio, len(micro.tokens_BT))
-        scored = self._observed(own_scores(self.tokens.score, seen_after(adapter, micro, self._reads), micro))
+        scored = self._observed(own_scores(self.tokens.score, seen_after(adapter, micro, self._reads), micro), micro)
         return rows_of(micro, row_means(scored.scores_BT, micro.labels_BT).topk(rows).indices.sort().values)
 
-    def _observed(self, scored: Scored) -> Scored:
-        self._metrics = seen_by(scored)
+    def _observed(self, scored: Scored, micro: MicroBatch) -> Scored:
+        self._metrics, self._sound = seen_by(scored), sound(scored.scores_BT, micro.labels_BT)
         self.curriculum.observe(self._metrics[ROUTER_CONFIDENCE])
         return scored
 

@@ -94,6 +94,12 @@ def seen_by(scored: Scored) -> dict[str, Tensor]:
     return {ROUTER_ENTROPY: scored.stats.entropy.nanmean(), ROUTER_CONFIDENCE: scored.stats.confidence.nanmean()}
 
 
+def sound(scores_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """1, 0-d, or NaN where a labelled position has no score, as its logits are no numbers: what multiplies a loss, as a
+    selection passes such positions by."""
+    return torch.where(((labels_BT >= 0) & (scores_BT == -torch.inf)).any(), torch.nan, 1.0)
+
+
 def kept_fraction(route: TokenRoute | None, labels_BT: Tensor, all_labels_BT: Tensor | None = None) -> Tensor:
     """Kept / labelled positions, 0-d, on the device; `all_labels_BT` where rows were left out before."""
     labelled = (labels_BT >= 0).sum()

@@ -240,6 +240,35 @@ def test_ignore_index_evaluation_and_a_batch_without_labels() -> None:
     assert empty.from_hidden(torch.randn(3, 14, 8), head, torch.full_like(targets, -100)).item() == 0
 
 
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "sequence_aware": {"selection": "sequence_aware"},
+    "stratified": {"selection": "stratified"},
+    "importance": {"selection": "importance", "weights": "inverse_probability", "scoring": "gnorm"},
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_show_as_in_torch_s_own_loss(name: str, value: float) -> None:
+    logits, targets = batch()
+    criterion = plain(0.25, **SELECTIONS[name])
+    hidden, head = torch.randn(*targets.shape, 8, requires_grad=True), torch.randn(17, 8)
+    for row, position in ((0, 3), (2, 9)):
+        for label, shows in ((4, True), (-100, False)):
+            given, wanted = logits.detach().clone().requires_grad_(), targets.clone()
+            with torch.no_grad():
+                given[row, position, 5] = value
+            wanted[row, position] = label
+            expected = F.cross_entropy(given.flatten(0, 1), wanted.flatten())
+            loss = criterion(given, wanted)
+            loss.backward()
+            assert loss.isnan() == expected.isnan() == shows == given.grad[wanted >= 0].isnan().any()
+            spoilt = hidden.detach().clone()
+            spoilt[row, position, 5] = value
+            assert criterion.from_hidden(spoilt, head, wanted).isnan() == shows
+
+
 def test_low_precision_is_scored_and_summed_in_float32() -> None:
     logits, targets = batch()
     half = logits.bfloat16()

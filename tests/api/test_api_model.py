@@ -424,6 +424,23 @@ def test_without_a_label_the_loss_is_zero() -> None:
         assert loss.item() == 0 and not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"plan": "two_pass"}, {"plan": "dense"}, {"mode": "sequence"}, {"router": 1}])
+def test_hidden_states_that_are_no_numbers_show_in_the_loss(options: dict[str, Any]) -> None:
+    """In those of one token, which top-k by scores of NaN would never keep."""
+    model, inputs = small_model("llama"), batch()
+    router = create_truncated_router(model, options["router"]) if "router" in options else None
+    cggr = selecting(model, **options | {"router": router})
+    tokens = inputs["input_ids"].remainder(90)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[95] = torch.nan
+        model.get_output_embeddings().weight = nn.Parameter(torch.randn(96, 32))
+    assert cggr(input_ids=tokens, labels=tokens).isfinite()
+    tokens[1, 9] = 95
+    loss = cggr(input_ids=tokens, labels=tokens)
+    loss.backward()
+    assert loss.isnan() and model.model.layers[0].mlp.up_proj.weight.grad.isnan().any()
+
+
 def mistakes() -> list[tuple[Callable[[], Any], str]]:
     llama, gpt2 = small_model("llama"), small_model("gpt2")
     foreign = AutoModelForCausalLM.from_config(
