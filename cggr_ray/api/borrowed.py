@@ -7,7 +7,7 @@ evaluates as before. The adapter follows the model from device to device.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ class Borrowed:
         self.model, self._checkpointing = model, gradient_checkpointing
         self._adapter = self._adapt()
         check_parameters(self._adapter)
+        self._layers = Modules(self._adapter.layers)
         self._faults: deque[HostCopy] = deque()
 
     @property
@@ -50,8 +51,15 @@ class Borrowed:
 
     @contextmanager
     def running(self) -> Iterator[Adapter]:
-        """To run a forward in. Without autocast: everything is in the dtype of the weights."""
+        """To run a forward in. Without autocast: everything is in the dtype of the weights.
+
+        Raises:
+            ValueError: layers, or modules inside them, were put in, out or in place of others since.
+        """
         adapter = self.adapter
+        if not self._layers.are(adapter.family.layers):
+            raise ValueError("layers that are not those it was made of, as adapters in them or fewer layers; accepted: "
+                             "a model that is changed first and wrapped then")  # fmt: skip
         with adapter.attention(), torch.autocast(adapter.device.type, enabled=False):
             yield adapter
 
@@ -83,6 +91,21 @@ class Borrowed:
             config._attn_implementation = attention
             for module, was in training.items():
                 module.training = was
+
+
+class Modules:
+    """Some layers with all that is inside of them, to be known again: a look at the host's own tables."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = list(layers)
+        tables = [module._modules for layer in layers for module in layer.modules()]
+        self._tables = [(table, list(table.values())) for table in tables]
+
+    @torch.compiler.disable
+    def are(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these are the layers, and hold what they did."""
+        # Modules have no equality but that of being the same.
+        return self._layers == list(layers) and all(list(table.values()) == held for table, held in self._tables)
 
 
 def check_parameters(adapter: Adapter) -> None:

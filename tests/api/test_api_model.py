@@ -13,7 +13,7 @@ from small_models import CONFIGS, small_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PreTrainedModel
 
-from cggr_ray import CGGRModel, create_truncated_router
+from cggr_ray import CGGRModel, CGGRWrapper, create_truncated_router
 from cggr_ray.api.batches import prepare
 from cggr_ray.api.model import mean_loss
 from cggr_ray.models.adapter import Stream
@@ -439,6 +439,38 @@ def test_hidden_states_that_are_no_numbers_show_in_the_loss(options: dict[str, A
     loss = cggr(input_ids=tokens, labels=tokens)
     loss.backward()
     assert loss.isnan() and model.model.layers[0].mlp.up_proj.weight.grad.isnan().any()
+
+
+def cut(model: PreTrainedModel) -> None:
+    model.model.layers = model.model.layers[:2]
+
+
+def drop(model: PreTrainedModel) -> None:
+    del model.model.layers[1]
+
+
+def adapt(model: PreTrainedModel) -> None:
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = nn.Sequential(attention.q_proj, nn.Identity())
+
+
+def normalise(model: PreTrainedModel) -> None:
+    nn.utils.parametrizations.weight_norm(model.model.layers[2].mlp.up_proj)
+
+
+@pytest.mark.parametrize("change", [cut, drop, adapt, normalise])
+@pytest.mark.parametrize("kind", [CGGRModel, CGGRWrapper])
+def test_layers_that_are_changed_afterwards_are_named(kind: type, change: Callable[[PreTrainedModel], None]) -> None:
+    model, inputs = small_model("llama"), batch()
+    wrapped = kind(model, warmup_steps=0)
+    model.resize_token_embeddings(100)
+    copied = copy.deepcopy(wrapped)
+    for one in (wrapped, copied):
+        assert one(**inputs).isfinite()
+    change(model)
+    with pytest.raises(ValueError, match="layers that are not those it was made of"):
+        wrapped(**inputs)
+    assert copied(**inputs).isfinite()
 
 
 def mistakes() -> list[tuple[Callable[[], Any], str]]:
