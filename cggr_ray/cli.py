@@ -58,8 +58,8 @@ def race(
     from cggr_ray import commands
 
     changes = commands.given(
-        recipes=commands.words(recipes),
-        seeds=commands.integers(seeds),
+        recipes=commands.words("--recipes", recipes),
+        seeds=commands.integers("--seeds", seeds),
         budget_seconds=budget,
         data=data,
         device=device,
@@ -88,7 +88,7 @@ def tune(
     """
     from cggr_ray import commands, tune_command
 
-    changes = commands.given(recipes=commands.words(recipes))
+    changes = commands.given(recipes=commands.words("--recipes", recipes))
     tune_command.tune(spec, out, changes, executor, address, resume, dry_run)
 
 
@@ -114,7 +114,7 @@ def calibrate(
     from cggr_ray import calibrate_command, commands
     from cggr_ray.calibration import Settings
 
-    changes = commands.given(recipes=commands.words(recipes), device=device)
+    changes = commands.given(recipes=commands.words("--recipes", recipes), device=device)
     settings = Settings(head_room, memory_mib, verify_steps, starts, scale_batch)
     calibrate_command.calibrate(spec, out, changes, settings, again)
 
@@ -258,18 +258,18 @@ def study(
     values = commands.given(
         model=model,
         data=data,
-        fractions=commands.numbers(fractions),
-        methods=commands.words(methods),
-        kinds=commands.words(kinds),
+        fractions=commands.numbers("--fractions", fractions),
+        methods=commands.words("--methods", methods),
+        kinds=commands.words("--kinds", kinds),
         block=block,
         steps=steps,
         calibration_rows=calibration_rows,
         heldout_rows=heldout_rows,
         micro_rows=micro_rows,
         tokens=tokens,
-        shapes=commands.words(shapes),
-        masks=commands.words(masks),
-        backends=commands.words(backends),
+        shapes=commands.words("--shapes", shapes),
+        masks=commands.words("--masks", masks),
+        backends=commands.words("--backends", backends),
         rounds=rounds,
     )
     commands.study(name, values, out, device or "auto")

@@ -40,9 +40,9 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def words(text: str | None) -> list[str] | None:
-    """`a,b` as a list."""
-    return _listed(text, _name, "names")
+def words(option: str, text: str | None) -> list[str] | None:
+    """`a,b` of an option as a list."""
+    return _listed(option, text, _name, "names")
 
 
 def _name(text: str) -> str:
@@ -51,23 +51,23 @@ def _name(text: str) -> str:
     return text.strip()
 
 
-def integers(text: str | None) -> list[int] | None:
+def integers(option: str, text: str | None) -> list[int] | None:
     """`0,1,2` as integers."""
-    return _listed(text, int, "whole numbers")
+    return _listed(option, text, int, "whole numbers")
 
 
-def numbers(text: str | None) -> list[float] | None:
+def numbers(option: str, text: str | None) -> list[float] | None:
     """`0.25,0.5` as numbers."""
-    return _listed(text, float, "numbers")
+    return _listed(option, text, float, "numbers")
 
 
-def _listed(text: str | None, kind: Callable[[str], T], words: str) -> list[T] | None:
+def _listed(option: str, text: str | None, kind: Callable[[str], T], words: str) -> list[T] | None:
     if text is None:
         return None
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{text!r}; accepted: {words} with commas between") from None
+        raise ValueError(f"{option} {text!r}; accepted: {words} with commas between") from None
 
 
 def assignments(sets: Sequence[str]) -> dict[str, Any]:

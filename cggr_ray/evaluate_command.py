@@ -42,6 +42,8 @@ def evaluate(folder: Path, tasks: Path | None, rows: int | None, device: str) ->
     Raises:
         ValueError: there is no kept model, or no task, or one that cannot be asked or compared; before any is.
     """
+    if rows is not None and rows < 1:
+        raise ValueError(f"--rows {rows}; accepted: at least 1")
     where, console = pick_device(device), Console()
     disable_progress_bar()
     kept = [(run, specified(run, tasks, rows), models) for run in run_folders(folder) if (models := kept_models(run))]

@@ -87,7 +87,9 @@ def race_file(folder: Path, data: str) -> Path:
         (["race", "--set", "tokens.keep"], "accepted: key=value"),
         (["race", "--set", "tokens.keep=0.5", "--set", "tokens.keep=0.25"], "another value of 'tokens.keep'; accepted"),
         (["race", "--seeds", "0,x"], "accepted: whole numbers"),
-        (["race", "--recipes", ""], "''; accepted: names with commas between"),
+        (["race", "--seeds", "a"], "--seeds 'a'; accepted: whole numbers with commas between"),
+        (["study", "low-rank", "--fractions", "0.5,x"], "--fractions '0.5,x'; accepted: numbers with commas between"),
+        (["race", "--recipes", ""], "--recipes ''; accepted: names with commas between"),
         (["race", "--recipes", "baseline,,cggr_loss"], "'baseline,,cggr_loss'; accepted: names with commas between"),
         (["race", "cpu", "--trials", 0], "--trials 0; accepted: 1 or more"),
         (["race", "cpu", "--trials", -1], "--trials -1; accepted: 1 or more"),
@@ -128,7 +130,11 @@ def race_file(folder: Path, data: str) -> Path:
         (["recipe", "show", "basline"], "did you mean 'baseline'?"),
         (["bench", "optimiser"], "benchmark 'optimiser'; did you mean 'optimizer'?"),
         (["study", "lowrank"], "study 'lowrank'; did you mean 'low-rank'?"),
-        (["study", "low-rank", "--data", "data"], "missing key 'model'"),
+        (
+            ["study", "low-rank", "--data", "data"],
+            "study 'low-rank' without --model; accepted: with --model and --data",
+        ),
+        (["study", "structured-mlp", "--model", "m"], "study 'structured-mlp' without --data; accepted: with --model"),
         (["study", "low-rank", "--model", "nowhere", "--data", "data"], "model folder 'nowhere' has no config.json"),
         (["study", "low-rank", "--model", "m", "--data", "d", "--fractions", "0.5,1.5"], "fractions: 1.5; accepted"),
         (["study", "low-rank", "--model", "m", "--data", "d", "--methods", "svg"], "did you mean 'svd'?"),
@@ -274,7 +280,8 @@ def test_results_do_not_go_into_a_local_folder_named_like_an_address(
 
 
 def test_blanks_between_names_are_left_out() -> None:
-    assert commands.words("baseline, cggr_loss") == ["baseline", "cggr_loss"] and commands.words(None) is None
+    assert commands.words("--recipes", "baseline, cggr_loss") == ["baseline", "cggr_loss"]
+    assert commands.words("--recipes", None) is None
 
 
 def test_dotted_keys_without_quotes_do_not_replace_what_they_are_a_part_of(

@@ -148,7 +148,7 @@ def nothing(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "arguments", "said"),
     [
-        (nothing, ["--rows", 0], "evaluation.rows = 0; accepted: at least 1"),
+        (nothing, ["--rows", 0], "error: --rows 0; accepted: at least 1"),
         (nothing, ["--tasks", "nowhere.toml"], "tasks file 'nowhere.toml' does not exist; accepted: a .toml file"),
         (nothing, ["--tasks", "race.toml"], "race.toml: no evaluation; accepted: --tasks with a .toml file that has"),
         (nothing, ["--tasks", "trained.toml"], "seed = 0 of task 'generated' is also that of source 'problems'"),

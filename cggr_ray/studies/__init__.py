@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,18 @@ def run_study(name: str, values: Mapping[str, Any], folder: Path, device: torch.
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out {str(folder)!r} is not an empty folder; accepted: a new or empty folder")
     settings_type, study = _study(name)
+    if missing := [option for option in required(settings_type) if option not in values]:
+        options = " and ".join(f"--{option}" for option in required(settings_type))
+        raise ValueError(f"study {name!r} without --{missing[0]}; accepted: with {options}")
     settings = from_plain(settings_type, values)
     start = time.perf_counter()
     result = study(settings, device, say)
     return result.write(folder, settings, device, time.perf_counter() - start)
+
+
+def required(settings: type) -> list[str]:
+    """What has no default, and is an option of the same name."""
+    return [f.name for f in fields(settings) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def _study(name: str) -> tuple[type, Study]:
