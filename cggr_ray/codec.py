@@ -2,13 +2,15 @@
 
 A union of dataclasses is a table with a `kind` key, the snake-case name of the class. An unknown key is an error that
 names the nearest known one; so is a value of the wrong type, a missing required key, and an unknown kind.
-TOML has no null: an optional part or number that is not there is the word `none`.
+TOML has no null: an optional part or number that is not there is the word `none`. JSON has no infinity: it is the word
+`inf`, which TOML has as a number.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 NONE = "none"
+INFINITE = ("inf", "-inf")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def to_plain(value: Any) -> Any:
         return [to_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
-    return value
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def to_toml(plain: Any) -> Any:
@@ -182,7 +185,7 @@ def _from_table(cls: type, value: Any, where: str, optional: bool = False) -> An
 def _scalar(annotation: Any, value: Any, where: str) -> Any:
     if annotation is Any:
         return value
-    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+    if annotation is float and (value in INFINITE or (isinstance(value, int) and not isinstance(value, bool))):
         return float(value)
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         raise ValueError(f"{where} = {value!r}; accepted: {annotation.__name__}")

@@ -41,8 +41,8 @@ def _whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def allow_as(folder: Path, file: Path) -> None:
-    """Lets those read and write a file who may in the folder, which has what the umask gives: safetensors writes for its
-    owner alone."""
+    """Lets those read and write a file who may in the folder, which has what the umask gives: safetensors writes for
+    its owner alone."""
     mode, own = (S_IMODE(path.stat().st_mode) for path in (folder, file))
     # Where they are alike nothing is asked of a file system that may know no permissions.
     if own != mode & 0o666:

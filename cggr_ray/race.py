@@ -124,10 +124,10 @@ class RaceSpec(Plain):
             raise ValueError(f"milestones {list(self.milestones)}; accepted: fractions of the budget in (0, 1]")
         if self.evaluation:
             self.evaluation.check_race(self.milestones, self.data.sources)
-        if not self.checkpoint_every_seconds > 0:
+        if not 0 < self.checkpoint_every_seconds < float("inf"):
             raise ValueError(f"checkpoint_every_seconds = {self.checkpoint_every_seconds}; "
                              "accepted: a positive number of train seconds")  # fmt: skip
-        if self.step_seconds is not None and not self.step_seconds > 0:
+        if self.step_seconds is not None and not 0 < self.step_seconds < float("inf"):
             raise ValueError(f"step_seconds = {self.step_seconds}; accepted: a positive number of seconds")
         for name in self.arms:
             if name not in self.recipes:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -63,6 +64,16 @@ FULL = Room(
 @pytest.mark.parametrize("room", [Room("cell"), FULL], ids=["defaults", "full"])
 def test_round_trip_through_json(room: Room) -> None:
     assert from_plain(Room, json.loads(json.dumps(to_plain(room)))) == room
+
+
+@pytest.mark.parametrize("area", [math.inf, -math.inf])
+def test_infinity_is_a_word_that_every_reader_of_json_takes(area: float) -> None:
+    room = Room("hall", RedPaint(area), area=area, labels={"north": {"a": area}})
+    written = json.dumps(to_plain(room), allow_nan=False)
+    read = from_plain(Room, json.loads(written))
+    assert (read.area, read.wall) == (area, RedPaint(area)) and to_plain(read) == to_plain(room)
+    assert from_plain(Room, tomllib.loads(f"name = 'hall'\narea = {area}")).area == area
+    assert with_values(Room("hall"), {"area": str(area), "wall.depth": area}) == Room("hall", RedPaint(area), area=area)
 
 
 def test_what_is_written() -> None:

@@ -95,6 +95,8 @@ def test_a_trial_round_trips_through_json(tmp_path: Path) -> None:
         ({"milestones": [math.nan]}, r"milestones .*; accepted"),
         ({"checkpoint_every_seconds": -1.0}, r"checkpoint_every_seconds = -1\.0; accepted: a positive"),
         ({"checkpoint_every_seconds": 0}, r"checkpoint_every_seconds = 0\.0; accepted: a positive"),
+        ({"checkpoint_every_seconds": math.inf}, r"checkpoint_every_seconds = inf; accepted: a positive number"),
+        ({"step_seconds": math.inf}, r"step_seconds = inf; accepted"),
         ({"step_seconds": 0.0}, r"step_seconds = 0\.0; accepted"),
         ({"step_seconds": -1.0}, r"step_seconds = -1\.0; accepted"),
         ({"arms": {"cggr_los": {}}}, r"arms\.cggr_los.*did you mean 'cggr_loss'\?"),

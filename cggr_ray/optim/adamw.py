@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cggr_ray.optim.rule import Rule
+from cggr_ray.optim.rule import LARGEST_RATE, Rule
 from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
 from cggr_ray.workers import ALONE, Workers
 
@@ -37,9 +37,9 @@ class AdamW(Rule):
 
     def __post_init__(self) -> None:
         # Without eps, or one that float32 has not, a weight that never had a gradient would become 0 / 0.
-        rates = 0 <= self.lr < inf and 0 <= self.weight_decay < inf
+        rates = 0 <= self.lr <= LARGEST_RATE and 0 <= self.weight_decay <= LARGEST_RATE
         if not (rates and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and SMALLEST_EPS <= self.eps < inf):
-            raise ValueError(f"{self}; accepted: finite lr >= 0 and weight_decay >= 0, betas in [0, 1), "
+            raise ValueError(f"{self}; accepted: lr and weight_decay from 0 to {LARGEST_RATE:.2g}, betas in [0, 1), "
                              f"finite eps >= {SMALLEST_EPS:.3g}")  # fmt: skip
         longest = LONGEST["geometric"], LONGEST["squares"]
         if isinstance(self.state, Int8Blockwise) and (self.beta1 > longest[0] or self.beta2 > longest[1]):

@@ -11,14 +11,13 @@ norm of D. Shapes: G_NMK is a stack of N matrices of one shape, so that every pr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from cggr_ray.optim.polar import orthogonalise
-from cggr_ray.optim.rule import Rule
+from cggr_ray.optim.rule import LARGEST_RATE, Rule
 from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
 from cggr_ray.workers import ALONE, Workers
 
@@ -50,8 +49,8 @@ class Muon(Rule):
     row_beta: float | None = None
 
     def __post_init__(self) -> None:
-        if not (0 <= self.lr < inf and 0 <= self.weight_decay < inf and 0 <= self.momentum < 1):
-            raise ValueError(f"{self}; accepted: finite lr >= 0 and weight_decay >= 0, momentum in [0, 1)")
+        if not (0 <= self.lr <= LARGEST_RATE and 0 <= self.weight_decay <= LARGEST_RATE and 0 <= self.momentum < 1):
+            raise ValueError(f"{self}; accepted: lr and weight_decay from 0 to {LARGEST_RATE:.2g}, momentum in [0, 1)")
         if self.row_beta is not None and not 0 <= self.row_beta < 1:
             raise ValueError(f"row_beta = {self.row_beta}; accepted: none, or in [0, 1)")
         if isinstance(self.state, Int8Blockwise) and self.momentum > LONGEST["linear"]:

@@ -22,6 +22,7 @@ from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.gauge import Gauge, Measure
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.partition import Named, by_shape, partition
+from cggr_ray.optim.rule import LARGEST_RATE
 from cggr_ray.optim.schedules import WSD, Linear
 from cggr_ray.optim.stack import REWARM_STEPS, Part, Stack, parts
 from cggr_ray.progress import Progress
@@ -54,6 +55,9 @@ class Optimizer:
                              "accepted: one of the two")  # fmt: skip
         if not 0 < self.lr_scale < math.inf:
             raise ValueError(f"lr_scale = {self.lr_scale}; accepted: a positive number")
+        if not max(self.matrix.lr, self.rest.lr) * self.lr_scale <= LARGEST_RATE:
+            rates = f"{self.matrix.lr:g} and {self.rest.lr:g} with lr_scale = {self.lr_scale:g}"
+            raise ValueError(f"learning rates {rates}; accepted: products of at most {LARGEST_RATE:.2g}")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm = {self.clip_norm}; accepted: a positive number (inf clips nothing)")
 

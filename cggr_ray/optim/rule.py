@@ -5,10 +5,14 @@ Shapes: N parameters of one shape in a stack, n of them at a time.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cggr_ray.optim.state_formats import State
 from cggr_ray.workers import ALONE, Workers
+
+# Rates are float32 on the device.
+LARGEST_RATE = torch.finfo(torch.float32).max
 
 
 class Rule:

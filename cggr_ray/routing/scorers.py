@@ -114,8 +114,9 @@ class Probe:
 
     def __post_init__(self) -> None:
         check_layers(self.layers)
-        if self.hidden < 1 or not self.lr > 0:
-            raise ValueError(f"hidden = {self.hidden}, lr = {self.lr}; accepted: at least 1, a positive rate")
+        if self.hidden < 1 or not 0 < self.lr <= torch.finfo(torch.float32).max:
+            raise ValueError(f"hidden = {self.hidden}, lr = {self.lr}; accepted: at least 1, a positive rate that "
+                             "float32 has")  # fmt: skip
 
     def needs_layers(self) -> int:
         return self.layers + 1

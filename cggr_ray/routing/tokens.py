@@ -24,6 +24,10 @@ def build_plan(name: PlanName, detach: Detach, adapter: Adapter) -> Plan:
     return TwoPass(adapter, detach) if name == "two_pass" else KeptRows(adapter, detach)
 
 
+# Strata and positions are one number on a GPU: two million positions are left to choose from.
+MOST_STRATA = 1000
+
+
 @dataclass(frozen=True)
 class AllTokens:
     """Every labelled position carries its gradient."""
@@ -101,9 +105,9 @@ class SelectedTokens:
             raise ValueError("score 'excess' without a reference; accepted: reference = the folder of a model")
         if self.score != "excess" and self.reference is not None:
             raise ValueError(f"reference {self.reference!r} with score {self.score!r}; accepted: with 'excess'")
-        if self.num_strata < 1 or self.min_tokens_per_sequence < 0:
-            raise ValueError(f"num_strata = {self.num_strata}, min_tokens_per_sequence = {self.min_tokens_per_sequence}"
-                             "; accepted: at least 1, at least 0")  # fmt: skip
+        check_strata(self.num_strata)
+        if self.min_tokens_per_sequence < 0:
+            raise ValueError(f"min_tokens_per_sequence = {self.min_tokens_per_sequence}; accepted: at least 0")
         if self.selection == "fixed_quota" and self.dynamic is not None:
             raise ValueError("selection 'fixed_quota' with a dynamic threshold; accepted: one of the two")
         random = self.selection in ("stratified", "importance")
@@ -174,8 +178,7 @@ class SkippedTokens:
         check_keep(self.keep)
         if self.entry < 0 or self.exit < 0:
             raise ValueError(f"entry = {self.entry}, exit = {self.exit}; accepted: at least 0")
-        if self.num_strata < 1:
-            raise ValueError(f"num_strata = {self.num_strata}; accepted: at least 1")
+        check_strata(self.num_strata)
         if self.choice != "random" and self.entry < 1:
             raise ValueError(
                 f"choice {self.choice!r} with entry = 0; accepted: at least one layer for the probe to read"
@@ -208,3 +211,8 @@ class SkippedTokens:
 def check_keep(keep: float) -> None:
     if not 0 < keep <= 1:
         raise ValueError(f"keep = {keep}; accepted: a ratio in (0, 1]")
+
+
+def check_strata(num_strata: int) -> None:
+    if not 1 <= num_strata <= MOST_STRATA:
+        raise ValueError(f"num_strata = {num_strata}; accepted: 1 to {MOST_STRATA}")

@@ -292,6 +292,22 @@ def test_a_scale_of_the_rates_scales_both():
     assert_same(*(dict(model.named_parameters()) for model in models))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Muon(lr=1e300),
+        lambda: AdamW(lr=1e39),
+        lambda: AdamW(weight_decay=1e300),
+        lambda: Muon(weight_decay=1e39),
+        lambda: Optimizer(matrix=Muon(lr=1e30), lr_scale=1e10),
+        lambda: Optimizer(rest=AdamW(lr=1.0), lr_scale=1e300),
+    ],
+)
+def test_rates_that_float32_has_not_are_refused(make):
+    with pytest.raises(ValueError, match=r"(1e\+30|1e\+39|lr_scale = 1e\+300|300).*accepted: .*3\.4e\+38"):
+        make()
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
 def test_a_scale_of_the_rates_must_be_positive(scale):
     with pytest.raises(ValueError, match=f"lr_scale = {scale}"):

@@ -280,6 +280,8 @@ def early(router: Any) -> dict[str, Any]:
         (lambda: SkippedTokens(entry=-1), "entry = -1"),
         (lambda: SkippedTokens(exit=-2), "exit = -2"),
         (lambda: SkippedTokens(choice="stratified", num_strata=0), "num_strata = 0"),
+        (lambda: SkippedTokens(choice="stratified", num_strata=2000), "num_strata = 2000; accepted: 1 to 1000"),
+        (lambda: Probe(lr=1e300), "lr = 1e+300; accepted: at least 1, a positive rate that float32 has"),
         (lambda: SkippedTokens(choice="confidence", entry=0), "entry = 0"),
         (lambda: SkippedTokens(choice="confidence", entry=3).build(0, SETTING), "layers = 3 of a model with 3"),
         (lambda: SkippedTokens(entry=2, exit=1).plan_for(Adapter(small_model("llama"))), "skip after 2"),

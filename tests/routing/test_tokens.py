@@ -402,6 +402,7 @@ def test_state_survives_a_restart(part):
         (lambda: SelectedTokens(keep=math.nan), "keep = nan"),
         (lambda: RandomTokens(keep=-0.1), "keep = -0.1"),
         (lambda: SelectedTokens(num_strata=0), "num_strata = 0"),
+        (lambda: SelectedTokens(num_strata=1001), "num_strata = 1001; accepted: 1 to 1000"),
         (lambda: SelectedTokens(min_tokens_per_sequence=-1), "min_tokens_per_sequence = -1"),
         (lambda: SelectedTokens(weights="inverse_probability"), "'inverse_probability' with 'topk'"),
         (lambda: SelectedTokens(**(IMPORTANCE | {"weights": "mean"})), "with weights 'inverse_probability'"),
