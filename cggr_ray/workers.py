@@ -66,9 +66,12 @@ class Group(Workers):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # The first call makes the connections, which take memory of the device. Its value is there when all workers
+        # are, within the patience of torch's own group: the next group would wait a day for one that never comes.
+        arrived = torch.ones((), device=device)
+        self.sum(arrived)
+        assert arrived.item() == self.size
         self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
-        # The first call makes the connections, which take memory of the device.
-        self.sum(torch.zeros((), device=device))
 
     def sum(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor)

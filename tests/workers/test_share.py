@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def stack(number: int) -> Tensor:
 
 
 def seen_by(rank: int, port: int, folder: Path) -> None:
+    # Whatever this machine's name resolves to.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore(HOST, port, is_master=False, timeout=PATIENCE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=PATIENCE)
     group, calls, found = Group(torch.device("cpu")), list[int](), {}
 
     def square(part: Tensor) -> Tensor:
