@@ -16,6 +16,8 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,16 +73,17 @@ class SmallRun(Run):
     def _smaller(self, reason: str) -> Batch:
         raise torch.OutOfMemoryError(reason)
 
-    def fits(self) -> Answer:
-        """Whether it comes to its end."""
+    def fits(self, limit_mib: float) -> Answer:
+        """Whether it comes to its end with so much memory."""
         try:
-            self.prepare()
-            with self.loader:
-                self._train()
-                if self.milestones.suite is not None:
-                    self.milestones.suite.fill(self.learner.adapter.model)
-                if self._writes:
-                    self._write()
+            with limit(self.device, limit_mib):
+                self.prepare()
+                with self.loader:
+                    self._train()
+                    if self.milestones.suite is not None:
+                        self.milestones.suite.fill(self.learner.adapter.model)
+                    if self._writes:
+                        self._write()
         except (*FAILURES, ImportError) as error:
             if not (is_out_of_memory(error) or any(text in str(error) for text in LIMIT_TEXTS)):
                 raise
@@ -112,12 +115,20 @@ def total_mib(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory / MIB
 
 
-def limit(device: torch.device, limit_mib: float) -> None:
-    """From here on, this process may use so many MiB."""
+@contextmanager
+def limit(device: torch.device, limit_mib: float) -> Iterator[None]:
+    """Inside, this process may use so many MiB."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total_mib(device)))
-    else:
-        resource.setrlimit(resource.RLIMIT_DATA, (int(limit_mib * MIB),) * 2)
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(limit_mib * MIB), before[1]))
+    try:
+        yield
+    finally:
+        # Saying that there was no memory takes memory.
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def ask(trial: Trial, limit_mib: float, writes: bool) -> Answer:
@@ -144,8 +155,7 @@ def main(question: str, answer: str) -> None:
     asked = Question.from_plain(json.loads(Path(question).read_text()))
     # What it imports comes before the limit: without it not even an answer could be given.
     run = SmallRun(asked.trial, asked.writes)
-    limit(run.device, asked.limit_mib)
-    Path(answer).write_text(json.dumps(run.fits().to_plain()))
+    Path(answer).write_text(json.dumps(run.fits(asked.limit_mib).to_plain()))
 
 
 if __name__ == "__main__":

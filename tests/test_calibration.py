@@ -29,7 +29,7 @@ from cggr_ray.data.dataset import DataSpec, prepare
 from cggr_ray.data.sources import Problems
 from cggr_ray.evaluation.generated import Generated
 from cggr_ray.evaluation.suite import Evaluation
-from cggr_ray.fits import Answer, SmallRun, ask
+from cggr_ray.fits import Answer, SmallRun, ask, limit
 from cggr_ray.loop import run_race
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.out_of_memory import is_out_of_memory
@@ -355,6 +355,8 @@ def test_nothing_fits(tmp_path: Path) -> None:
 
 # Real tries
 
+# MiB that no try here needs.
+PLENTY = 100_000.0
 NO_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
@@ -388,7 +390,7 @@ def test_a_try_that_verifies_writes_what_a_run_writes(
 
     with monkeypatch.context() as patched:
         patched.setattr(f"cggr_ray.checkpoint.{writer}", fails)
-        answer, searching = (SmallRun(trial, writes).fits() for writes in (True, False))
+        answer, searching = (SmallRun(trial, writes).fits(PLENTY) for writes in (True, False))
     assert searching.fits and not answer.fits and "CUBLAS_STATUS_ALLOC_FAILED" in answer.message
 
 
@@ -410,17 +412,17 @@ def test_a_thread_or_a_library_that_finds_no_room_is_want_of_memory(
 
     with monkeypatch.context() as patched:
         patched.setattr("cggr_ray.checkpoint.save", fails(said[error]))
-        answer = SmallRun(trial.placed(tmp_path / "try", data_folder), True).fits()
+        answer = SmallRun(trial.placed(tmp_path / "try", data_folder), True).fits(PLENTY)
         assert (answer.fits, answer.message) == (False, said[error])
         patched.setattr("cggr_ray.checkpoint.save", fails("a mistake"))
         with pytest.raises(error, match="a mistake"):
-            SmallRun(trial.placed(tmp_path / "again", data_folder), True).fits()
+            SmallRun(trial.placed(tmp_path / "again", data_folder), True).fits(PLENTY)
 
 
 def test_a_try_keeps_what_it_writes_in_its_own_folder(data_folder: Path, tmp_path: Path) -> None:
     spec = replace(SPEC, recipes=("baseline",), save_model=True)
     (trial,) = plan_trials(trial_spec(spec, "baseline", 1, 1, 1, verifies=False), tmp_path)
-    assert SmallRun(trial.placed(tmp_path / "try", data_folder), True).fits().fits
+    assert SmallRun(trial.placed(tmp_path / "try", data_folder), True).fits(PLENTY).fits
     assert [path.name for path in tmp_path.iterdir()] == ["try"]
     assert (tmp_path / "try" / "model" / "model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "try" / "checkpoints").iterdir()] == ["step_00000001"]
@@ -444,6 +446,12 @@ def test_a_real_limit_is_run_into_and_nothing_is_left(data_folder: Path, tmp_pat
     nothing = ask(tried(tmp_path, data_folder, 1), 100.0, True)
     assert not nothing.fits and nothing.message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_limit_is_lifted_where_memory_ran_out() -> None:
+    with pytest.raises(MemoryError), limit(torch.device("cpu"), 1.0):
+        bytearray(2**28)
+    assert len(bytearray(2**28)) == 2**28
 
 
 @pytest.mark.slow
