@@ -110,18 +110,15 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
         for i, (name, points) in enumerate(panel.series.items()):
             shown = [point for point in points if math.isfinite(point[1]) and (point[1] > 0 or not panel.log_y)]
             x, y = [point[0] for point in shown], [point[1] for point in shown]
-            style: dict[str, Any] = {"marker": "o", "markersize": 5, "label": name, "color": PALETTE[i % len(PALETTE)]}
-            if words:
-                # They have no order that a line could follow.
-                axes.plot(y, [words.index(str(word)) for word in x], linestyle="none", **style)
-            else:
-                axes.plot(x, y, linestyle="-", **style)
+            drawn = (y, [words.index(str(word)) for word in x]) if words else (x, y)
+            # Words have no order that a line could follow.
+            line, colour = "none" if words else "-", PALETTE[i % len(PALETTE)]
+            axes.plot(*drawn, marker="o", linestyle=line, markersize=5, label=name, color=colour)
+        along, across = ("x", "y") if words else ("y", "x")
+        axes.set(title=panel.title, **{f"{along}label": panel.y, f"{across}label": panel.x, f"{along}scale": scale})
         if words:
-            axes.set(title=panel.title, xlabel=panel.y, ylabel=panel.x, xscale=scale)
             axes.set_yticks(range(len(words)), words)
             axes.invert_yaxis()
-        else:
-            axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, yscale=scale)
         axes.grid(alpha=0.3)
         if panel.series:
             axes.legend(fontsize=8)
