@@ -27,7 +27,7 @@ from cggr_ray.lock import only_writer
 from cggr_ray.paths import race_beside, recipe_beside
 from cggr_ray.planning import check_present, show_plan
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
-from cggr_ray.recipe import Recipe, load_recipe
+from cggr_ray.recipe import Recipe, load_recipe, of_recipe
 from cggr_ray.schema import OVERLAP_FILE, RACE_FILE, SUMMARY_FILE
 from cggr_ray.telemetry.console import RaceConsole
 
@@ -241,17 +241,10 @@ def specify(race: RaceSpec | str | None, changes: Mapping[str, Any], values: Map
     race_beside(Path.cwd(), plain)
     changed = RaceSpec.from_plain(plain)
     for recipe in changed.recipes:
-        check_values(changed, recipe)
+        load_recipe(recipe)
+        with of_recipe(recipe):
+            changed.recipe(recipe)
     return changed
-
-
-def check_values(spec: RaceSpec, recipe: str) -> None:
-    """Raises ValueError where there is no such recipe, or a value of the race does not fit it; then it says which."""
-    load_recipe(recipe)
-    try:
-        spec.recipe(recipe)
-    except ValueError as error:
-        raise ValueError(f"recipe {recipe!r}: {error}") from None
 
 
 def data_preset(name: str) -> tuple[AnySource, ...]:

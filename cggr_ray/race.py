@@ -24,7 +24,7 @@ from cggr_ray.evaluation.suite import Evaluation
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.paths import race_beside, recipe_values
 from cggr_ray.progress import Budget
-from cggr_ray.recipe import Recipe, load_recipe
+from cggr_ray.recipe import Recipe, load_recipe, of_recipe
 from cggr_ray.schema import RUNS_FOLDER
 
 RACES = Path(__file__).with_name("races")
@@ -193,7 +193,7 @@ class RaceSpec(Plain):
                                  "differ by rounding; accepted: order_by_seed = true, or one seed")  # fmt: skip
             check_positions(self.data, self.model.config_to_run().max_position_embeddings)
         for name in self.recipes:
-            try:
+            with of_recipe(name):
                 recipe = self.recipe(name)
                 recipe.execution.check_device(self.device)
                 check_layers(recipe, self.model)
@@ -206,8 +206,6 @@ class RaceSpec(Plain):
                 check_workers(recipe, self.workers)
                 own_rows = rows_of_worker(recipe.rows.rows_per_step(global_rows), self.workers)
                 check_micro_batches(recipe.rows, micro_rows, own_rows)
-            except ValueError as error:
-                raise ValueError(f"recipe {name!r}: {error}") from None
 
 
 def is_seed(seed: int) -> bool:

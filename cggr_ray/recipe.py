@@ -10,7 +10,8 @@ execution   how it runs; recorded, and never branched on by a method
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -188,3 +189,12 @@ def _lines(owner: Any, part: str, name: str = "") -> list[tuple[str, str, str]]:
 
 def _own(name: str, value: object) -> tuple[str, str, str]:
     return name, kind_of(type(value)), (type(value).__doc__ or "").split("\n")[0]
+
+
+@contextmanager
+def of_recipe(name: str) -> Iterator[None]:
+    """Inside, a ValueError says of which recipe it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"recipe {name!r}: {error}") from None
