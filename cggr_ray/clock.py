@@ -2,7 +2,8 @@
 
 `train` and `data_wait` are the budget. Work of a method (router pass, probe, decomposition) is on it; what the race
 does for its own sake (evaluation, checkpoints, reporting, warm-up, set-up) is off it. The device is synchronised only
-where a switch crosses that edge, so training steps and waits for data never stop the device.
+where a switch crosses that edge, so training steps and waits for data never stop the device; when it passed a place
+between two steps is read from its own events, afterwards.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 from cggr_ray.schema import BUDGET_LEDGERS, LEDGERS
 
@@ -18,18 +20,32 @@ def no_device() -> None:
     """The synchroniser of a run without an accelerator."""
 
 
+class Event(Protocol):
+    """A recorded place in a device's queue."""
+
+    def elapsed_time(self, later: Any, /) -> float:
+        """Milliseconds until the device passed the later one."""
+        ...
+
+
 class RaceClock:
     """Eight ledgers in seconds, one of them running at any time (`idle` until somebody switches).
 
     Args:
         synchronise: waits until the device has done its queued work.
         now: a monotonic clock in seconds; tests inject one.
+        event: records a place in the device's queue; None where work is done when it is asked for.
     """
 
     def __init__(
-        self, synchronise: Callable[[], None] = no_device, now: Callable[[], float] = time.perf_counter
+        self,
+        synchronise: Callable[[], None] = no_device,
+        now: Callable[[], float] = time.perf_counter,
+        event: Callable[[], Event] | None = None,
     ) -> None:
-        self._synchronise, self._now = synchronise, now
+        self._synchronise, self._now, self._event = synchronise, now, event
+        # The last time that the budget's clock began to run: train seconds then, and the place in the device's queue.
+        self._entered: tuple[float, Event] | None = None
         self._seconds = dict.fromkeys(LEDGERS, 0.0)
         self._current = "idle"
         self._since = now()
@@ -38,10 +54,13 @@ class RaceClock:
         """Charges the time since the last switch to the running ledger and starts `ledger`."""
         if ledger not in self._seconds:
             raise ValueError(f"ledger {ledger!r}; accepted: {', '.join(LEDGERS)}")
-        if (ledger in BUDGET_LEDGERS) != (self._current in BUDGET_LEDGERS):
+        crosses = (ledger in BUDGET_LEDGERS) != (self._current in BUDGET_LEDGERS)
+        if crosses:
             self._synchronise()
         self._charge()
         self._current = ledger
+        if crosses and self._event is not None and ledger in BUDGET_LEDGERS:
+            self._entered = self.train_seconds, self._event()
 
     @contextmanager
     def ledger(self, ledger: str) -> Iterator[None]:
@@ -55,6 +74,15 @@ class RaceClock:
 
     def tick(self) -> None:
         """Called once a step. A real clock needs no telling."""
+
+    def mark(self) -> Callable[[], float]:
+        """Called while the budget's clock runs, marks the end of all work queued so far. What it returns says, once the
+        device has passed that place, at how many train seconds it did."""
+        if self._event is None or self._entered is None:
+            now = self.train_seconds
+            return lambda: now
+        (seconds, entered), end = self._entered, self._event()
+        return lambda: seconds + entered.elapsed_time(end) / 1000
 
     @property
     def train_seconds(self) -> float:

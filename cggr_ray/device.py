@@ -23,6 +23,13 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def timed_event() -> torch.cuda.Event:
+    """A place in the GPU's queue, behind all that is queued so far, that says when it was passed."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Where wanted, torch takes its deterministic algorithms, and raises where it has none, until the block ends."""

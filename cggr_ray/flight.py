@@ -6,6 +6,7 @@ The one synchronisation of the step path: before the host queues step n + 1, ste
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,12 @@ from cggr_ray.telemetry.tracker import Row
 
 
 class Finished(NamedTuple):
-    """A finished step: its progress and its values on the host, vectors as lists, a histogram as edges and counts."""
+    """A finished step: its progress, its values on the host, vectors as lists, a histogram as edges and counts, and the
+    train seconds at which it ended."""
 
     progress: Progress
     values: Row
+    train_seconds: float
 
 
 class Flight:
@@ -30,15 +33,16 @@ class Flight:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._queue: deque[tuple[StepRow, dict[str, Tensor], torch.cuda.Event | None]] = deque()
+        self._queue: deque[tuple[StepRow, dict[str, Tensor], Callable[[], float], torch.cuda.Event | None]] = deque()
 
-    def push(self, row: StepRow) -> None:
+    def push(self, row: StepRow, ended: Callable[[], float]) -> None:
+        """Queues a step's values. `ended`: a mark of the clock behind the step."""
         copies = {name: value.detach().to("cpu", non_blocking=True) for name, value in row.device_values.items()}
         event = None
         if self._cuda:
             event = torch.cuda.Event()
             event.record()
-        self._queue.append((row, copies, event))
+        self._queue.append((row, copies, ended, event))
 
     def land(self, all_steps: bool) -> list[Finished]:
         """Waits for every step but the newest, or for all of them; returns those that finished, oldest first.
@@ -47,11 +51,11 @@ class Flight:
         """
         landed, left = [], 1 if self._cuda and not all_steps else 0
         while len(self._queue) > left:
-            row, copies, event = self._queue.popleft()
+            row, copies, ended, event = self._queue.popleft()
             if event is not None:
                 event.synchronize()
             values: Row = {name: _value(name, copy) for name, copy in copies.items()}
-            landed.append(Finished(row.progress, values | row.host_values))
+            landed.append(Finished(row.progress, values | row.host_values, ended()))
         return landed
 
 

@@ -19,14 +19,14 @@ import torch
 from cggr_ray import checkpoint
 from cggr_ray.assembly import ACTIVATIONS_FILE, build_learner
 from cggr_ray.batches import rows_of_worker, smaller_sizes
-from cggr_ray.clock import RaceClock, ReplayClock, SteppedClock, no_device
+from cggr_ray.clock import RaceClock, ReplayClock, SteppedClock
 from cggr_ray.compiling import never_eager
 from cggr_ray.counts import Counts
 from cggr_ray.data.batch import Batch
 from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
 from cggr_ray.description import description, with_earlier
-from cggr_ray.device import deterministic, pick_device
+from cggr_ray.device import deterministic, pick_device, timed_event
 from cggr_ray.files import flush, room_for, write_whole
 from cggr_ray.flight import Flight
 from cggr_ray.lock import only_writer
@@ -112,8 +112,9 @@ class Run:
         never_eager()
         self._started, self._wall_before = time.time(), 0.0
         fixed = spec.step_seconds
-        synchronise = torch.cuda.synchronize if self.device.type == "cuda" else no_device
-        self.clock = replay or (RaceClock(synchronise) if fixed is None else SteppedClock(fixed))
+        cuda = self.device.type == "cuda"
+        real = RaceClock(torch.cuda.synchronize, event=timed_event) if cuda else RaceClock()
+        self.clock = replay or (real if fixed is None else SteppedClock(fixed))
         self.last_step_seconds = math.inf
         self.delayed: deque[tuple[Row, Row]] = deque()
 
@@ -234,9 +235,10 @@ class Run:
         batch = self.loader.next()
         self.clock.switch("train")
         progress = Progress(self.counts.step, used, self.budget.seconds, self.loader.tokens_seen)
-        self.flight.push(self.learner.step(batch, progress, smaller=self._smaller))
+        row = self.learner.step(batch, progress, smaller=self._smaller)
         self.counts.stepped(self.loader.labelled)
         self.clock.tick()
+        self.flight.push(row, self.clock.mark())
         near_end = self.budget.seconds - used < STEPS_NEAR_THE_END * self.last_step_seconds
         self._land(all_steps=near_end)
         now = self._seconds()

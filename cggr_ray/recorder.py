@@ -84,7 +84,7 @@ class Recorder:
 
     def step(self, finished: Finished, at: Position, marks: dict[str, str]) -> None:
         """Keeps a finished step's row where one is due. `at` is now, up to two steps after the finished one, and counts
-        those that are only queued.
+        those that are only queued; of it a row has the wall clock and the wait for data.
 
         A row of a step that measured more than others do is always due: few steps do, it takes time, and decisions may
         follow from it.
@@ -92,7 +92,7 @@ class Recorder:
         if self._progress is not None:
             self._progress.add(finished.progress.train_seconds)
         steps = finished.progress.step + 1
-        at = at._replace(step=steps, tokens_seen=finished.progress.tokens_seen)
+        at = at._replace(step=steps, tokens_seen=finished.progress.tokens_seen, train_seconds=finished.train_seconds)
         last = self._last_row
         elapsed, first = at.train_seconds - last.train_seconds, finished.progress.step == 0
         if elapsed < self._between and not first and MEASURED.isdisjoint(finished.values):

@@ -131,7 +131,11 @@ METRICS: Final = tuple(
     for entry in (
         (STEP, "steps", "optimizer updates so far"),
         (FRACTION, "1", "used part of the budget, 0 to 1; of a step when it began, which its schedules read"),
-        (TRAIN_SECONDS, "s", "train + data wait: the clock of the budget, when the row was made"),
+        (
+            TRAIN_SECONDS,
+            "s",
+            "train + data wait: the clock of the budget, when the step ended; of a milestone, when it was taken",
+        ),
         (WALL_SECONDS, "s", "since the run began, everything included"),
         (TOKENS_SEEN, "tokens", "positions read from the stream, padding left out"),
         (TRAIN_LOSS, "nats/token", "mean negative log-likelihood of all labelled positions of the step; full recipes"),

@@ -68,6 +68,66 @@ def test_waiting_for_the_device_is_charged_to_the_ledger_that_queued_the_work() 
     assert (ledgers["idle"], ledgers["train"], ledgers["evaluation"]) == (1.0, 1.0, 1.0)
 
 
+class Queue:
+    """A device that does what it was given in order, and a host that runs ahead of it. Times in sixty-fourths."""
+
+    def __init__(self, hand: Hand) -> None:
+        self.hand, self.free_at = hand, hand.now
+
+    def give(self, ticks: int) -> None:
+        self.free_at = max(self.free_at, self.hand.now) + ticks / 64
+
+    def synchronise(self) -> None:
+        self.hand.now = max(self.hand.now, self.free_at)
+
+    def event(self) -> Recorded:
+        return Recorded(max(self.free_at, self.hand.now))
+
+
+class Recorded:
+    def __init__(self, passed_at: float) -> None:
+        self.passed_at = passed_at
+
+    def elapsed_time(self, later: Recorded) -> float:
+        return 1000 * (later.passed_at - self.passed_at)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_mark_is_when_the_device_passed_it_however_far_the_host_was_ahead(seed: int) -> None:
+    """Steps that are queued faster than they are done, with work off the budget between some of them."""
+    rng, hand = random.Random(seed), Hand()
+    queue = Queue(hand)
+    clock = RaceClock(queue.synchronise, hand, queue.event)
+    clock.restore({**dict.fromkeys(LEDGERS, 0.0), "train": 5.0})
+    marks, expected, done = [], [], 5.0
+    clock.switch("train")
+    for _ in range(100):
+        ticks = rng.randrange(8, 64)
+        queue.give(ticks)
+        # The host is a part of the step's time busy with it, so that the device is never without work.
+        hand.turn(rng.randrange(8))
+        done += ticks / 64
+        marks.append(clock.mark())
+        expected.append(done)
+        if rng.random() < 0.2:
+            with clock.ledger(rng.choice(["evaluation", "reporting"])):
+                queue.give(rng.randrange(640))
+                hand.turn(rng.randrange(640))
+    clock.switch("idle")
+    assert [mark() for mark in marks] == expected
+    assert clock.train_seconds == expected[-1]
+
+
+def test_without_a_device_a_mark_is_now() -> None:
+    hand = Hand()
+    clock = RaceClock(now=hand)
+    clock.switch("train")
+    hand.turn(64)
+    mark = clock.mark()
+    hand.turn(64)
+    assert mark() == 1.0
+
+
 def test_a_ledger_context_returns_to_the_ledger_before_it_even_after_an_error() -> None:
     hand = Hand()
     clock = RaceClock(now=hand)

@@ -36,9 +36,10 @@ def test_the_rates_are_those_of_steps_that_ended(drained: tuple[int, ...], start
     def land(queued: int, left: int) -> None:
         while len(waiting) > left:
             step = waiting.pop(0)
-            now = Position(queued, queued * TOKENS, (step + 1) * SECONDS, 0.0, 0.0)
+            # However late the host comes to it.
+            now = Position(queued, queued * TOKENS, queued * SECONDS + 0.3, 0.0, 0.0)
             progress = Progress(step, step * SECONDS, 100.0, (step + 1) * TOKENS)
-            recorder.step(Finished(progress, {"train/loss": 1.0}), now, {})
+            recorder.step(Finished(progress, {"train/loss": 1.0}, (step + 1) * SECONDS), now, {})
 
     for step in range(start, start + STEPS):
         waiting.append(step)
@@ -58,9 +59,9 @@ def test_steps_that_end_at_one_time_are_one_row_and_the_next_counts_both() -> No
     began = Position(0, 0, 0.0, 0.0, 0.0)
     recorder = Recorder("t", [kept], lambda row: None, Budget(100.0), torch.device("cpu"), ROWS, began, None)
     for step, seconds in enumerate([0.5, 0.5, 1.5]):
-        now = Position(3, 3 * TOKENS, seconds, 0.0, 0.0)
+        now = Position(3, 3 * TOKENS, 1.5, 0.0, 0.0)
         progress = Progress(step, 0.0, 100.0, (step + 1) * TOKENS)
-        recorder.step(Finished(progress, {"train/loss": 1.0}), now, {})
+        recorder.step(Finished(progress, {"train/loss": 1.0}, seconds), now, {})
     recorder.flush()
     assert [row["step"] for row in kept.rows] == [1, 3]
     assert [row["train/tokens_per_sec"] for row in kept.rows] == [200.0, 200.0]
@@ -77,7 +78,7 @@ def test_what_few_steps_measure_has_its_row_however_short_they_are(measured: str
         now = Position(step + 1, (step + 1) * TOKENS, (step + 1) * SECONDS, 0.0, 0.0)
         progress = Progress(step, step * SECONDS, 5000.0, (step + 1) * TOKENS)
         values: Row = {"train/loss": 1.0} | ({measured: 0.5} if step % 64 == 0 else {})
-        recorder.step(Finished(progress, values), now, {})
+        recorder.step(Finished(progress, values, (step + 1) * SECONDS), now, {})
     recorder.flush()
     assert [row["step"] - 1 for row in kept.rows if measured in row] == list(range(0, 10_000, 64))
     assert 1000 <= len(kept.rows) < 1200

@@ -60,14 +60,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trial = trial_in(tmp_path_factory.mktemp("race"))
     prepare(trial.race.data, Path(trial.data_folder))
     rng = random.Random(0)
-    ticks = itertools.accumulate(rng.uniform(0.003, 0.06) for _ in itertools.count())
+    ticks = itertools.accumulate(rng.uniform(0.002, 0.045) for _ in itertools.count())
 
     def kill(row: dict[str, Any]) -> None:
         if row["train_seconds"] > 0.55:
             raise KilledError
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("cggr_ray.loop.RaceClock", lambda synchronise: RaceClock(synchronise, lambda: next(ticks)))
+        patched.setattr("cggr_ray.loop.RaceClock", lambda: RaceClock(now=lambda: next(ticks)))
         with pytest.raises(KilledError):
             run_race(trial, kill)
         assert run_race(trial)["status"] == "finished"
