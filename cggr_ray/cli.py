@@ -80,16 +80,20 @@ def tune(
     executor: options.Executor = "train",
     address: options.Address = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the tuning in this folder.")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="With --resume: one more entry for tuning.values, as in the file.")
+    ] = None,
     dry_run: options.DryRun = False,
 ) -> None:
     """Try the same values with every recipe of a race, and write the race with each recipe's best: tuned.toml.
 
-    Example: cggr-ray tune mine.toml --out outputs/tuning, then cggr-ray race outputs/tuning/tuned.toml
+    Example: cggr-ray tune mine.toml --out outputs/tuning, then cggr-ray race outputs/tuning/tuned.toml; where the best
+    is the largest value tried: cggr-ray tune --resume outputs/tuning --also '{"optimizer.lr_scale" = 3.0}'
     """
     from cggr_ray import commands, tune_command
 
     changes = commands.given(recipes=commands.words("--recipes", recipes))
-    tune_command.tune(spec, out, changes, executor, address, resume, dry_run)
+    tune_command.tune(spec, out, changes, executor, address, resume, also or [], dry_run)
 
 
 @app.command()

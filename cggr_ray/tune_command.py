@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cggr_ray.commands import check, claim, go_on, new_folder, read_spec, refuse_changes, run_left, specify
+from cggr_ray.commands import (
+    check,
+    check_recipes,
+    claim,
+    go_on,
+    new_folder,
+    read_spec,
+    refuse_changes,
+    run_left,
+    specify,
+)
 from cggr_ray.environment import fingerprint
+from cggr_ray.files import write_whole
 from cggr_ray.planning import show_plan
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.schema import TUNED_FILE, TUNING_FILE, TUNING_ROWS_FILE, VAL_LOSS
@@ -26,12 +39,16 @@ def tune(
     executor: str,
     address: str | None,
     resume: Path | None,
+    also: Sequence[str],
     dry_run: bool,
 ) -> None:
-    """Plans the tuning of a race, or takes one up again, runs what is left of it and writes the tuned race."""
+    """Plans the tuning of a race, or takes one up again, `also` with more entries in its values; runs what is left
+    and writes the tuned race."""
     if resume is not None:
         refuse_changes(name or out or changes)
-        spec, folder = read_spec(resume, TUNING_FILE), resume
+        spec, folder = with_more(read_spec(resume, TUNING_FILE), also), resume
+    elif also:
+        raise ValueError("--also without --resume; accepted: every entry in the race's tuning.values")
     else:
         spec = specify(name, changes, {})
         folder = out or new_folder(f"{spec.name}-tuning")
@@ -42,17 +59,38 @@ def tune(
         for number, values in enumerate(tuning_of(spec).values, 1):
             Console().print(f"  values {number}: {json.dumps(values)}", highlight=False, soft_wrap=True)
         return
+    parts = {name: spec.recipe(name).to_plain() for name in spec.recipes}
     record = {
         "name": spec.name,
         "spec": spec.to_plain(),
-        "parts": {name: spec.recipe(name).to_plain() for name in spec.recipes},
+        "parts": parts,
         "versions": fingerprint(),
         "trials": [trial.trial_id for trial in trials],
     }
+    if also:
+        check_recipes(folder, parts, TUNING_FILE)
+        write_whole(folder / TUNING_FILE, json.dumps(record, indent=1))
     claim(folder, TUNING_FILE, record)
     console = Console()
     failed = run_left(trials, folder, executor, address, None, console)
     finish_tuning(spec, trials, folder, failed, console)
+
+
+def with_more(spec: RaceSpec, tables: Sequence[str]) -> RaceSpec:
+    """The race with more entries in its tuning's values, each an inline table of TOML.
+
+    Raises:
+        ValueError: what is none, or an entry that the tuning does not take.
+    """
+    tuning, entries = tuning_of(spec), []
+    for text in tables:
+        try:
+            entries.append(tomllib.loads(f"value = {text}")["value"])
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"--also {text!r}: {error}; accepted: {{'recipe.key' = value}}") from None
+        if not isinstance(entries[-1], dict):
+            raise ValueError(f"--also {text!r}; accepted: {{'recipe.key' = value}}")
+    return replace(spec, tuning=replace(tuning, values=(*tuning.values, *entries)))
 
 
 def finish_tuning(

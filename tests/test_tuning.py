@@ -278,6 +278,47 @@ def test_a_recipe_without_a_finite_loss_is_named_and_resuming_runs_what_is_left(
     assert tune(monkeypatch, nothing, "--resume", out)[0] == 0 and nothing.ran == []
 
 
+def test_more_values_are_tried_by_every_recipe_and_those_before_are_left_alone(
+    race_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, more = tmp_path / "out", '{ "optimizer.matrix.lr" = 0.064, "optimizer.rest.lr" = 0.032 }'
+    tune(monkeypatch, Runs({"cggr_loss-3": 2.0}), race_file, "--out", out)
+    before, runs = {path: path.read_text() for path in out.glob("runs/*/*")}, Runs({"cggr_loss-4": 1.5})
+    code, said = tune(monkeypatch, runs, "--resume", out, "--also", more, "--dry-run")
+    assert code == 0 and "8 trials" in said and runs.ran == [] and "0.064" not in (out / "tuning.json").read_text()
+    code, said = tune(monkeypatch, runs, "--resume", out, "--also", more)
+    assert code == 0 and runs.ran == ["baseline-4", "cggr_loss-4"], said
+    assert len(before) >= 6 and {path: path.read_text() for path in out.glob("runs/*-[123]/*")} == before
+    tuned = load_race(str(out / "tuned.toml"))
+    assert tuned.arms["cggr_loss"] == {"tokens.keep": 0.5, MATRIX: 0.064, REST: 0.032}
+    assert tuned.tuning is not None and len(tuned.tuning.values) == 4
+    nothing = Runs({})
+    assert tune(monkeypatch, nothing, "--resume", out)[0] == 0 and nothing.ran == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("{MATRIX}", r"--also '\{MATRIX\}': .*; accepted: \{'recipe.key' = value\}"),
+        ("3.0", r"--also '3.0'; accepted: \{'recipe.key'"),
+        ("{ 'optimizer.lr_scale' = 3.0 }", r"tuning\.values\[3\] = .*; accepted: the same keys"),
+        ("{ 'optimizer.matrix.lr' = 0.001, 'optimizer.rest.lr' = 0.0005 }", r"accepted: no entry twice"),
+        ("{ 'optimizer.matrix.lr' = -1.0, 'optimizer.rest.lr' = 0.1 }", r"tuning\.values\[3\]: recipe 'baseline'"),
+    ],
+)
+def test_more_values_that_do_not_fit_change_nothing(
+    more: str, message: str, race_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    tune(monkeypatch, Runs({}), race_file, "--out", out)
+    before = (out / "tuning.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(cli.app, ["tune", "--resume", str(out), "--also", more], catch_exceptions=False)
+    with pytest.raises(ValueError, match="--also without --resume"):
+        CliRunner().invoke(cli.app, ["tune", str(race_file), "--also", more], catch_exceptions=False)
+    assert (out / "tuning.json").read_bytes() == before
+
+
 def test_a_recipe_that_was_edited_in_the_middle_of_a_tuning_is_refused(
     race_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
