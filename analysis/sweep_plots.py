@@ -91,7 +91,8 @@ def plot_coordinates(sweep: Sweep, path: Path) -> Path:
 
 
 def plot_timeline(sweep: Sweep, path: Path) -> Path:
-    """A bar a trial from its begin to its end, in minutes since the first one began; open where it has no end."""
+    """A bar a trial from its begin to its end, in minutes since the first one began; open where it has no end. A dashed
+    line where the sweep was resumed."""
     began, ended = sweep.trials["started_at"].astype(float), sweep.trials["ended_at"].astype(float)
     last = np.nanmax([*began, *ended, *sweep.results["at"].astype(float)])
     figure, axes = canvas("since the first trial began (min)", "trial", min(LONGEST_TIMELINE, 2 + 0.1 * len(began)))
@@ -100,6 +101,9 @@ def plot_timeline(sweep: Sweep, path: Path) -> Path:
         length = (ended[own.index].fillna(last) - began[own.index]) / 60
         colour = STATUS_COLOURS.get(str(status), UNKNOWN_COLOUR)
         axes.barh(own.index, length, left=start, height=0.8, color=colour, label=f"{status} ({len(own)})")
+    for number, at in enumerate(sweep.resumed_at):
+        label = f"resumed ({len(sweep.resumed_at)}x)" if number == 0 else None
+        axes.axvline((at - began.min()) / 60, color="#404040", lw=1, ls="--", label=label)
     axes.invert_yaxis()
     axes.set_yticks(*_some_trials(sweep.trials["trial_id"]))
     return save(figure, axes, path)

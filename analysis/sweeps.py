@@ -43,12 +43,14 @@ class Sweep:
     `trials` has a row a trial in the order drawn: how it ended (`unfinished` where it did not), its last validation,
     Unix seconds of its begin and end, the part of a GPU it had, how often it went on with the weights of another, and
     its hyperparameters as `values/<key>`. A part that was drawn whole is spread over columns `values/<key>.<field>`.
+    `resumed_at` are Unix seconds at which the sweep was taken up again.
     """
 
     folder: Path
     spec: Mapping[str, Any]
     trials: pd.DataFrame
     results: pd.DataFrame
+    resumed_at: tuple[float, ...] = ()
 
     @cached_property
     def race(self) -> Race:
@@ -116,7 +118,9 @@ def read_sweep(folder: Path | str) -> Sweep:
         | flat_values(row["values"])
         for trial, row in trials.items()
     ]
-    return Sweep(root, read_object(root / SWEEP_FILE), _trials_frame(rows), frame_of(results, RESULT_COLUMNS))
+    frames = _trials_frame(rows), frame_of(results, RESULT_COLUMNS)
+    sessions = [float(event["at"]) for event in events if event[KIND] == "session"]
+    return Sweep(root, read_object(root / SWEEP_FILE), *frames, tuple(sessions[1:]))
 
 
 def read_events(path: Path) -> list[Row]:

@@ -17,8 +17,9 @@ from analysis.sweeps import flat_values
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     events = [
-        {"kind": "session", "at": START},
+        {"kind": "session", "at": START - 1},
         drawn(0, START, lr=0.1, part={"kind": "a", "depth": 2}, limits=None, flag=True),
+        {"kind": "session", "at": START + 1},
         drawn(1, START + 1, lr=0.2, part={"kind": "b"}, limits={"upper": 1.5}, flag=False),
         drawn(2, START + 2, lr=0.3, part={"kind": "b"}, limits=None, flag=True),
         result(0, 5.0, 4.0, START + 5),
@@ -46,6 +47,7 @@ def test_trials_say_how_they_ended_and_what_was_drawn(small: Path) -> None:
     assert trials["values/lr"].tolist() == [0.1, 0.2, 0.25]  # of one that took over another, those it goes on with
     assert trials["values/part.kind"].tolist()[:2] == ["a", "b"] and trials["values/part.depth"].tolist()[0] == 2
     assert trials["values/limits"].tolist()[:2] == ["none", "set"] and trials["values/limits.upper"]["t0001"] == 1.5
+    assert sweep.resumed_at == (START + 1,)
     assert sweep.budget_seconds == 20.0 and sweep.hyperparameters == ["lr", "part.kind", "limits", "flag"]
 
 
@@ -58,7 +60,7 @@ def test_results_are_the_validations_in_their_order(small: Path) -> None:
 def test_a_torn_last_line_is_ignored_and_a_broken_one_is_named(small: Path) -> None:
     with (small / "sweep.jsonl").open("a") as file:
         file.write('{"kind": "end", "trial')
-    with pytest.warns(UserWarning, match=r"sweep\.jsonl:12: torn last line"):
+    with pytest.warns(UserWarning, match=r"sweep\.jsonl:13: torn last line"):
         assert len(read_sweep(small).trials) == 3
     for broken in ('{"kind": "end", "trial\n', "[1]\n", '{"trial_id": "t0001"}\n'):
         (small / "sweep.jsonl").write_text(broken + json.dumps(drawn(0)) + "\n")
