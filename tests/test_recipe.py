@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cggr_ray.optim.adamw import AdamW
+from cggr_ray.optim.muon import Muon
 from cggr_ray.recipe import Recipe, explain, load_recipe, recipe_names
 from cggr_ray.routing.rows import AllRows, FewerRows
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens
@@ -66,6 +67,12 @@ def test_dotted_overrides() -> None:
     assert changed.optimizer.matrix == AdamW(lr=1e-3)
     assert changed.rows == FewerRows()
     assert recipe == load_recipe("cggr_loss")
+
+
+def test_a_scale_may_be_the_word_that_takes_parts_out() -> None:
+    recipe = Recipe("x").with_values({"optimizer.matrix.scale": "none"})
+    assert recipe.optimizer.matrix == Muon(scale="none")
+    assert Recipe.from_plain(recipe.to_plain()) == recipe
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ norm of D. Shapes: G_NMK is a stack of N matrices of one shape, so that every pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from cggr_ray.codec import nearest
 from cggr_ray.optim.polar import orthogonalise
 from cggr_ray.optim.rule import LARGEST_RATE, Rule
 from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
@@ -23,6 +25,12 @@ from cggr_ray.workers import ALONE, Workers
 
 # Steps without gradients after which a momentum says nothing of the next.
 LONGEST_REST = 20
+SHAPE_SCALES: dict[str, Callable[[int, int], float]] = {
+    "keller": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
+    "moonlight": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    "spectral": lambda rows, columns: (rows / columns) ** 0.5,
+    "none": lambda rows, columns: 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,9 @@ class Muon(Rule):
     """The momentum of every hidden matrix, orthogonalised.
 
     `scale` multiplies the learning rate by the matrix' shape M x K: `keller` sqrt(max(1, M/K)); `moonlight`
-    0.2 sqrt(max(M, K)), whose update has the RMS of AdamW's, so AdamW learning rates carry over; `spectral` sqrt(M/K).
-    The shape is that of the stored weight: GPT-2 stores inputs first, so that M and K change places there.
+    0.2 sqrt(max(M, K)), whose update has the RMS of AdamW's, so AdamW learning rates carry over; `spectral` sqrt(M/K);
+    `none` 1: one rate for every shape, near which all singular values of an update lie. The shape is that of the stored
+    weight: GPT-2 stores inputs first, so that M and K change places there.
     `state`: how M is kept between steps. `row_beta`: the average of NorMuon, None for plain Muon. `cautious`: weight
     decay only where it has the sign of the update (arXiv:2510.12402).
     """
@@ -42,7 +51,7 @@ class Muon(Rule):
     momentum: float = 0.95
     nesterov: bool = True
     orthogonalise: Literal["newton_schulz", "polar_express"] = "polar_express"
-    scale: Literal["keller", "moonlight", "spectral"] = "moonlight"
+    scale: Literal["keller", "moonlight", "spectral", "none"] = "moonlight"
     weight_decay: float = 0.0
     cautious: bool = False
     state: Float32 | Int8Blockwise = field(default_factory=Float32)
@@ -51,6 +60,8 @@ class Muon(Rule):
     def __post_init__(self) -> None:
         if not (0 <= self.lr <= LARGEST_RATE and 0 <= self.weight_decay <= LARGEST_RATE and 0 <= self.momentum < 1):
             raise ValueError(f"{self}; accepted: lr and weight_decay from 0 to {LARGEST_RATE:.2g}, momentum in [0, 1)")
+        if self.scale not in SHAPE_SCALES:
+            raise ValueError(f"scale = {self.scale!r}; {nearest(self.scale, SHAPE_SCALES)}")
         if self.row_beta is not None and not 0 <= self.row_beta < 1:
             raise ValueError(f"row_beta = {self.row_beta}; accepted: none, or in [0, 1)")
         if isinstance(self.state, Int8Blockwise) and self.momentum > LONGEST["linear"]:
@@ -99,8 +110,4 @@ class Muon(Rule):
         return (smaller / rank) ** 0.5
 
     def shape_scale(self, rows: int, columns: int) -> float:
-        if self.scale == "keller":
-            return max(1.0, rows / columns) ** 0.5
-        if self.scale == "moonlight":
-            return 0.2 * max(rows, columns) ** 0.5
-        return (rows / columns) ** 0.5
+        return SHAPE_SCALES[self.scale](rows, columns)

@@ -198,9 +198,10 @@ def test_update_lies_in_the_basis_and_is_the_inner_rules_for_the_projection(inne
     torch.testing.assert_close(basis.mT @ (basis @ found), found, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("scale", ["moonlight", "none"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_scaled_update_has_the_root_mean_square_of_the_inner_muon(shape):
-    inner = Muon(lr=0.1)
+def test_scaled_update_has_the_root_mean_square_of_the_inner_muon(shape, scale):
+    inner = Muon(lr=0.1, scale=scale)
     moved = {}
     for rule in (inner, GaLore(inner, rank=16), GaLore(inner, rank=16, alpha=0.5)):
         start, end = train(rule, shape, 0)[0], train(rule, shape, 1)[0]

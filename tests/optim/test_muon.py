@@ -30,6 +30,8 @@ START = Progress(step=0, train_seconds=0.0, budget_seconds=1.0, tokens_seen=1)
         ("spectral", 8, 2, 2.0),
         ("spectral", 2, 8, 0.5),
         ("spectral", 9, 1, 3.0),
+        ("none", 8, 2, 1.0),
+        ("none", 2, 8, 1.0),
     ],
 )
 def test_shape_scales(scale, rows, columns, expected):
@@ -67,7 +69,7 @@ def test_ten_steps_follow_torch_muon(scale, adjust, nesterov, weight_decay):
         assert cosine(a - w, b - w) > 0.999
 
 
-@pytest.mark.parametrize("scale", ["keller", "moonlight", "spectral"])
+@pytest.mark.parametrize("scale", ["keller", "moonlight", "spectral", "none"])
 @pytest.mark.parametrize("rows, columns", [(40, 10), (10, 40)])
 def test_step_moves_by_lr_times_scale_times_polar_factor(scale, rows, columns):
     spectrum = torch.linspace(1, 0.2, 10, dtype=torch.float64)
@@ -80,6 +82,7 @@ def test_step_moves_by_lr_times_scale_times_polar_factor(scale, rows, columns):
         "keller": 2.0 if rows > columns else 1.0,
         "moonlight": 0.2 * 40**0.5,
         "spectral": 2.0 if rows > columns else 0.5,
+        "none": 1.0,
     }[scale]
     assert -(parameter.detach().double() * polar).sum() / 10 == pytest.approx(0.5 * factor, rel=0.1)
 
@@ -99,6 +102,11 @@ def test_weight_decay_alone_shrinks_geometrically():
 def test_impossible_values_are_refused(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))}={next(iter(values.values()))}"):
         Muon(**values)
+
+
+def test_a_scale_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"scale = 'kellr'; did you mean 'keller'\? accepted: .*none"):
+        Muon(scale="kellr")
 
 
 @pytest.mark.parametrize("row_beta", [1.0, 1.5, -0.1, math.nan])
