@@ -35,7 +35,7 @@ class Budget:
 class Progress:
     """The state that every schedule reads: updates done, budget used, tokens read from the stream.
 
-    `step` only seeds random draws and counts probes; nothing decays by it.
+    `step` only seeds random draws and paces what comes back every so many steps, as probes do; nothing decays by it.
     """
 
     step: int

@@ -133,6 +133,7 @@ def test_what_a_curriculum_never_keeps_need_not_fit() -> None:
     at_once = Curriculum(target_at=0.0)
     assert RandomTokens(0.25, curriculum=at_once).build(0, setting).levels() == (0.25,)
     assert RandomTokens(0.25, curriculum=replace(at_once, full_from=0.9)).build(0, setting).levels() == (0.25, 1.0)
+    assert RandomTokens(0.25, curriculum=replace(at_once, full_every=8)).build(0, setting).levels() == (0.25, 1.0)
     assert RandomTokens(0.25).build(0, setting).levels()[-1] == 1.0
 
 

@@ -48,6 +48,7 @@ PROBE = {"kind": "probe", "layers": 1}
 SELECTED = {"kind": "selected_tokens", "keep": 0.5, "score": "loss", "plan": "before", "curriculum": CURRICULUM}
 TOKENS: dict[str, dict[str, Any]] = {
     "probe": SELECTED | {"router": PROBE},
+    "probe, full every third step": SELECTED | {"router": PROBE, "curriculum": CURRICULUM | {"full_every": 3}},
     "probe, dense": SELECTED | {"router": PROBE, "plan": "dense", "selection": "stratified"},
     "truncated": SELECTED | {"router": {"kind": "truncated_router", "layers": 1}, "score": "combined"},
     "stale": SELECTED | {"router": {"kind": "stale_scores"}},

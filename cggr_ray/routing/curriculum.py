@@ -15,15 +15,23 @@ SMALLEST_OF_KEEP = 0.5
 @dataclass(frozen=True)
 class Curriculum:
     """Fractions of the budget: everything is kept until `full_until`, the target ratio is reached at `target_at`, and
-    everything is kept again from `full_from`."""
+    everything is kept again from `full_from`.
+
+    `full_every`: in between, the last step of so many keeps everything too, whatever the budget; None for no such step.
+    It costs what a full step does, and its memory: what is dropped otherwise has a gradient now and then.
+    """
 
     full_until: float = 0.0
     target_at: float = 0.1
     full_from: float = 1.0
+    full_every: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.full_until <= self.target_at <= self.full_from <= 1:
             raise ValueError(f"{self}; accepted: 0 <= full_until <= target_at <= full_from <= 1")
+        if self.full_every is not None and self.full_every < 2:
+            raise ValueError(f"full_every = {self.full_every}; accepted: none, or at least 2 steps, as 1 would be full "
+                             "training")  # fmt: skip
 
     @property
     def ramps(self) -> bool:
@@ -33,11 +41,13 @@ class Curriculum:
     @property
     def full(self) -> bool:
         """Whether everything is ever kept."""
-        return self.target_at > 0 or self.full_from < 1
+        return self.target_at > 0 or self.full_from < 1 or self.full_every is not None
 
     def ratio(self, keep: float, progress: Progress) -> float:
-        """1 before `full_until`, linear to `keep`, 1 again at the end."""
+        """1 before `full_until`, linear to `keep`, 1 again at the end; 1 in the last of `full_every` steps."""
         if progress.fraction >= self.full_from and self.full_from < 1:
+            return 1.0
+        if self.full_every is not None and (progress.step + 1) % self.full_every == 0:
             return 1.0
         return 1 - ramp(progress.fraction, self.full_until, self.target_at) * (1 - keep)
 

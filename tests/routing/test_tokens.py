@@ -412,6 +412,8 @@ def test_state_survives_a_restart(part):
         (lambda: SelectedTokens(importance_floor=0.0, **IMPORTANCE), "positive floor"),
         (lambda: Curriculum(full_until=0.5, target_at=0.4), "full_until=0.5"),
         (lambda: Curriculum(full_from=1.1), "full_from=1.1"),
+        (lambda: Curriculum(full_every=1), "full_every = 1"),
+        (lambda: Curriculum(full_every=-3), "full_every = -3"),
         (lambda: DynamicThreshold(sensitivity=-1.0), "sensitivity=-1.0"),
         (lambda: DynamicThreshold(smoothing=1.0), "smoothing=1.0"),
     ],
