@@ -6,6 +6,7 @@ Step rows are kept in memory on the step path and handed to the trackers only wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from cggr_ray.schema import (
     ORDER_HASH,
     ORDER_ROWS,
     RELEVANCE,
+    ROUTER_KEPT_FRACTION,
     ROUTER_SPEARMAN,
     SAMPLES_PER_SEC,
     STEP,
@@ -79,6 +81,8 @@ class Recorder:
         self._rows_per_step = rows_per_step
         self._between = 0.0 if every_step else budget.seconds / ROWS
         self._rows: list[Row] = []
+        # Of all steps since the last row: full ones take longer, so that a row falls on them more often than they come.
+        self._kept: list[float] = []
         self._newest: Row = {}
         self._last_row, self._reported_at = start, start.train_seconds
 
@@ -94,6 +98,8 @@ class Recorder:
         steps = finished.progress.step + 1
         at = at._replace(step=steps, tokens_seen=finished.progress.tokens_seen, train_seconds=finished.train_seconds)
         last = self._last_row
+        if ROUTER_KEPT_FRACTION in finished.values:
+            self._kept.append(finished.values[ROUTER_KEPT_FRACTION])
         elapsed, first = at.train_seconds - last.train_seconds, finished.progress.step == 0
         if elapsed < self._between and not first and MEASURED.isdisjoint(finished.values):
             return
@@ -105,8 +111,10 @@ class Recorder:
             **(_rates(last, at, self._rows_per_step) if elapsed > 0 else {}),
             DATA_WAIT_SECONDS: at.data_wait_seconds,
             **finished.values,
+            **({ROUTER_KEPT_FRACTION: fmean(self._kept)} if self._kept else {}),
             **({ORDER_ROWS: int(mark), ORDER_HASH: marks[mark]} if mark else {}),
         }
+        self._kept = []
         self._rows.append(self._newest)
 
     def out_of_memory(self, at: Position, micro_rows: int, reason: str) -> None:

@@ -165,7 +165,8 @@ METRICS: Final = tuple(
         (
             ROUTER_KEPT_FRACTION,
             "1",
-            "kept / labelled positions; with buckets of depth, of (position, layer) pairs",
+            "kept / labelled positions, the mean of the steps since the row before; with buckets of depth, of "
+            "(position, layer) pairs",
         ),
         (ROUTER_SCORES, "score", "histogram of the difficulty scores: [edges, counts]"),
         (ROUTER_USAGE, "positions", "kept, by bin of the difficulty scores; with buckets of depth, by bucket"),

@@ -68,6 +68,27 @@ def test_steps_that_end_at_one_time_are_one_row_and_the_next_counts_both() -> No
     assert [row["train/step_seconds"] for row in kept.rows] == [0.5, 0.5]
 
 
+def test_kept_positions_are_those_of_all_steps_since_the_row_before() -> None:
+    """Every eighth step keeps all and takes twice as long, and there is a row for a few steps."""
+    kept, seconds, fractions = Kept(), 0.0, []
+    recorder = Recorder("t", [kept], lambda row: None, Budget(3000.0), torch.device("cpu"), ROWS,
+                        Position(0, 0, 0.0, 0.0, 0.0), None)  # fmt: skip
+    for step in range(2000):
+        full = step % 8 == 7
+        seconds += 1.0 if full else 0.5
+        fractions.append(1.0 if full else 0.25)
+        now = Position(step + 1, (step + 1) * TOKENS, seconds, 0.0, 0.0)
+        values: Row = {"train/loss": 1.0, "router/kept_fraction": fractions[-1]}
+        progress = Progress(step, seconds, 3000.0, (step + 1) * TOKENS)
+        recorder.step(Finished(progress, values, seconds), now, {})
+    recorder.flush()
+    ends = [row["step"] for row in kept.rows]
+    assert 300 < len(ends) < 600
+    for begin, row in zip([0, *ends], kept.rows, strict=False):
+        since = fractions[begin : row["step"]]
+        assert row["router/kept_fraction"] == pytest.approx(sum(since) / len(since))
+
+
 @pytest.mark.parametrize("measured", ["updates/relevance", "router/spearman"])
 def test_what_few_steps_measure_has_its_row_however_short_they_are(measured: str) -> None:
     """Ten thousand steps in a budget of a thousand rows, one of 64 of which measures."""
