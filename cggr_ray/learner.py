@@ -88,6 +88,7 @@ class Pass:
         plan = self.plan if ratio < 1 else self.full
         planned = plan.forward(micro, self.router.reads(ratio), partial(self.router.route, micro=micro, ratio=ratio))
         loss = self.objective.loss(planned.stream, micro, planned.route, scale)
+        self.router.watch(planned.stream, loss.index_K)
         # What is not asked for must not be held through the backward pass.
         whole = planned.whole if compare else None
         seen = planned.statistics | {TOKEN_LOSS: self._histogram(micro.labels_BT, loss.index_K, loss.nll_K)}

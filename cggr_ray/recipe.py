@@ -30,8 +30,9 @@ from cggr_ray.paths import beside
 from cggr_ray.routing.buckets import DepthBuckets
 from cggr_ray.routing.collider import Collider
 from cggr_ray.routing.rows import AllRows, FewerRows, HardestRows, RandomRows
-from cggr_ray.routing.scorers import Probe, TruncatedRouter
+from cggr_ray.routing.scorers import TruncatedRouter
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens, SkippedTokens
+from cggr_ray.routing.trained_scorers import Probe, TunedLens
 from cggr_ray.updates.dynamic import DynamicSuffix
 from cggr_ray.updates.fixed import FullUpdate, StaticSuffix
 from cggr_ray.updates.random import RandomBlocks, RandomSuffix
@@ -114,7 +115,8 @@ class Recipe(Plain):
             kinds = kind_of(type(self.rows)), kind_of(type(self.tokens))
             raise ValueError(f"activation_cache with rows and tokens {kinds}; accepted: all_rows or fewer_rows, which "
                              "the host knows, and no skipped_tokens")  # fmt: skip
-        if isinstance(self.tokens, SelectedTokens) and isinstance(self.tokens.router, TruncatedRouter | Probe):
+        early = TruncatedRouter | Probe | TunedLens
+        if isinstance(self.tokens, SelectedTokens) and isinstance(self.tokens.router, early):
             raise ValueError("activation_cache with a router that reads the first layers; accepted: own_scores, "
                              "stale_scores or chance")  # fmt: skip
         if self.execution.cuda_graphs:

@@ -11,11 +11,12 @@ SCORES = ("entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm"
 SELECTIONS = ("topk", "stratified", "sequence_aware")
 SENSITIVITIES = (0.25, 0.5, 1.0)
 DETACH = ("const", "live")
-# Routers that score before the forward is over, after fewer layers than the smallest preset has. A probe and the losses
-# of the last epoch know the loss alone.
+# Routers that score before the forward is over, after fewer layers than the smallest preset has, with the scores that
+# they know: a probe and the losses of the last epoch know the loss alone.
 EARLY = (
     {"kind": "truncated_router", "layers": 2},
     {"kind": "truncated_router", "layers": 3},
+    {"kind": "tuned_lens", "layers": 2},
     {"kind": "probe", "layers": 2},
     {"kind": "probe", "layers": 3},
     {"kind": "stale_scores"},
@@ -60,7 +61,7 @@ def early_choices() -> list[dict[str, Any]]:
     return [
         {"kind": "selected_tokens", "score": score, "selection": selection, "plan": "before", "router": router}
         for router in EARLY
-        for score in (SCORES if router["kind"] == "truncated_router" else ("loss",))
+        for score in (SCORES if router["kind"] in ("truncated_router", "tuned_lens") else ("loss",))
         for selection in SELECTIONS
     ]
 

@@ -51,6 +51,8 @@ TOKENS: dict[str, dict[str, Any]] = {
     "probe, full every third step": SELECTED | {"router": PROBE, "curriculum": CURRICULUM | {"full_every": 3}},
     "probe, dense": SELECTED | {"router": PROBE, "plan": "dense", "selection": "stratified"},
     "truncated": SELECTED | {"router": {"kind": "truncated_router", "layers": 1}, "score": "combined"},
+    "lens": SELECTED | {"router": {"kind": "tuned_lens", "layers": 1, "positions": 20}, "score": "combined"},
+    "lens, dense": SELECTED | {"router": {"kind": "tuned_lens", "layers": 1}, "plan": "dense", "score": "surprise"},
     "stale": SELECTED | {"router": {"kind": "stale_scores"}},
     "skip": {"kind": "skipped_tokens", "choice": "confidence", "entry": 1, "exit": 0, "curriculum": CURRICULUM},
 }
@@ -110,7 +112,7 @@ def values(row: StepRow) -> dict[str, Any]:
     return row.host_values | {name: value.tolist() for name, value in row.device_values.items()}
 
 
-@pytest.mark.parametrize("name", ["probe", "probe, dense", "truncated", "skip"])
+@pytest.mark.parametrize("name", ["probe", "probe, dense", "truncated", "lens", "lens, dense", "skip"])
 def test_full_steps_come_first_and_agreement_every_third(
     name: str, tiny_model: PreTrainedModel, store: TokenStore, batches: list[Batch]
 ) -> None:
@@ -240,7 +242,7 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["probe", "stale"])
+@pytest.mark.parametrize("name", ["probe", "lens", "stale"])
 def test_a_killed_run_goes_on_with_what_its_router_has_learned(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

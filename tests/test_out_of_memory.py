@@ -48,6 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "stratified": {"tokens": SELECTED | {"selection": "stratified"}},
     "skip": {"tokens": {"kind": "skipped_tokens", "choice": "random", "entry": 1, "exit": 0, "curriculum": CURRICULUM}},
     "probe": {"tokens": BEFORE | {"router": {"kind": "probe", "layers": 1}}},
+    "lens": {"tokens": BEFORE | {"router": {"kind": "tuned_lens", "layers": 1}}},
     "stale": {"tokens": BEFORE | {"router": {"kind": "stale_scores"}}},
     "hardest rows": {"rows": {"kind": "hardest_rows", "keep": 0.5, "layers": 1, "curriculum": CURRICULUM}},
     "random rows": {"rows": {"kind": "random_rows", "keep": 0.5, "curriculum": CURRICULUM}},

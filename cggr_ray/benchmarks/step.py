@@ -38,8 +38,8 @@ from cggr_ray.models.presets import ModelSpec
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.collider import Collider
-from cggr_ray.routing.scorers import Probe
 from cggr_ray.routing.tokens import RandomTokens, SelectedTokens
+from cggr_ray.routing.trained_scorers import Probe
 from cggr_ray.sparse.layers import Detach
 
 SHAPES = ("smollm-135m/32x1024", "llama-1.5b/4x2048", "gemma-3-4b/2x2048")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.kernels.select.op import compact
+from cggr_ray.models.adapter import Stream
 from cggr_ray.progress import Progress
 from cggr_ray.routing import selectors
 from cggr_ray.routing.agreement import recall_at_k, spearman
@@ -64,6 +65,10 @@ class Router(Protocol):
 
     def generators(self) -> list[torch.Generator]: ...
     def route(self, seen: Seen | None, micro: MicroBatch, ratio: float) -> TokenRoute | None: ...
+    def watch(self, stream: Stream, index_K: Tensor) -> None:
+        """Takes in what the forward ended with, before the backward pass: final hidden states of the loss's rows."""
+        ...
+
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
         """Takes in what the loss of a micro-batch was, position by position. On the device."""
         ...
@@ -116,6 +121,9 @@ class RatioRouter:
 
     def generators(self) -> list[torch.Generator]:
         return [self._generator]
+
+    def watch(self, stream: Stream, index_K: Tensor) -> None:
+        """Chance learns nothing."""
 
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
         """Chance learns nothing."""
@@ -229,6 +237,10 @@ class ScoreRouter(RatioRouter):
         row = torch.arange(len(labels_BT), device=scores_BT.device).unsqueeze(1)
         documents = (documents_BT + row * documents_BT.shape[1]).view(1, -1)
         return scores_BT.view(1, -1), documents, labels_BT.view(1, -1)
+
+    @torch.no_grad()
+    def watch(self, stream: Stream, index_K: Tensor) -> None:
+        self.scorer.watch(stream, index_K)
 
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
         self.scorer.learn(micro, index_K, nll_K)

@@ -1,11 +1,11 @@
-"""Where difficulty scores come from: the model's own forward, its first layers, a probe on them, or the last epoch.
+"""Where difficulty scores come from: the model's own forward, its first layers, or the last epoch.
 
     OwnScores        every layer and the head of this very forward: exact, known when the forward is over
     TruncatedRouter  the first layers, the last norm and the head; the layers' work is shared with the main forward
-    Probe            a small MLP on the first layers' hidden states, trained online to predict the loss; reads no head
     StaleScores      the loss that a position had when it was last trained on; the first epoch keeps everything
 
-A scorer `reads` so many layers before it scores. What kept positions turn out to lose teaches those that learn.
+`trained_scorers` has those with parameters of their own. A scorer `reads` so many layers before it scores. What kept
+positions turn out to lose teaches those that learn.
 Shapes: B rows, T positions, N = B T, K kept slots, D width.
 """
 
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.kernels.head_stats.op import HeadStats, head_stats
+from cggr_ray.models.adapter import Stream
 from cggr_ray.routing.scores import ScoreName, score
 from cggr_ray.sparse.plan import Seen
 from cggr_ray.workers import Workers
@@ -60,6 +61,10 @@ class Scorer(Protocol):
         ...
 
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored: ...
+    def watch(self, stream: Stream, index_K: Tensor) -> None:
+        """Between `score` and `learn`, when the forward is over: takes what `learn` needs of it, and no more."""
+        ...
+
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None: ...
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -96,35 +101,6 @@ class TruncatedRouter:
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
         check_depth(self.layers, setting)
         return HeadScorer(name, self.layers, setting.reference)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Predicts the loss by RMSNorm, D -> hidden -> 1 with ReLU, on the hidden states after `layers`. Scores are `loss`.
-
-    Trained on the positions that a step trains on, by AdamW on the squared error of the standardised loss.
-    """
-
-    IS_PART: ClassVar[bool] = True
-    EARLY: ClassVar[bool] = True
-
-    layers: int = 4
-    hidden: int = 64
-    lr: float = 3e-3
-
-    def __post_init__(self) -> None:
-        check_layers(self.layers)
-        if self.hidden < 1 or not 0 < self.lr <= torch.finfo(torch.float32).max:
-            raise ValueError(f"hidden = {self.hidden}, lr = {self.lr}; accepted: at least 1, a positive rate that "
-                             "float32 has")  # fmt: skip
-
-    def needs_layers(self) -> int:
-        return self.layers + 1
-
-    def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
-        assert name == "loss", f"score {name!r} by a probe"
-        check_depth(self.layers, setting)
-        return ProbeScorer(self, setting, seed)
 
 
 @dataclass(frozen=True)
@@ -192,98 +168,14 @@ class HeadScorer:
         assert seen is not None
         return own_scores(self.name, seen, micro, self.reference, generator)
 
+    def watch(self, stream: Stream, index_K: Tensor) -> None:
+        """Nothing to learn."""
+
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
         """Nothing to learn."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
-
-
-class ProbeScorer:
-    """The running probe. Its hidden states of a micro-batch are those it scored, so `learn` follows `score`."""
-
-    learns = True
-    first_full_tokens = 0
-
-    def __init__(self, config: Probe, setting: Setting, seed: int) -> None:
-        self.reads = config.layers
-        generator = torch.Generator().manual_seed(seed)
-        self._into = nn.Parameter(_init(config.hidden, setting.width, generator).to(setting.device))
-        self._bias = nn.Parameter(torch.zeros(config.hidden, device=setting.device))
-        self._out = nn.Parameter(_init(1, config.hidden, generator).to(setting.device))
-        # Mean and second moment of the loss, and how many steps they have seen.
-        self._moments = torch.zeros(3, device=setting.device)
-        parameters = [self._into, self._bias, self._out]
-        self._optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, capturable=self._into.is_cuda)
-        for parameter in parameters:
-            self._optimizer.state[parameter] = {
-                "step": torch.zeros((), device=setting.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        self._hidden_ND: Tensor | None = None
-        self._mine = list(self.tensors().values())
-        self._before = [tensor.clone() for tensor in self._mine]
-
-    @torch.no_grad()
-    def begin(self, micro: MicroBatch) -> None:
-        if micro.first:
-            torch._foreach_copy_(self._before, self._mine)
-
-    @torch.no_grad()
-    def rewind(self) -> None:
-        torch._foreach_copy_(self._mine, self._before)
-        self._hidden_ND = None
-
-    @torch.no_grad()
-    def share(self, workers: Workers) -> None:
-        """The mean of all workers' probes. Differs from one worker, whose probe learns from one micro-batch after the
-        other: here each learns from its own, all at the same time."""
-        if workers.size == 1:
-            return
-        flat = torch.cat([tensor.flatten() for tensor in self._mine])
-        workers.sum(flat)
-        pieces = (flat / workers.size).split([tensor.numel() for tensor in self._mine])
-        torch._foreach_copy_(self._mine, [new.view_as(old) for new, old in zip(pieces, self._mine, strict=True)])
-
-    def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
-        assert seen is not None
-        self._hidden_ND = seen.hidden_ND
-        with torch.no_grad():
-            predicted = self._predict(seen.hidden_ND).view(micro.labels_BT.shape)
-        return Scored(torch.where(micro.labels_BT >= 0, predicted, -torch.inf), None)
-
-    @torch.enable_grad()
-    def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
-        """One update on what the kept slots lost; the others weigh nothing."""
-        teaches = teaching(micro, index_K, nll_K)
-        nll, count = torch.where(teaches, nll_K, 0.0), teaches.sum().clamp_min(1)
-        with torch.no_grad():
-            seen = torch.stack((nll.sum() / count, nll.square().sum() / count, self._moments.new_ones(())))
-            keep = torch.where(self._moments[2] > 0, 0.99, 0.0).where(teaches.any(), 1.0)
-            self._moments.copy_(seen.lerp(self._moments, keep))
-            spread = (self._moments[1] - self._moments[0].square()).clamp_min(1e-6).sqrt()
-            target = (nll - self._moments[0]) / spread
-        # A row that teaches nothing may hold what is no number, and that times 0 is none either.
-        assert self._hidden_ND is not None, "learn without a score"
-        hidden = self._hidden_ND.index_select(0, index_K).masked_fill(~teaches.unsqueeze(1), 0.0)
-        error = torch.where(teaches, self._predict(hidden) - target, 0.0)
-        self._optimizer.zero_grad(set_to_none=True)
-        (error.square().sum() / count).backward()
-        self._optimizer.step()
-        self._hidden_ND = None
-
-    def _predict(self, hidden_RD: Tensor) -> Tensor:
-        """Standardised loss, one a row."""
-        x = hidden_RD.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return (torch.relu(x @ self._into.mT + self._bias) @ self._out.mT).squeeze(-1)
-
-    def tensors(self) -> dict[str, Tensor]:
-        found = {"into": self._into.data, "bias": self._bias.data, "out": self._out.data, "moments": self._moments}
-        for name, parameter in (("into", self._into), ("bias", self._bias), ("out", self._out)):
-            found |= {f"{name}.{key}": value for key, value in self._optimizer.state[parameter].items()}
-        return found
 
 
 class StaleScorer:
@@ -319,6 +211,9 @@ class StaleScorer:
         finite = losses.clamp_max(torch.finfo(torch.float32).max)
         return Scored(torch.where(micro.labels_BT >= 0, finite, -torch.inf), None)
 
+    def watch(self, stream: Stream, index_K: Tensor) -> None:
+        """The losses are enough."""
+
     def learn(self, micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> None:
         ids = micro.position_ids_BT.flatten().index_select(0, index_K)
         teaches = teaching(micro, index_K, nll_K)
@@ -327,7 +222,3 @@ class StaleScorer:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"losses": self._losses}
-
-
-def _init(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)

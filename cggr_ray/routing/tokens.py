@@ -9,8 +9,9 @@ from cggr_ray.codec import kind_of
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.routing.curriculum import Curriculum, DynamicThreshold
 from cggr_ray.routing.routers import RandomRouter, RatioRouter, Router, ScoreRouter
-from cggr_ray.routing.scorers import OwnScores, Probe, Setting, StaleScores, TruncatedRouter
+from cggr_ray.routing.scorers import OwnScores, Setting, StaleScores, TruncatedRouter
 from cggr_ray.routing.scores import ScoreName
+from cggr_ray.routing.trained_scorers import Probe, TunedLens
 from cggr_ray.sparse.layers import Detach
 from cggr_ray.sparse.plan import Dense, KeptRows, Plan, Skip, TwoPass
 
@@ -89,7 +90,7 @@ class SelectedTokens:
     weights: Literal["mean", "inverse_probability"] = "mean"
     plan: PlanName = "dense"
     detach: Detach = "const"
-    router: OwnScores | TruncatedRouter | Probe | StaleScores = field(default_factory=OwnScores)
+    router: OwnScores | TruncatedRouter | Probe | TunedLens | StaleScores = field(default_factory=OwnScores)
     scope: Literal["row", "batch"] = "row"
     num_strata: int = 4
     min_tokens_per_sequence: int = 1
@@ -127,10 +128,10 @@ class SelectedTokens:
         """Whether a router will do that knows of a position what it loses, or is to lose, and nothing else."""
         if self.score != "loss":
             raise ValueError(f"score {self.score!r} with router {router!r}, which knows the loss alone; accepted: "
-                             "'loss', or own_scores, truncated_router")  # fmt: skip
+                             "'loss', or own_scores, truncated_router, tuned_lens")  # fmt: skip
         if self.dynamic is not None:
             raise ValueError(f"dynamic threshold with router {router!r}, which sees no confidence; "
-                             "accepted: own_scores, truncated_router")  # fmt: skip
+                             "accepted: own_scores, truncated_router, tuned_lens")  # fmt: skip
 
     def _check_importance(self) -> None:
         if self.weights != "inverse_probability":

@@ -36,8 +36,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "after, own": SELECTED | {"plan": "after"},
     "before, random": {"kind": "random_tokens", "keep": 0.25, "curriculum": CURRICULUM},
     "before, probe": SELECTED | {"plan": "before", "router": {"kind": "probe", "layers": 1}},
+    "before, lens": SELECTED | {"plan": "before", "router": {"kind": "tuned_lens", "layers": 1}},
     "skip": {"kind": "skipped_tokens", "keep": 0.25, "entry": 1, "exit": 1},
 }
+LEARNS = ("before, probe", "before, lens")
 
 
 def recipe_of(name: str, **values: Any) -> Recipe:
@@ -91,6 +93,7 @@ class Pair:
         learned, expected_learned = self.captured.router.tensors(), self.launched.router.tensors()
         for name, tensor in expected_learned.items():
             learned[name].copy_(tensor)
+        before = {name: tensor.clone() for name, tensor in learned.items()}
         found, seen = self.by_graph(micro, ratio, step)
         expected, expected_seen = self.by_launches(micro, ratio, step)
         assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-3)
@@ -99,8 +102,9 @@ class Pair:
         for name, value in expected_seen.items():
             torch.testing.assert_close(seen[name], value, rtol=1e-2, atol=1e-2)
         for name, tensor in expected_learned.items():
-            # A step of the probe moves its weights by up to 3e-3: none, or two, would be noticed.
-            torch.testing.assert_close(learned[name], tensor, rtol=1e-2, atol=1e-3)
+            # No step, or two, would be a whole one away. AdamW's first turns round where a rounding turns a sign.
+            change, wanted = ({name: now - before[name]} for now in (learned[name], tensor))
+            assert relative_error(change, wanted) < 0.5, name
         return expected
 
 
@@ -114,12 +118,12 @@ def test_a_replay_is_the_pass_on_whatever_micro_batch_comes(name: str, order: Ro
     assert relative_error(found[1][1], found[0][1]) > 0.1, "inputs that differ make gradients that do"
     repeats = name in ("all", "after, own")
     assert (relative_error(found[2][1], found[0][1]) < 0.1) == repeats, "draws are those of the step, probes learn"
-    assert bool(untrained) == (name == "before, probe")
+    assert bool(untrained) == (name in LEARNS)
     for key, tensor in pair.captured.router.tensors().items():
         assert not torch.equal(tensor, untrained[key]), f"{key} has not learned"
 
 
-@pytest.mark.parametrize("name", ["before, random", "before, probe"])
+@pytest.mark.parametrize("name", ["before, random", "before, probe", "before, lens"])
 def test_ratios_share_a_pool(name: str, order: RowOrder) -> None:
     pair, ratios = Pair(name), (0.25, 0.625, 1.0)
     micros = [batch.micros[0] for batch in batches_of(order, 2)]
@@ -146,7 +150,7 @@ def loss_of(row: StepRow) -> float:
 
 
 @pytest.mark.parametrize("micro_rows", [ROWS, ROWS // 2])
-@pytest.mark.parametrize("name", ["all", "after, own", "before, random", "before, probe", "skip"])
+@pytest.mark.parametrize("name", ["all", "after, own", "before, random", "before, probe", "before, lens", "skip"])
 def test_steps_with_graphs_are_steps_without(name: str, micro_rows: int, order: RowOrder) -> None:
     """Losses agree to bf16 rounding while the weights move, which the graphs read where the optimizer writes them."""
     model, batches = tiny(), batches_of(order, 2, micro_rows)
@@ -155,8 +159,8 @@ def test_steps_with_graphs_are_steps_without(name: str, micro_rows: int, order: 
         learner = learner_of(name, model, graphs, order, micro_rows)
         rows = [learner.step(batches[step % 2], progress_of(step)) for step in range(1, 6)]
         losses.append([loss_of(row) for row in rows])
-    # A probe that is off by a rounding keeps other positions, whose losses are not alike.
-    bound = 0.03 if name == "before, probe" else 0.01
+    # What has learned something else, by a rounding, keeps other positions, whose losses are not alike.
+    bound = 0.03 if name in LEARNS else 0.01
     assert losses[0] == pytest.approx(losses[1], rel=bound)
     assert losses[0][0] - losses[0][4] > 3 * bound * losses[0][0], "the weights have moved by more than that"
 

@@ -23,8 +23,9 @@ from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.rows import RandomRows
-from cggr_ray.routing.scorers import Probe
+from cggr_ray.routing.scorers import TruncatedRouter
 from cggr_ray.routing.tokens import SelectedTokens, SkippedTokens
+from cggr_ray.routing.trained_scorers import Probe, TunedLens
 from cggr_ray.schema import TRAIN_LOSS
 from cggr_ray.sparse.plan import Dense, KeptRows, Plan, TwoPass
 from cggr_ray.updates.fixed import StaticSuffix
@@ -226,9 +227,12 @@ def test_padding_is_neither_kept_nor_missed(tmp_path: Path) -> None:
         ({"updates": RandomBlocks()}, "activation_cache with updates 'random_blocks'"),
         ({"updates": StaticSuffix(), "rows": RandomRows()}, "rows and tokens .*random_rows"),
         ({"updates": StaticSuffix(), "tokens": SkippedTokens()}, "rows and tokens .*skipped_tokens"),
-        (
-            {"updates": StaticSuffix(), "tokens": SelectedTokens(score="loss", plan="before", router=Probe())},
-            "a router that reads the first layers",
+        *(
+            (
+                {"updates": StaticSuffix(), "tokens": SelectedTokens(score="loss", plan="before", router=router)},
+                "a router that reads the first layers",
+            )
+            for router in (Probe(), TruncatedRouter(), TunedLens())
         ),
     ],
 )

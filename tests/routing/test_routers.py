@@ -20,8 +20,9 @@ from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing import routers
 from cggr_ray.routing.curriculum import Curriculum, DynamicThreshold
-from cggr_ray.routing.scorers import Probe, Setting, StaleScores, TruncatedRouter
+from cggr_ray.routing.scorers import Setting, StaleScores, TruncatedRouter
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens, SkippedTokens
+from cggr_ray.routing.trained_scorers import Probe, TunedLens
 from cggr_ray.schema import (
     ROUTER_CONFIDENCE,
     ROUTER_ENTROPY,
@@ -49,6 +50,8 @@ ROUTED: dict[str, tuple[SelectedTokens, bool]] = {
     ),
     "probe, dense": (SelectedTokens(0.25, "loss", router=Probe(2)), True),
     "probe, before": (SelectedTokens(0.25, "loss", plan="before", router=Probe(1)), True),
+    "lens, dense": (SelectedTokens(0.25, "combined", router=TunedLens(2)), True),
+    "lens, before": (SelectedTokens(0.25, "margin", plan="before", router=TunedLens(1)), True),
     "stale, before": (SelectedTokens(0.25, "loss", plan="before", router=StaleScores()), True),
 }
 
@@ -77,7 +80,7 @@ def test_early_routers_are_compared_every_so_many_steps(name: str, monkeypatch: 
     monkeypatch.setattr(routers, "STEPS_PER_COMPARISON", 3)
     part, early = ROUTED[name]
     router = part.build(0, SETTING)
-    learns = isinstance(part.router, Probe | StaleScores)
+    learns = isinstance(part.router, Probe | TunedLens | StaleScores)
     for step in range(7):
         assert router.compares(0.25, at(step)) == (early and step % 3 == 0)
         # At ratio 1 only those score that are to learn from it.
@@ -262,7 +265,7 @@ def early(router: Any) -> dict[str, Any]:
     "make, named",
     [
         *((lambda p=p, r=r: SelectedTokens(plan=p, **early(r)), f"plan {p!r} with a router that scores early")
-          for p in ("after", "two_pass") for r in (TruncatedRouter(1), Probe(1), StaleScores())),
+          for p in ("after", "two_pass") for r in (TruncatedRouter(1), Probe(1), TunedLens(1), StaleScores())),
         (lambda: SelectedTokens(plan="before"), "plan 'before' with the model's own scores"),
         (lambda: SelectedTokens(dynamic=DynamicThreshold(), **early(Probe())), "router 'probe'"),
         (lambda: SelectedTokens(dynamic=DynamicThreshold(), **early(StaleScores())), "router 'stale_scores'"),
@@ -281,6 +284,11 @@ def early(router: Any) -> dict[str, Any]:
         (lambda: SkippedTokens(exit=-2), "exit = -2"),
         (lambda: SkippedTokens(choice="stratified", num_strata=0), "num_strata = 0"),
         (lambda: SkippedTokens(choice="stratified", num_strata=2000), "num_strata = 2000; accepted: 1 to 1000"),
+        (lambda: TunedLens(0), "layers = 0"),
+        (lambda: TunedLens(positions=0), "positions = 0"),
+        (lambda: TunedLens(lr=-1.0), "lr = -1.0"),
+        (lambda: TunedLens(lr=math.inf), "lr = inf"),
+        (lambda: SelectedTokens(router=TunedLens(3)).build(0, SETTING), "layers = 3 of a model with 3"),
         (lambda: Probe(lr=1e300), "lr = 1e+300; accepted: at least 1, a positive rate that float32 has"),
         (lambda: SkippedTokens(choice="confidence", entry=0), "entry = 0"),
         (lambda: SkippedTokens(choice="confidence", entry=3).build(0, SETTING), "layers = 3 of a model with 3"),

@@ -18,9 +18,10 @@ from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.curriculum import Curriculum
-from cggr_ray.routing.scorers import OwnScores, Probe, Scorer, Setting, StaleScores, TruncatedRouter
+from cggr_ray.routing.scorers import OwnScores, Scorer, Setting, StaleScores, TruncatedRouter
 from cggr_ray.routing.scores import SCORES
 from cggr_ray.routing.tokens import SelectedTokens
+from cggr_ray.routing.trained_scorers import Probe
 from cggr_ray.sparse.plan import Dense, KeptRows, Seen
 
 CPU = torch.device("cpu")

@@ -49,7 +49,7 @@ def test_the_cggr_space_reaches_every_setting_it_promises() -> None:
     assert {t.plan for t in draws} == {"dense", "after", "two_pass", "before"}
     assert {t.detach for t in draws} == {"const", "live"}
     routers = {type(t.router).__name__ for t in draws}
-    assert routers == {"OwnScores", "TruncatedRouter", "Probe", "StaleScores"}
+    assert routers == {"OwnScores", "TruncatedRouter", "TunedLens", "Probe", "StaleScores"}
     assert {t.num_strata for t in draws} == {2, 4, 8}
     assert {t.dynamic and t.dynamic.rule for t in draws} == {None, "corrected", "upstream"}
     assert {t.dynamic.sensitivity for t in draws if t.dynamic} == {0.25, 0.5, 1.0}
