@@ -30,6 +30,12 @@ def timed_event() -> torch.cuda.Event:
     return event
 
 
+def keep_threads() -> None:
+    """From here on a product of matrices on the CPU is shared by as many threads as torch has. MKL takes fewer where it
+    thinks that better, until somebody says how many: a process in which somebody did would get other bits."""
+    torch.set_num_threads(torch.get_num_threads())
+
+
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Where wanted, torch takes its deterministic algorithms, and raises where it has none, until the block ends."""

@@ -26,7 +26,7 @@ from cggr_ray.data.batch import Batch
 from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
 from cggr_ray.description import description, with_earlier
-from cggr_ray.device import deterministic, pick_device, timed_event
+from cggr_ray.device import deterministic, keep_threads, pick_device, timed_event
 from cggr_ray.files import flush, room_for, write_whole
 from cggr_ray.flight import Flight
 from cggr_ray.lock import only_writer
@@ -110,6 +110,7 @@ class Run:
         self.budget = Budget(spec.budget_seconds)
         self.device = pick_device(spec.device)
         never_eager()
+        keep_threads()
         self._started, self._wall_before = time.time(), 0.0
         fixed = spec.step_seconds
         cuda = self.device.type == "cuda"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +115,33 @@ def test_a_replay_has_every_step_and_every_fraction(run: Path, again: Path) -> N
     assert {key for key in before if key[0] == "milestone"} == {key for key in after if key[0] == "milestone"}
     for key in before:
         assert after[key].get("train/loss_kept_positions") == before[key].get("train/loss_kept_positions"), key
+
+
+ALONE = """
+import os, sys
+from pathlib import Path
+import torch
+from test_reproduce import DataSpec, Problems, prepare, reproduce, run_race, trial_in
+
+folder, data = Path(sys.argv[1]), DataSpec(sources=(Problems(count=400),), row_tokens=256, val_documents=4)
+trial = trial_in(folder, data=data, global_rows=8, micro_rows=8, step_seconds=0.6, milestones=())
+prepare(data, Path(trial.data_folder))
+run_race(trial)
+verdict = reproduce(Path(trial.folder), folder / "again", print)
+print(f"{torch.get_num_threads()} threads", *verdict.lines, sep="\\n")
+"""
+
+
+def test_a_run_of_a_process_that_never_said_how_many_threads_is_reproduced(tmp_path: Path) -> None:
+    """With matrices so large that it matters how many threads share a product, in a process of their own."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", ALONE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    if "1 threads" in done.stdout.splitlines():
+        pytest.skip("one core: nothing is shared among threads")
+    assert "agrees bit for bit" in done.stdout
 
 
 def altered(rows: dict[tuple[str, int], dict[str, Any]], kind: str, name: str) -> Iterator[dict[tuple[str, int], Any]]:
