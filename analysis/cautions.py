@@ -14,6 +14,7 @@ from analysis.measures import FAR, FINISHED, comparison, epochs, ledger_check, o
 from analysis.stats import spread_factors
 from analysis.tables import figure, plain
 from cggr_ray.schema import KEPT_LOSS, VAL_LOSS
+from cggr_ray.tried import at_the_edge, untuned
 
 # Ledgers that miss the wall clock by more than this many percent leave time unexplained.
 CLOSURE_PERCENT = 0.5
@@ -87,8 +88,8 @@ def tuning_words(race: Race) -> str:
         return "No arm was tuned for this race."
     arms, tried = spec.get("arms", {}), tuning["values"]
     names = list(spec.get("recipes", race.recipes))
-    untuned = [name for name in names if not any(entry.items() <= arms.get(name, {}).items() for entry in tried)]
-    if len(untuned) == len(names):
+    left = untuned(names, arms, tried)
+    if len(left) == len(names):
         return "The race's file describes a tuning, but no arm has any of its values: no arm was tuned for this race."
     keys = "; ".join(f"{key} = {plain([entry[key] for entry in tried])}" for key in tried[0])
     together = " (varied together)" if len(tried[0]) > 1 else ""
@@ -96,25 +97,15 @@ def tuning_words(race: Race) -> str:
         f"By the race's file each arm had {len(tried)} trials of {plain(tuning['seconds'])} train seconds, seed "
         f"{tuning['seed']}, over {keys}{together}, before the race; it races with one of the values tried."
     )
-    words += f" **Not so {', '.join(untuned)}: none of these values.**" if untuned else ""
-    tuned = [name for name in names if name not in untuned]
-    edges = [f"{name} ({'; '.join(own)})" for name in tuned if (own := _at_the_edge(arms[name], tried))]
+    words += f" **Not so {', '.join(left)}: none of these values.**" if left else ""
+    tuned = [name for name in names if name not in left]
+    edges = [f"{name} ({own})" for name in tuned if (own := _edges(arms[name], tried))]
     beyond = f" **At the edge of what was tried, so that a better value may lie beyond: {', '.join(edges)}.**"
     return words + beyond if edges else words
 
 
-def _at_the_edge(values: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose value is the smallest or the largest number tried, where several were."""
-    found = []
-    for key, value in ((key, values[key]) for key in tried[0] if _is_number(values[key])):
-        numbers = {entry[key] for entry in tried if _is_number(entry[key])}
-        if len(numbers) > 1 and value in (min(numbers), max(numbers)):
-            found.append(f"{key} = {plain(value)}, the {'smallest' if value == min(numbers) else 'largest'}")
-    return found
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _edges(values: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(f"{key} = {plain(values[key])}, the {end}" for key, end in at_the_edge(values, tried).items())
 
 
 def caveats(race: Race) -> list[str]:

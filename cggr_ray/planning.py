@@ -14,6 +14,7 @@ from cggr_ray.evaluation.task import FileTask
 from cggr_ray.hub import TOKENIZER, WEIGHTS, is_cached
 from cggr_ray.models.presets import parameter_count
 from cggr_ray.race import RaceSpec, Trial, check_rates
+from cggr_ray.tried import untuned
 
 
 def check_present(spec: RaceSpec) -> None:
@@ -86,16 +87,10 @@ def _seconds(spec: RaceSpec, trials: int) -> list[str]:
     if spec.evaluation:
         tasks = ", ".join(f"{task.name} (at most {task.seconds:g} s)" for task in spec.evaluation.tasks)
         found.append(f"asked at every milestone: {tasks}")
-    if spec.tuning and (arms := [name for name in spec.recipes if not _is_tuned(spec, name)]):
+    if spec.tuning and (arms := untuned(spec.recipes, spec.arms, spec.tuning.values)):
         entries = len(spec.tuning.values)
         found.append(f"to be tuned before: {entries} values x {len(arms)} recipes, {spec.tuning.seconds:g} s each")
     return found
-
-
-def _is_tuned(spec: RaceSpec, name: str) -> bool:
-    """Whether an arm has one of the entries that the tuning tries."""
-    assert spec.tuning is not None
-    return any(entry.items() <= spec.arms.get(name, {}).items() for entry in spec.tuning.values)
 
 
 def _model(spec: RaceSpec, trials: Sequence[Trial]) -> list[str]:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
@@ -20,6 +19,7 @@ from cggr_ray.race import RaceSpec, Trial, Tuning, plan_trial, refuse_doubles
 from cggr_ray.recipe import Recipe
 from cggr_ray.schema import SUMMARY_FILE, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 from cggr_ray.telemetry.tracker import Row
+from cggr_ray.tried import at_the_edge
 
 
 def tuning_of(spec: RaceSpec) -> Tuning:
@@ -89,26 +89,12 @@ def best_rows(rows: Sequence[Row]) -> dict[str, Row]:
     return best
 
 
-def at_the_edge(tuning: Tuning, values: Mapping[str, Any]) -> dict[str, str]:
-    """The keys whose value is the `smallest` or `largest` number tried, where several were."""
-    found = {}
-    for key, value in values.items():
-        tried = {entry[key] for entry in tuning.values if is_number(entry[key])}
-        if is_number(value) and len(tried) > 1 and value in (min(tried), max(tried)):
-            found[key] = "smallest" if value == min(tried) else "largest"
-    return found
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def notes(tuning: Tuning, best: Mapping[str, Row]) -> list[str]:
     """A line for each recipe: what was best, and where the optimum may lie beyond what was tried."""
     lines = []
     for name, row in best.items():
         lines.append(f"{name}: val/loss {row[VAL_LOSS]:.4f} with {json.dumps(row['values'])}")
-        for key, end in at_the_edge(tuning, row["values"]).items():
+        for key, end in at_the_edge(row["values"], tuning.values).items():
             lines.append(f"{name}: {key} = {row['values'][key]} is at the edge, the {end} value tried: "
                          "the optimum may lie beyond")  # fmt: skip
     return lines

@@ -42,6 +42,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.counts": (),
     "cggr_ray.device": ("torch",),
     "cggr_ray.transfer": ("torch",),
+    "cggr_ray.tried": (),
     "cggr_ray.files": (),
     "cggr_ray.options": ("typer",),
     "cggr_ray.paths": (),
@@ -89,8 +90,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "trainables": ("ray", "numpy", "optuna", "tomli_w", "cggr_ray", "search_spaces", "trainables"),
     "search_spaces": ("numpy", "optuna", "cggr_ray.codec", "search_spaces"),
     "analysis": (
-        *("cggr_ray.schema", "analysis", "pandas", "numpy", "pyarrow", "matplotlib", "scipy", "tabulate"),
-        "optuna",
+        *("cggr_ray.schema", "cggr_ray.tried", "analysis"),
+        *("pandas", "numpy", "pyarrow", "matplotlib", "scipy", "tabulate", "optuna"),
     ),
 }
 # Known to nobody in the core but the command line.

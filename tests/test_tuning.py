@@ -16,7 +16,8 @@ from cggr_ray import cli
 from cggr_ray.data.sources import Jsonl
 from cggr_ray.race import RaceSpec, Trial, Tuning, load_race
 from cggr_ray.schema import SUMMARY_FILE, VAL_LOSS
-from cggr_ray.tuning import at_the_edge, best_rows, notes, plan_tuning, tuning_rows, write_tuned
+from cggr_ray.tried import at_the_edge
+from cggr_ray.tuning import best_rows, notes, plan_tuning, tuning_rows, write_tuned
 
 MATRIX, REST = "optimizer.matrix.lr", "optimizer.rest.lr"
 LOW, MIDDLE, HIGH = ({MATRIX: lr, REST: lr / 2} for lr in (1e-3, 4e-3, 1.6e-2))
@@ -159,13 +160,13 @@ def test_the_best_is_the_lowest_finite_loss_of_what_finished() -> None:
     ],
 )
 def test_the_edge_of_what_was_tried(values: dict[str, Any], edges: dict[str, str]) -> None:
-    assert at_the_edge(TUNING, values) == edges
+    assert at_the_edge(values, TUNING.values) == edges
 
 
 def test_one_value_words_and_flags_have_no_edge() -> None:
     both = {"optimizer.clip_norm": 1.0, "execution.gradient_checkpointing": "block", "tokens.detach": "const"}
     tuning = Tuning(1.0, 9, (both | {MATRIX: 1}, both | {MATRIX: 2, "tokens.detach": "live"}))
-    assert at_the_edge(tuning, tuning.values[1]) == {MATRIX: "largest"}
+    assert at_the_edge(tuning.values[1], tuning.values) == {MATRIX: "largest"}
     (line, edge) = notes(tuning, {"a": row("a", 2.0, values={MATRIX: 2})})
     assert (
         "2.0000" in line
