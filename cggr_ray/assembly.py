@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,15 +12,14 @@ from cggr_ray.learner import Learner
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.prefix_cache import PrefixCache
 from cggr_ray.race import Trial
+from cggr_ray.saying import Say
 from cggr_ray.workers import Workers
 
 # Beside the run's own files, while it runs: what a cache of activations does not hold on the device.
 ACTIVATIONS_FILE = "activations.bin"
 
 
-def build_learner(
-    trial: Trial, data: PreparedData, device: torch.device, workers: Workers, say: Callable[[str], None]
-) -> Learner:
+def build_learner(trial: Trial, data: PreparedData, device: torch.device, workers: Workers, say: Say) -> Learner:
     """The learner of a trial before its first step. ACTIVATIONS_FILE in the trial's folder is left to the caller.
 
     Raises:

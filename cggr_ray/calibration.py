@@ -29,12 +29,12 @@ from cggr_ray.environment import versions
 from cggr_ray.files import write_whole
 from cggr_ray.fits import Answer, total_mib
 from cggr_ray.race import RaceSpec, Trial
+from cggr_ray.saying import Say
 from cggr_ray.telemetry.gpu import device_info
 from cggr_ray.telemetry.tracker import Row
 
 # The trial of a try, what it may use, and whether it is one that verifies.
 Ask = Callable[[Trial, float, bool], Answer]
-Say = Callable[[str], None]
 
 # The search stops when the rows that fit and the rows that do not are this close, relatively.
 CLOSE = 0.03

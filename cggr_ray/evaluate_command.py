@@ -7,7 +7,7 @@ the later value of a measure counts. No file of the run is changed but the sampl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cggr_ray.evaluation.task import Task
 from cggr_ray.files import write_whole
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.paths import tasks_beside
+from cggr_ray.saying import Say
 from cggr_ray.schema import (
     EVALUATION_FOLDER,
     KIND,
@@ -64,9 +65,7 @@ def evaluate(folder: Path, tasks: Path | None, rows: int | None, device: str) ->
             console.print(f"{run.name} {model.name}: {shown}", highlight=False, soft_wrap=True)
 
 
-def evaluate_model(
-    run: Path, folder: Path, spec: Evaluation, device: Any, say: Callable[[str], None]
-) -> dict[str, float]:
+def evaluate_model(run: Path, folder: Path, spec: Evaluation, device: Any, say: Say) -> dict[str, float]:
     """Answers the tasks with one kept model, and adds the row."""
     tokenizer, source = load_tokenizer(folder), ModelSpec(folder=str(folder))
     model = source.build(None, 0, device, source.config().dtype)

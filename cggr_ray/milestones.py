@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from cggr_ray.evaluation.suite import Suite, milestone_name
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.out_of_memory import with_fewer
 from cggr_ray.race import RaceSpec
+from cggr_ray.saying import Say
 from cggr_ray.schema import FRACTION, MILESTONE_FILE, MILESTONES_FOLDER, VAL_LOSS
 from cggr_ray.telemetry.gpu import peak_bytes
 from cggr_ray.telemetry.tracker import Row
@@ -36,7 +36,7 @@ class Milestones:
         order: RowOrder,
         adapter: Adapter,
         folder: Path,
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:
         self._adapter, self._data, self._order, self._folder, self._say = adapter, data, order, folder, say
         self.resize(spec.micro_rows)

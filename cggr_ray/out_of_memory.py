@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import torch
 
+from cggr_ray.saying import Say
+
 FAILURES = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 T = TypeVar("T")
 TEXTS = (
@@ -58,7 +60,7 @@ def no_way_back(where: str) -> Iterator[None]:
                             "checkpoint stands, smaller micro_rows may help") from error  # fmt: skip
 
 
-def with_fewer(rows: int, attempt: Callable[[int], T], say: Callable[[str], None]) -> tuple[int, T]:
+def with_fewer(rows: int, attempt: Callable[[int], T], say: Say) -> tuple[int, T]:
     """(rows, `attempt(rows)`), with half as many for as long as memory runs out; for what changes nothing.
 
     Raises:

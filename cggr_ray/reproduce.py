@@ -14,7 +14,7 @@ Tasks of an evaluation are left out: how many questions they get through depends
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from cggr_ray.progress import read_progress
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.recipe import Recipe
 from cggr_ray.recorder import Report
+from cggr_ray.saying import Say
 from cggr_ray.schema import (
     DATA_WAIT_SECONDS,
     FRACTION,
@@ -166,7 +167,7 @@ def check_own(folder: Path) -> None:
                              "accepted: a run that trained all of its steps")  # fmt: skip
 
 
-def reproduce(folder: Path, out: Path, say: Callable[[str], None], report: Report = lambda row: None) -> Verdict:
+def reproduce(folder: Path, out: Path, say: Say, report: Report = lambda row: None) -> Verdict:
     """Runs the trial of a run folder again, into `out`, and compares.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from cggr_ray.data.tokenizer import (
 )
 from cggr_ray.files import flush, write_whole
 from cggr_ray.lock import only_writer
+from cggr_ray.saying import Say, silent
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -130,7 +131,7 @@ class PreparedData:
         )
 
 
-def prepare(spec: DataSpec, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
+def prepare(spec: DataSpec, folder: Path, say: Say = silent) -> None:
     """Writes the tokenizer and the stores into `folder` unless they are there for the same specification; waits for
     another process that does."""
     if is_prepared(spec, folder):
@@ -141,7 +142,7 @@ def prepare(spec: DataSpec, folder: Path, say: Callable[[str], None] = lambda _:
             _write(spec, folder, say)
 
 
-def _write(spec: DataSpec, folder: Path, say: Callable[[str], None]) -> None:
+def _write(spec: DataSpec, folder: Path, say: Say) -> None:
     if spec.tokenizer == "train":
         say(f"training a tokenizer of {spec.vocab_size} tokens")
         train_bpe(_tokenizer_texts(spec), spec.vocab_size, folder / TOKENIZER)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -30,8 +30,7 @@ from cggr_ray.data.packing import BLOCK_ROWS, PackedRow, Piece, RowShape, best_f
 from cggr_ray.kernels.selected_ce.op import position_nll
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.presets import ModelSpec, check_folder
-
-Say = Callable[[str], None]
+from cggr_ray.saying import Say, silent
 
 # How often progress is said.
 TIMES_SAID = 10
@@ -77,7 +76,7 @@ def reference_nll(
     micro_rows: int,
     device: torch.device,
     dtype: torch.dtype,
-    say: Say = lambda _: None,
+    say: Say = silent,
 ) -> Tensor:
     """float16 on `device`, by position id; one entry more, NaN, for padding. Read from `where`, or computed and kept.
 
@@ -114,7 +113,7 @@ def fingerprint(folder: str, data: PreparedData, dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
-def compute(adapter: Adapter, data: PreparedData, micro_rows: int, say: Say = lambda _: None) -> Tensor:
+def compute(adapter: Adapter, data: PreparedData, micro_rows: int, say: Say = silent) -> Tensor:
     """The table of a model, from one full forward of every row."""
     device, shape = adapter.device, data.order().shape
     count, predicted = data.num_positions, sum(int((store.lengths - 1).sum()) for store in data.train)

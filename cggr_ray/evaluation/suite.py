@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from cggr_ray.evaluation.gsm8k import Gsm8k
 from cggr_ray.evaluation.task import FileTask, Question, Sample, Task, Verdict
 from cggr_ray.files import copy_whole, write_whole
 from cggr_ray.out_of_memory import with_fewer
+from cggr_ray.saying import Say, silent
 from cggr_ray.schema import EVAL, EVALUATION_FOLDER, QUESTIONS_FOLDER
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Suite:
         tokenizer: PreTrainedTokenizerBase,
         config: Any,
         folder: Path,
-        say: Callable[[str], None] = lambda text: None,
+        say: Say = silent,
     ) -> None:
         self._tokenizer, self._rows, self._folder = tokenizer, spec.rows, folder / EVALUATION_FOLDER
         self._say = say

@@ -18,7 +18,8 @@ from cggr_ray.codec import from_plain, nearest
 if TYPE_CHECKING:
     import torch
 
-    from cggr_ray.studies.result import Result, Say
+    from cggr_ray.saying import Say
+    from cggr_ray.studies.result import Result
 
     Study = Callable[[Any, torch.device, Say], Result]
 

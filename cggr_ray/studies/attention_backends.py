@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cggr_ray.saying import Say
 from cggr_ray.studies.attention import (
     BACKENDS,
     DOCUMENTS_A_ROW,
@@ -26,7 +27,7 @@ from cggr_ray.studies.attention import (
     Inputs,
     exact,
 )
-from cggr_ray.studies.result import Panel, Result, Say
+from cggr_ray.studies.result import Panel, Result
 from cggr_ray.studies.timing import Prepare, Quartiles, interleaved, peak_mib
 from cggr_ray.studies.trained import check_names
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cggr_ray.data.batch import IGNORE, MicroBatch
+from cggr_ray.saying import Say
 from cggr_ray.studies.conclusions import conclusions
 from cggr_ray.studies.factors import ClosedForm, Factors, break_even_rank, data_aware, plus_diag, rank_of, svd
 from cggr_ray.studies.moments import MomentsOf
-from cggr_ray.studies.result import Panel, Result, Say
+from cggr_ray.studies.result import Panel, Result
 from cggr_ray.studies.timing import Prepare, interleaved, settled
 from cggr_ray.studies.trained import (
     KINDS,

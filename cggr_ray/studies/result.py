@@ -9,7 +9,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ DPI = 130
 # Okabe and Ito's palette, which survives colour blindness.
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 Point = tuple[float | str, float]
-# Takes a line for whoever waits.
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from cggr_ray.models.families import activation
 from cggr_ray.models.presets import ModelSpec
+from cggr_ray.saying import Say
 from cggr_ray.studies.conclusions import conclusions
 from cggr_ray.studies.factors import damped
 from cggr_ray.studies.moments import MomentsOf
-from cggr_ray.studies.result import Panel, Result, Say
+from cggr_ray.studies.result import Panel, Result
 from cggr_ray.studies.timing import Prepare, interleaved, settled
 from cggr_ray.studies.trained import (
     NOTES,
