@@ -19,13 +19,14 @@ from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.benchmarks.peers import Peer, missing, present, tensors_in
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, not_installed
 from cggr_ray.benchmarks.step import random_micro, random_model
-from cggr_ray.benchmarks.timing import MIB, Timing
+from cggr_ray.benchmarks.timing import Timing
 from cggr_ray.benchmarks.workload import NOW
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.optimizer import Optimizer, StackedOptimizer
 from cggr_ray.optim.partition import partition
 from cggr_ray.progress import Progress
+from cggr_ray.telemetry.gpu import MIB
 
 # Of whose state that of each optimizer is given as a share, once it is measured.
 REFERENCES = ("adamw_fp32", "muon_fp32")

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.timing import Timing, interleaved
-from cggr_ray.benchmarks.workload import NOW, prepared_run
+from cggr_ray.benchmarks.workload import NOW, prepared_run, tail_loss
 from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.device import deterministic
@@ -80,7 +79,7 @@ class Bare:
         self.adapter = Adapter(model)
         self.optimizer = recipe.optimizer.build(self.adapter.named_parameters(), self.adapter.hidden_names(), device)
         self._block = compiled_on(device, lambda layer, hidden, keywords: layer(hidden, **keywords))
-        self._tail = compiled_on(device, _tail_loss)
+        self._tail = compiled_on(device, tail_loss)
         self._whole = compiled_on(device, self._forward_whole)
 
     def steps(self, loss: Callable[[], Tensor]) -> None:
@@ -96,7 +95,7 @@ class Bare:
         return loss
 
     def _forward_whole(self) -> Tensor:
-        return self._forward(lambda layer, hidden, keywords: layer(hidden, **keywords), _tail_loss)
+        return self._forward(lambda layer, hidden, keywords: layer(hidden, **keywords), tail_loss)
 
     def _forward(self, block: Callable[..., Tensor], tail: Callable[..., Tensor]) -> Tensor:
         adapter, micro = self.adapter, self.micro
@@ -105,8 +104,3 @@ class Bare:
         for layer, shape in zip(adapter.layers, adapter.shapes, strict=True):
             hidden = block(layer, hidden, keywords[shape.window, shape.rotary])
         return tail(adapter.family.norm, hidden, adapter.head_VD, micro.labels_BT)
-
-
-def _tail_loss(norm: nn.Module, hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
-    logits = norm(hidden_BTD) @ head_VD.mT
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=-100)

@@ -18,13 +18,14 @@ import torch
 from cggr_ray.benchmarks.accounting import accounting, release
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row
 from cggr_ray.benchmarks.step import random_micro, random_model
-from cggr_ray.benchmarks.timing import MIB, Timing
+from cggr_ray.benchmarks.timing import Timing
 from cggr_ray.benchmarks.workload import NOW
 from cggr_ray.device import pick_device
 from cggr_ray.learner import Pass
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens
+from cggr_ray.telemetry.gpu import MIB
 
 SHAPES = ("llama-1.5b/8x2048", "gemma-3-4b/4x2048")
 # The search stops when the rows that fit and the rows that do not are this close, relatively.

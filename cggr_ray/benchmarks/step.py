@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cggr_ray.benchmarks.costs import Costs, costs_of
 from cggr_ray.benchmarks.rows import BenchRow, Shape, bench_row, installed, not_installed
 from cggr_ray.benchmarks.suffixes import Suffixes
 from cggr_ray.benchmarks.timing import Timing, interleaved
-from cggr_ray.benchmarks.workload import NOW
+from cggr_ray.benchmarks.workload import NOW, tail_loss
 from cggr_ray.compiling import compiled_on, never_eager
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.device import pick_device
@@ -84,7 +83,7 @@ class Work:
         self.parameters = list(self.model.parameters())
         self.micro = random_micro(shape, self.adapter.head_VD.shape[0], device)
         self.scale = torch.tensor(1 / self.micro.labelled, device=device)
-        self._tail = compiled_on(device, _tail_loss)
+        self._tail = compiled_on(device, tail_loss)
         self._whole = compiled_on(device, self._forward_whole)
         self.missing: list[str] = []
         self._passes = self._build_passes()
@@ -232,12 +231,7 @@ class Work:
         for layer, shape in zip(adapter.layers, adapter.shapes, strict=True):
             out = layer(hidden, **keywords[shape.window, shape.rotary])
             hidden = out if isinstance(out, Tensor) else out[0]
-        return _tail_loss(adapter.family.norm, hidden, adapter.head_VD, micro.labels_BT)
-
-
-def _tail_loss(norm: nn.Module, hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
-    logits = norm(hidden_BTD) @ head_VD.mT
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels_BT.flatten())
+        return tail_loss(adapter.family.norm, hidden, adapter.head_VD, micro.labels_BT)
 
 
 def random_model(preset: str, device: torch.device, dtype: torch.dtype) -> Any:

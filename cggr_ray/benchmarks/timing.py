@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cggr_ray.studies.timing import fill, on_gpu
+from cggr_ray.telemetry.gpu import MIB
 
-MIB = 1 << 20
 log = logging.getLogger(__name__)
 WARM_UP_ROUNDS = 3
 

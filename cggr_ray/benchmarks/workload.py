@@ -1,10 +1,14 @@
-"""What the benchmarks run: a real trial of a shape, set up as a race sets it up, on generated problems."""
+"""What the benchmarks run: a real trial of a shape, set up as a race sets it up, on generated problems; and what they
+measure it against: the loss as anybody writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from cggr_ray.benchmarks.rows import Shape
 from cggr_ray.data.dataset import DataSpec, prepare
@@ -61,3 +65,9 @@ def prepared_run(
     run = Run(trial.placed(folder / "runs" / name, data_folder), lambda row: None, workers=workers)
     run.prepare()
     return run
+
+
+def tail_loss(norm: nn.Module, hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of whole logits, from the last layer's output."""
+    logits = norm(hidden_BTD) @ head_VD.mT
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels_BT.flatten())
