@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from cggr_ray.codec import Plain, kind_of, nearest, read_toml, with_values
+from cggr_ray.models.attention import check_dtype
 from cggr_ray.models.checkpointing import Checkpointing
 from cggr_ray.models.prefix_cache import ActivationCache
 from cggr_ray.models.presets import check_folder
@@ -72,8 +73,8 @@ class Execution:
 
     def check_device(self, kind: str) -> None:
         """Raises ValueError where it cannot run on a device of this kind; `auto` is any."""
-        if kind == "cuda" and self.precision == "fp32":
-            raise ValueError("precision 'fp32' on a GPU; accepted: bf16, auto: FlashAttention has no float32")
+        if self.precision == "fp32":
+            check_dtype(kind, torch.float32)
 
 
 @dataclass(frozen=True)

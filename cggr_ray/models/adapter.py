@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import MicroBatch
-from cggr_ray.models.attention import Documents, document_mask, documents_of, register_document_flash
+from cggr_ray.models.attention import Documents, check_dtype, document_mask, documents_of, register_document_flash
 from cggr_ray.models.checkpointing import Checkpointing, keep_products
 from cggr_ray.models.families import Family
 from cggr_ray.models.prefix_cache import PrefixCache
@@ -70,9 +70,7 @@ class Adapter:
         self.model, self.family = model, Family(model)
         self.device = next(model.parameters()).device
         self.flash = self.device.type == "cuda"
-        if self.flash and model.dtype == torch.float32:
-            raise ValueError("precision 'fp32' on a GPU; accepted: bf16 or auto, or weights in bfloat16 or float16: "
-                             "FlashAttention has no float32")  # fmt: skip
+        check_dtype(self.device.type, model.dtype)
         self._attention = register_document_flash() if self.flash else "sdpa"
         self.family.config._attn_implementation = self._attention
         self._block, self._norm = compiled_on(self.device, _block), compiled_on(self.device, _norm)

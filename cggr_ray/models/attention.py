@@ -15,6 +15,13 @@ from torch import Tensor, nn
 DOCUMENT_FLASH = "cggr_document_flash"
 
 
+def check_dtype(device: str, dtype: torch.dtype) -> None:
+    """Raises ValueError for a dtype of weights that attention on a device of this kind does not have."""
+    if device == "cuda" and dtype == torch.float32:
+        raise ValueError("precision 'fp32' on a GPU; accepted: bf16, auto, or weights in bfloat16 or float16: "
+                         "FlashAttention has no float32")  # fmt: skip
+
+
 class Documents(NamedTuple):
     """Where the documents of a micro-batch are."""
 
