@@ -26,6 +26,7 @@ from cggr_ray.paths import race_beside, recipe_values
 from cggr_ray.progress import Budget
 from cggr_ray.recipe import Recipe, load_recipe, of_recipe
 from cggr_ray.schema import RUNS_FOLDER
+from cggr_ray.seeds import ACCEPTED, check_seed, is_seed
 
 RACES = Path(__file__).with_name("races")
 
@@ -52,8 +53,7 @@ class Tuning(Plain):
     def __post_init__(self) -> None:
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"tuning.seconds = {self.seconds}; accepted: a positive number of train seconds")
-        if not is_seed(self.seed):
-            raise ValueError(f"tuning.seed = {self.seed}; accepted: from 0 to 2^63 - 1")
+        check_seed("tuning.seed", self.seed)
         if not self.values:
             raise ValueError("tuning.values = []; accepted: at least one table of recipe values")
         for number, entry in enumerate(self.values):
@@ -113,7 +113,7 @@ class RaceSpec(Plain):
         if not self.recipes or len(set(self.recipes)) != len(self.recipes):
             raise ValueError(f"recipes {list(self.recipes)}; accepted: at least one, none twice")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(map(is_seed, self.seeds)):
-            raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice, from 0 to 2^63 - 1")
+            raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice, {ACCEPTED}")
         if not 1 <= self.micro_rows <= self.global_rows:
             raise ValueError(f"micro_rows = {self.micro_rows}; accepted: 1 to global_rows = {self.global_rows}")
         if self.workers < 1:
@@ -206,11 +206,6 @@ class RaceSpec(Plain):
                 check_workers(recipe, self.workers)
                 own_rows = rows_of_worker(recipe.rows.rows_per_step(global_rows), self.workers)
                 check_micro_batches(recipe.rows, micro_rows, own_rows)
-
-
-def is_seed(seed: int) -> bool:
-    """Whether torch's generators and a signed column of 64 bits take it."""
-    return 0 <= seed < 2**63
 
 
 def sets_rate(key: str) -> bool:

@@ -28,7 +28,7 @@ COMMANDS = (
 )
 BELOW_METHODS = (
     *("cggr_ray.compiling", "cggr_ray.transfer", "cggr_ray.codec", "cggr_ray.progress", "cggr_ray.schema"),
-    *("cggr_ray.kernels", "cggr_ray.saying", "cggr_ray.workers"),
+    *("cggr_ray.kernels", "cggr_ray.saying", "cggr_ray.seeds", "cggr_ray.workers"),
 )
 METHODS = ("cggr_ray.data.batch", "cggr_ray.models.adapter", "cggr_ray.routing", "cggr_ray.sparse")
 
@@ -47,6 +47,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.options": ("typer",),
     "cggr_ray.paths": (),
     "cggr_ray.saying": (),
+    "cggr_ray.seeds": (),
     "cggr_ray.lock": ("cggr_ray.schema",),
     "cggr_ray.stopping": ("cggr_ray.schema",),
     "cggr_ray.workers": ("torch",),
@@ -71,7 +72,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.data": (
         *("torch", "numpy", "pyarrow", "datasets", "tokenizers", "transformers"),
         *("cggr_ray.data", "cggr_ray.codec", "cggr_ray.hub", "cggr_ray.progress", "cggr_ray.schema"),
-        *("cggr_ray.files", "cggr_ray.lock", "cggr_ray.saying", "cggr_ray.transfer", "cggr_ray.workers"),
+        *("cggr_ray.files", "cggr_ray.lock", "cggr_ray.saying", "cggr_ray.seeds", "cggr_ray.transfer"),
+        "cggr_ray.workers",
     ),
     "cggr_ray.evaluation": (
         *("torch", "numpy", "transformers", "cggr_ray.evaluation", "cggr_ray.data", "cggr_ray.models.adapter"),

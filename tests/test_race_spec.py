@@ -104,7 +104,12 @@ def test_a_trial_round_trips_through_json(tmp_path: Path) -> None:
         ({"budget": 3}, r"unknown key 'budget'; did you mean 'budget_seconds'\?"),
         ({"model": {"preset": "tinny"}}, r"'tinny'; did you mean 'tiny'\?"),
         ({"data": {"row_tokens": 8}}, r"row_tokens = 8; accepted"),
-        ({"data": {"seed": -1}}, r"data seed = -1; accepted"),
+        ({"data": {"seed": -1}}, r"data seed = -1; accepted: from 0 to 2\^63 - 1"),
+        ({"data": {"seed": 2**63}}, r"data seed = 9\d+; accepted"),
+        (
+            {"data": {"sources": [{"kind": "problems", "seed": -1}]}},
+            r"seed = -1 of source 'problems'; accepted: from 0",
+        ),
         ({"data": {"val_documents": 0}}, r"val_documents = 0; accepted"),
         ({"data": {"val_per_mille": 0}}, r"val_per_mille = 0; accepted"),
         ({"data": {"sources": []}}, r"sources \[\]; accepted"),

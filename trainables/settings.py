@@ -12,6 +12,7 @@ from typing import Any
 
 from cggr_ray.codec import Plain, from_plain, nearest, read_toml, to_plain
 from cggr_ray.race import RaceSpec, load_race, race_of
+from cggr_ray.seeds import check_seed
 from search_spaces import SPACES
 from search_spaces.domains import Domain, Domains
 from trainables.algorithms import Grid, Random, Tpe, TpeMemory
@@ -41,8 +42,7 @@ class Search(Plain):
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise ValueError(f"trials = {self.trials}; accepted: at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed = {self.seed}; accepted: 0 or more")
+        check_seed("seed", self.seed)
         for name in ("total_seconds", "wall_seconds"):
             seconds = getattr(self, name)
             if seconds is not None and not seconds > 0:

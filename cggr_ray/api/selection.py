@@ -20,6 +20,7 @@ from cggr_ray.routing.scorers import Scored
 from cggr_ray.routing.scores import SCORES, HeadScore
 from cggr_ray.routing.tokens import SelectedTokens
 from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY
+from cggr_ray.seeds import check_seed
 
 
 def check_name(option: str, value: str, accepted: tuple[str, ...]) -> None:
@@ -66,6 +67,7 @@ class Chooser:
     """Positions by their scores, over the whole batch. Draws depend on seed, step and call within the step alone."""
 
     def __init__(self, config: SelectedTokens, seed: int) -> None:
+        check_seed("seed", seed)
         self.config, self._seed = config, seed
         self._levels = ratio_levels(config.keep, below=config.dynamic is not None and config.dynamic.below)
         self._at, self._call = 0, 0

@@ -30,6 +30,7 @@ from cggr_ray.data.tokenizer import (
 from cggr_ray.files import flush, write_whole
 from cggr_ray.lock import only_writer
 from cggr_ray.saying import Say, silent
+from cggr_ray.seeds import check_seed
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -78,8 +79,7 @@ class DataSpec:
             )
         if self.val_documents < 1:
             raise ValueError(f"val_documents = {self.val_documents}; accepted: at least 1")
-        if self.seed < 0:
-            raise ValueError(f"data seed = {self.seed}; accepted: 0 or more")
+        check_seed("data seed", self.seed)
         if all(source.max_epochs is not None for source in self.sources):
             raise ValueError("every source has max_epochs; accepted: at least one without, to fill the budget")
 

@@ -17,6 +17,7 @@ from pyarrow import ArrowInvalid
 
 from cggr_ray.data.problems import LEVELS, problems
 from cggr_ray.hub import reading
+from cggr_ray.seeds import check_seed
 
 # (prompt column, completion column) of GSM8K, NuminaMath, instruction sets and plain text, tried in this order.
 KNOWN_COLUMNS: tuple[tuple[str | None, str], ...] = (
@@ -92,6 +93,7 @@ class Problems(Source):
         super().__post_init__()
         if self.count < 1:
             raise ValueError(f"count = {self.count} of source {self.name!r}; accepted: at least 1 problem")
+        check_seed("seed", self.seed, f"source {self.name!r}")
         if not self.levels or not set(self.levels) <= set(LEVELS):
             raise ValueError(f"levels = {list(self.levels)} of source {self.name!r}; accepted: some of {list(LEVELS)}")
 

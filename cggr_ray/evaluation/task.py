@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cggr_ray.data.sources import Columns, Document, Jsonl, Source, document
+from cggr_ray.seeds import check_seed
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ class Task:
 
     def __post_init__(self) -> None:
         where = f"of task {self.name!r}"
-        for key, least in (("questions", 1), ("samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+        for key, least in (("questions", 1), ("samples", 1), ("max_new_tokens", 1)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} = {getattr(self, key)} {where}; accepted: at least {least}")
+        check_seed("seed", self.seed, f"task {self.name!r}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature = {self.temperature} {where}; accepted: 0 (greedy) or more")
         if not 0 < self.top_p <= 1:

@@ -345,6 +345,7 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
         (lambda: CGGRLoss(min_tokens_ratio=0.0), r"min_tokens_ratio = 0.0; accepted"),
         (lambda: CGGRLoss(warmup_steps=-1), r"warmup_steps = -1; accepted"),
         (lambda: CGGRLoss(num_strata=0), r"num_strata = 0"),
+        (lambda: CGGRLoss(seed=-1), r"seed = -1; accepted: from 0"),
         (lambda: CGGRLoss(threshold_sensitivity=-0.5), r"sensitivity=-0.5"),
         (lambda: CGGRLoss(threshold_sensitivity=float("nan")), r"sensitivity=nan"),
         (lambda: CGGRLoss(weights="inverse_probability"), r"'inverse_probability' with 'topk'"),

@@ -78,7 +78,9 @@ def test_a_stream_that_is_trained_on_is_refused() -> None:
         ({"levels": (1, 9)}, r"levels = \[1, 9\]"),
         ({"levels": ()}, r"levels = \[\]"),
         ({"samples": 2, "temperature": 1.0}, "samples = 2"),
-        ({"seed": -1}, "seed = -1"),
+        ({"seed": -1}, "seed = -1 of task 'generated'; accepted: from 0"),
+        # The stream of seed 0.
+        ({"seed": 2**64}, r"seed = \d+ of task 'generated'; accepted: from 0"),
     ],
 )
 def test_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:

@@ -83,7 +83,7 @@ def test_a_mistake_in_a_file_is_named(old: str, new: str, said: str, tmp_path: P
 
 
 @pytest.mark.parametrize("values", [{"total_seconds": 0.0}, {"wall_seconds": -1.0}, {"gpus_per_trial": 1.5},
-                                    {"gpus_per_trial": 0.0}, {"seed": -1}])  # fmt: skip
+                                    {"gpus_per_trial": 0.0}, {"seed": -1}, {"seed": 2**63}])  # fmt: skip
 def test_settings_outside_their_range_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"= .*; accepted: "):
         Search(**values)
