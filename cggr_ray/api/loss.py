@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cggr_ray.api.batches import check_device, check_whole
 from cggr_ray.api.curriculum import StepCurriculum
-from cggr_ray.api.selection import Chooser, kept_fraction, on_host, score_name, seen_by, selected_tokens, sound
+from cggr_ray.api.selection import Chooser, Sight, kept_fraction, on_host, score_name, selected_tokens
 from cggr_ray.data.batch import IGNORE
 from cggr_ray.kernels.head_stats.op import HeadStats, check_operands, head_stats
 from cggr_ray.kernels.logit_stats.op import logit_stats
@@ -24,7 +24,7 @@ from cggr_ray.kernels.selected_ce.op import selected_cross_entropy
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.scorers import Scored
 from cggr_ray.routing.scores import score
-from cggr_ray.schema import KEPT_LOSS, ROUTER_CONFIDENCE, ROUTER_KEPT_FRACTION, TRAIN_LOSS
+from cggr_ray.schema import KEPT_LOSS, TRAIN_LOSS
 
 NEEDS_NO_LABELS = ("entropy", "entropy_confidence", "margin")
 
@@ -90,8 +90,7 @@ class CGGRLoss(nn.Module):
         self.ignore_index = ignore_index
         self.curriculum = StepCurriculum(min_tokens_ratio, warmup_steps, self.config.dynamic)
         self._chooser = Chooser(self.config, seed)
-        self._metrics: dict[str, Tensor] = {}
-        self._sound: Tensor | None = None
+        self._sight = Sight()
 
     def forward(self, logits: Tensor, targets: Tensor, shift: bool = False) -> Tensor:
         """The loss of logits (B, T, V) or (N, V) against targets (B, T) or (N,)."""
@@ -132,29 +131,25 @@ class CGGRLoss(nn.Module):
 
     def metrics(self) -> dict[str, float]:
         """What the last call saw and kept, by the names of `cggr_ray.schema`. Waits for the device."""
-        return on_host(self._metrics)
+        return on_host(self._sight.values)
 
     @torch.no_grad()
     def _route(self, labels_BT: Tensor, stats_of: Callable[[Tensor], HeadStats]) -> TokenRoute | None:
         """None keeps everything."""
-        self._metrics, self._sound = {}, None
+        self._sight = Sight()
         ratio = self.curriculum.ratio() if self.training else 1.0
         if ratio == 1:
             return None
         stats = stats_of(labels_BT.flatten())
         scored = Scored(score(self.config.score, stats).view(labels_BT.shape), stats)
-        self._metrics = seen_by(scored)
-        self._sound = sound(scored.scores_BT, labels_BT)
-        self.curriculum.observe(self._metrics[ROUTER_CONFIDENCE])
+        self.curriculum.observe(self._sight.look(scored, labels_BT))
         one = torch.zeros_like(labels_BT)
         return self._chooser.choose(scored.scores_BT, labels_BT, one, ratio, self.curriculum.steps)
 
     def _finish(self, total: Tensor, labels_BT: Tensor, route: TokenRoute | None) -> Tensor:
         loss = total / (labels_BT >= 0).sum().clamp_min(1)
-        loss = loss if self._sound is None else loss * self._sound
         name = TRAIN_LOSS if route is None else KEPT_LOSS
-        self._metrics |= {name: loss.detach(), ROUTER_KEPT_FRACTION: kept_fraction(route, labels_BT)}
-        return loss
+        return self._sight.finish(name, loss, kept_fraction(route, labels_BT))
 
     def _check_sequences(self, values: Tensor) -> None:
         if self.config.selection == "sequence_aware" and values.ndim == 2:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cggr_ray.api.borrowed import Borrowed
 from cggr_ray.api.curriculum import StepCurriculum
 from cggr_ray.api.router import TruncatedModel
-from cggr_ray.api.selection import Chooser, check_name, kept_fraction, on_host, seen_by, selected_tokens, sound
+from cggr_ray.api.selection import Chooser, Sight, check_name, kept_fraction, on_host, selected_tokens
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.objectives.next_token import NextToken
@@ -24,7 +24,7 @@ from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.rows import row_means, rows_kept, rows_of
 from cggr_ray.routing.scorers import OwnScores, Scored, TruncatedRouter, own_scores
 from cggr_ray.routing.tokens import build_plan
-from cggr_ray.schema import KEPT_LOSS, ROUTER_CONFIDENCE, ROUTER_KEPT_FRACTION, TRAIN_LOSS
+from cggr_ray.schema import KEPT_LOSS, TRAIN_LOSS
 from cggr_ray.sparse.plan import Dense, Plan, Planned, Seen, seen_after
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ class CGGRModel(nn.Module):
         self._reads = len(self.borrowed.adapter.layers) if router is None else router.num_layers
         self._chooser = Chooser(self.tokens, seed)
         self._plan: tuple[Adapter, Plan] | None = None
-        self._metrics: dict[str, Tensor] = {}
-        self._sound: Tensor | None = None
+        self._sight = Sight()
         self.register_state_dict_post_hook(copy_tied)
 
     @property
@@ -126,7 +125,7 @@ class CGGRModel(nn.Module):
 
     def metrics(self) -> dict[str, float]:
         """What the last training call saw and kept, by the names of `cggr_ray.schema`. Waits for the device."""
-        return on_host(self._metrics)
+        return on_host(self._sight.values)
 
     def forward(
         self,
@@ -168,18 +167,15 @@ class CGGRModel(nn.Module):
 
     def _loss(self, adapter: Adapter, micro: MicroBatch, ratio: float) -> Tensor:
         """Mean over the kept positions."""
-        self._metrics, self._sound, every = {}, None, micro.labels_BT
+        self._sight, every = Sight(), micro.labels_BT
         if ratio < 1 and self.mode == "sequence":
             micro = self._hardest_rows(adapter, micro, ratio)
         if ratio < 1 and self.mode == "token":
             planned = self._hardest_tokens(adapter, micro, ratio)
         else:
             planned = Dense(adapter).forward(micro, 0, lambda seen: None)
-        loss = mean_loss(planned, micro)
-        loss = loss if self._sound is None else loss * self._sound
-        self._metrics[ROUTER_KEPT_FRACTION] = kept_fraction(planned.route, micro.labels_BT, every)
-        self._metrics[KEPT_LOSS if ratio < 1 else TRAIN_LOSS] = loss.detach()
-        return loss
+        kept = kept_fraction(planned.route, micro.labels_BT, every)
+        return self._sight.finish(KEPT_LOSS if ratio < 1 else TRAIN_LOSS, mean_loss(planned, micro), kept)
 
     def _hardest_tokens(self, adapter: Adapter, micro: MicroBatch, ratio: float) -> Planned:
         @torch.no_grad()
@@ -198,8 +194,7 @@ class CGGRModel(nn.Module):
         return rows_of(micro, row_means(scored.scores_BT, micro.labels_BT).topk(rows).indices.sort().values)
 
     def _observed(self, scored: Scored, micro: MicroBatch) -> Scored:
-        self._metrics, self._sound = seen_by(scored), sound(scored.scores_BT, micro.labels_BT)
-        self.curriculum.observe(self._metrics[ROUTER_CONFIDENCE])
+        self.curriculum.observe(self._sight.look(scored, micro.labels_BT))
         return scored
 
     def _plan_on(self, adapter: Adapter) -> Plan:

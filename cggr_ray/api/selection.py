@@ -19,7 +19,7 @@ from cggr_ray.routing.routers import choose, counts, route_of
 from cggr_ray.routing.scorers import Scored
 from cggr_ray.routing.scores import SCORES, HeadScore
 from cggr_ray.routing.tokens import SelectedTokens
-from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY
+from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_KEPT_FRACTION
 from cggr_ray.seeds import check_seed
 
 
@@ -96,10 +96,26 @@ def seen_by(scored: Scored) -> dict[str, Tensor]:
     return {ROUTER_ENTROPY: scored.stats.entropy.nanmean(), ROUTER_CONFIDENCE: scored.stats.confidence.nanmean()}
 
 
-def sound(scores_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    """1, 0-d, or NaN where a labelled position has no score, as its logits are no numbers: what multiplies a loss, as a
-    selection passes such positions by."""
-    return torch.where(((labels_BT >= 0) & (scores_BT == -torch.inf)).any(), torch.nan, 1.0)
+class Sight:
+    """What one call sees: `values` by schema name, and whether all labelled positions have logits that are numbers."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self._sound: Tensor | None = None
+
+    def look(self, scored: Scored, labels_BT: Tensor) -> Tensor:
+        """Takes in the scores by which positions are chosen; their mean confidence."""
+        self.values = seen_by(scored)
+        # A position whose logits are no numbers has no score, and a selection passes it by.
+        lost = ((labels_BT >= 0) & (scored.scores_BT == -torch.inf)).any()
+        self._sound = torch.where(lost, torch.nan, 1.0)
+        return self.values[ROUTER_CONFIDENCE]
+
+    def finish(self, name: str, loss: Tensor, kept: Tensor) -> Tensor:
+        """The loss, NaN where a labelled position had no score; `values` has it by `name`, and the kept fraction."""
+        loss = loss if self._sound is None else loss * self._sound
+        self.values |= {name: loss.detach(), ROUTER_KEPT_FRACTION: kept}
+        return loss
 
 
 def kept_fraction(route: TokenRoute | None, labels_BT: Tensor, all_labels_BT: Tensor | None = None) -> Tensor:
