@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import rows_of
 
 from analysis import read_race
 from cggr_ray import checkpoint
@@ -50,11 +51,6 @@ def to_the_milestone(trial: Trial) -> None:
         run_race(trial, report, saved=True)
 
 
-def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
 def test_the_next_step_is_the_donors_and_the_clock_its_own(tmp_path: Path) -> None:
     donor, receiver = trial_of(tmp_path, "donor", 0.5, 0.002), trial_of(tmp_path, "receiver", 0.7, 0.01)
     to_the_milestone(donor)
@@ -65,16 +61,16 @@ def test_the_next_step_is_the_donors_and_the_clock_its_own(tmp_path: Path) -> No
     summary = run_race(receiver)
 
     whole = trial_of(tmp_path, "whole", 0.5, 0.002)
-    truth = {row["step"]: row["train/loss"] for row in (run_race(whole), rows(tmp_path / "whole", "step"))[1]}
-    found = {row["step"]: row["train/loss"] for row in rows(tmp_path / "receiver", "step")}
+    truth = {row["step"]: row["train/loss"] for row in (run_race(whole), rows_of(tmp_path / "whole", "step"))[1]}
+    found = {row["step"]: row["train/loss"] for row in rows_of(tmp_path / "receiver", "step")}
     # Six steps of the donor are its own now; the seventh reads the donor's weights and data; then its own rate tells.
     assert [found[step] for step in range(1, 8)] == [truth[step] for step in range(1, 8)]
     assert found[9] != truth[9]
     # Five steps of 0.7 s on its own clock, then four to the end of its budget.
     assert summary["steps"] == 10 and summary["train_seconds"] == pytest.approx(9 * 0.7)
-    later = [row["train_seconds"] for row in rows(tmp_path / "receiver", "step") if row["step"] == 7]
+    later = [row["train_seconds"] for row in rows_of(tmp_path / "receiver", "step") if row["step"] == 7]
     assert later == [pytest.approx(6 * 0.7)]
-    assert rows(tmp_path / "receiver", "adopted") == [{"kind": "adopted", "step": 6, "donor": "donor"}]
+    assert rows_of(tmp_path / "receiver", "adopted") == [{"kind": "adopted", "step": 6, "donor": "donor"}]
     with pytest.raises(ValueError, match="went on at step 6 with the weights of 'donor'; accepted: a run that"):
         reproduce(tmp_path / "receiver", tmp_path / "again", lambda text: None)
     assert not (tmp_path / "again").exists() and read_recorded(tmp_path / "whole").summary["steps"] == 12
@@ -91,7 +87,7 @@ def test_rows_per_second_are_those_of_its_own_steps(theirs: float, own: float, t
     to_the_milestone(receiver)
     assert adopt(Path(donor.folder), Path(receiver.folder))
     run_race(receiver)
-    found = {row["step"]: row["train/samples_per_sec"] for row in rows(tmp_path / "receiver", "step")}
+    found = {row["step"]: row["train/samples_per_sec"] for row in rows_of(tmp_path / "receiver", "step")}
     assert [found[step] for step in (5, 6)] == pytest.approx([4 * theirs / 0.5] * 2)
     assert [found[step] for step in range(7, 11)] == pytest.approx([4 * own / 0.7] * 4)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import prepared, rows_of
 from typer.testing import CliRunner
 
 from cggr_ray import cli
@@ -25,7 +26,7 @@ from cggr_ray.calibration import (
     trial_spec,
     write_calibrated,
 )
-from cggr_ray.data.dataset import DataSpec, prepare
+from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.sources import Problems
 from cggr_ray.evaluation.generated import Generated
 from cggr_ray.evaluation.suite import Evaluation
@@ -105,9 +106,7 @@ def test_sizes_after_memory_ran_out() -> None:
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    prepare(SPEC.data, folder)
-    return folder
+    return prepared(SPEC.data, tmp_path_factory)
 
 
 def test_arms_of_other_batches_warm_up_on_the_same_tokens_of_one_order(data_folder: Path, tmp_path: Path) -> None:
@@ -116,8 +115,7 @@ def test_arms_of_other_batches_warm_up_on_the_same_tokens_of_one_order(data_fold
     for trial in plan_trials(spec, tmp_path):
         folder = tmp_path / trial.trial_id
         orders.append(run_race(trial.placed(folder, data_folder))["order"])
-        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        steps = [row for row in rows if row["kind"] == "step" and row["fraction"] < 0.6]
+        steps = [row for row in rows_of(folder, "step") if row["fraction"] < 0.6]
         rates.append({row["tokens_seen"]: row["train/learning_rate"] for row in steps})
     small, large = rates
     both = sorted(small.keys() & large.keys())

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from small_batches import batches_of
+from small_learners import everything, same
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from cggr_ray import checkpoint
 from cggr_ray.data.batch import Batch
-from cggr_ray.data.loader import micro_batches
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.store import TokenStore
 from cggr_ray.data.tokenizer import SHIPPED, load_tokenizer
@@ -33,15 +33,7 @@ SELECTING = {"kind": "selected_tokens", "selection": "stratified", "curriculum":
 def batches(make_store: Callable[..., TokenStore]) -> list[Batch]:
     rng = random.Random(0)
     order = RowOrder([make_store([rng.randint(3, 60) for _ in range(60)])], (1.0,), (None,), 32, False, 2)
-    state, found = order.start(), []
-    for _ in range(6):
-        rows = []
-        for _ in range(4):
-            row, state = order.next_row(state)
-            rows.append(row)
-        micros = micro_batches(rows, 2, order.shape, CPU)
-        found.append(Batch(tuple(micros), sum(r.real for r in rows)))
-    return found
+    return batches_of(order, 6, 4, 2, CPU)
 
 
 def learner(model: PreTrainedModel, recipe: Recipe) -> Learner:
@@ -53,15 +45,6 @@ def train(learner: Learner, batches: list[Batch], first: int) -> None:
         progress = Progress(step, float(step), 20.0, 128 * step)
         row = learner.step(batch, progress)
         learner.observe({k: float(v) for k, v in row.device_values.items() if v.ndim == 0}, progress)
-
-
-def everything(learner: Learner) -> dict[str, Tensor]:
-    state = {f"optimizer.{k}": v for k, v in learner.optimizer.state_dict().items()}
-    return {k: v.detach().clone() for k, v in (dict(learner.adapter.named_parameters()) | state).items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from small_runs import rows_of
 from typer.testing import CliRunner
 
 from analysis.frames import read_race, with_late
@@ -72,15 +73,10 @@ def late_rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "evaluation" / "late.jsonl").read_text().splitlines()]
 
 
-def milestones(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == "milestone"]
-
-
 def test_asked_again_a_kept_model_says_the_same(run: Path, finished: tuple[Path, Files]) -> None:
     """Drawn samples too; and nothing that the run had written is another."""
     shown = evaluated(run.parents[1])
-    for late, row in zip(late_rows(run), milestones(run), strict=True):
+    for late, row in zip(late_rows(run), rows_of(run, "milestone"), strict=True):
         assert late.items() <= row.items()
         assert late.keys() - {"kind", "step", "fraction", "train_seconds", "wall_seconds", "tokens_seen"} == {
             name for name in row if name.startswith("eval/")
@@ -102,7 +98,7 @@ def test_other_tasks_reach_the_frames(run: Path) -> None:
     assert list(frame["fraction"]) == [0.5, 1.0]
     assert list(frame["eval/other/n"]) == [2, 2] and list(frame["eval/drawn/n"]) == [2, 2]
     assert list(frame["eval/generated/n"]) == [4, 4]
-    assert list(frame["val/loss"]) == [row["val/loss"] for row in milestones(run)]
+    assert list(frame["val/loss"]) == [row["val/loss"] for row in rows_of(run, "milestone")]
     assert len(late_rows(run)) == 4
     assert len((run / "evaluation" / "0.500" / "drawn.jsonl").read_text().splitlines()) == 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from small_batches import batches_of
-from torch import Tensor
+from small_learners import everything, values
+from small_runs import KilledError, killed_after, rows_of
 from transformers import PreTrainedModel
 
 from cggr_ray import checkpoint
@@ -100,16 +100,6 @@ def share_kept(batch: Batch, ratio: float) -> float:
     """Of the labelled positions, where a ratio is kept of each row and at least one."""
     labelled = [int((row >= 0).sum()) for micro in batch.micros for row in micro.labels_BT]
     return sum(max(round(ratio * n), min(n, 1)) for n in labelled) / sum(labelled)
-
-
-def everything(learner: Learner) -> dict[str, Tensor]:
-    state = {f"optimizer.{k}": v for k, v in learner.optimizer.state_dict().items()}
-    state |= {f"router.{k}": v for k, v in learner.router.tensors().items()}
-    return {k: v.detach().clone() for k, v in (dict(learner.adapter.named_parameters()) | state).items()}
-
-
-def values(row: StepRow) -> dict[str, Any]:
-    return row.host_values | {name: value.tolist() for name, value in row.device_values.items()}
 
 
 @pytest.mark.parametrize("name", ["probe", "probe, dense", "truncated", "lens", "lens, dense", "skip"])
@@ -238,10 +228,6 @@ def test_training_goes_on_exactly_where_it_was_saved(
 STEP_SECONDS = 0.5
 
 
-class KilledError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", ["probe", "lens", "stale"])
 def test_a_killed_run_goes_on_with_what_its_router_has_learned(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -267,21 +253,15 @@ def test_a_killed_run_goes_on_with_what_its_router_has_learned(
         return plan_trials(arm, tmp_path / folder)[0].placed(tmp_path / folder, tmp_path / "data")
 
     def rows(folder: str) -> dict[int, dict[str, Any]]:
-        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
         timed = ("wall_seconds", "tokens_per_sec", "system/", "step_seconds", "samples_per_sec")
         return {
             line["step"]: {k: v for k, v in line.items() if not any(t in k for t in timed)}
-            for line in lines
-            if line["kind"] == "step"
+            for line in rows_of(tmp_path / folder, "step")
         }
-
-    def kill(row: dict[str, Any]) -> None:
-        if row["train_seconds"] > 7.5 * STEP_SECONDS:
-            raise KilledError
 
     expected = run_race(trial("whole"))
     with pytest.raises(KilledError):
-        run_race(trial("parts", checkpoint_every_seconds=6 * STEP_SECONDS), kill)
+        run_race(trial("parts", checkpoint_every_seconds=6 * STEP_SECONDS), killed_after(7.5 * STEP_SECONDS))
     assert checkpoint.newest(tmp_path / "parts")[0] is not None
     found = run_race(trial("parts", checkpoint_every_seconds=6 * STEP_SECONDS))
     assert rows("parts") == rows("whole") and found["val/loss"] == expected["val/loss"]

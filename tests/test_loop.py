@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from small_runs import KilledError, killed_after, prepared, rows_of, step_losses
 
-from cggr_ray.data.dataset import DataSpec, open_data, prepare
+from cggr_ray.data.dataset import DataSpec, open_data
 from cggr_ray.data.sources import Problems
 from cggr_ray.learner import Learner
 from cggr_ray.loop import Run, run_race
@@ -44,9 +45,7 @@ def spec() -> RaceSpec:
 
 @pytest.fixture(scope="module")
 def data_folder(spec: RaceSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    prepare(spec.data, folder)
-    return folder
+    return prepared(spec.data, tmp_path_factory)
 
 
 def trial_of(spec: RaceSpec, recipe: str, folder: Path, data_folder: Path, **values: object) -> Trial:
@@ -55,13 +54,11 @@ def trial_of(spec: RaceSpec, recipe: str, folder: Path, data_folder: Path, **val
 
 
 def step_rows(folder: Path) -> dict[int, dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row for row in rows if row["kind"] == "step"}
+    return {row["step"]: row for row in rows_of(folder, "step")}
 
 
 def losses(folder: Path) -> list[float]:
-    rows = step_rows(folder)
-    return [rows[n].get("train/loss", rows[n].get("train/loss_kept_positions")) for n in sorted(rows)]
+    return list(step_losses(folder).values())
 
 
 def hand_written_losses(spec: RaceSpec, data_folder: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -252,10 +249,6 @@ def test_neutral_settings_are_the_baseline(
             assert row[name] == (pytest.approx(expected, rel=BOUND) if recipe in ROUNDED else expected), (step, name)
 
 
-class KilledError(Exception):
-    pass
-
-
 # Of the suite's recipes, the one that has all that the others have.
 @pytest.mark.parametrize("recipe", sorted({*recipe_names()} - {*E3} | {"e3/full"}))
 def test_every_recipe_resumes_exactly(recipe: str, spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
@@ -265,13 +258,9 @@ def test_every_recipe_resumes_exactly(recipe: str, spec: RaceSpec, data_folder: 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = run_race(trial_of(spec, recipe, whole, data_folder, **values))
 
-    def kill(row: dict) -> None:
-        if row["train_seconds"] > 7.5 * STEP_SECONDS:
-            raise KilledError
-
     saving = replace(spec, checkpoint_every_seconds=6 * STEP_SECONDS)
     with pytest.raises(KilledError):
-        run_race(trial_of(saving, recipe, parts, data_folder, **values), kill)
+        run_race(trial_of(saving, recipe, parts, data_folder, **values), killed_after(7.5 * STEP_SECONDS))
     found = run_race(trial_of(saving, recipe, parts, data_folder, **values))
     kinds = [json.loads(line)["kind"] for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("resumed") == 1
@@ -351,8 +340,7 @@ def test_steps_without_a_finite_gradient_change_nothing_and_are_counted(
     spec = replace(spec, milestones=(4 / 12, 7 / 12))
     poisoned(monkeypatch, range(4, 8), nan_gradient)
     summary = run_race(trial_of(spec, recipe, tmp_path, data_folder, **SMALL.get(recipe, {})))
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    before, within, after = (row["val/loss"] for row in rows if row["kind"] == "milestone")
+    before, within, after = (row["val/loss"] for row in rows_of(tmp_path, "milestone"))
     assert before == within != after and math.isfinite(after)
     assert summary["status"] == "finished" and summary["skipped_steps"] == 4
 
@@ -380,8 +368,7 @@ def test_a_run_that_diverges_keeps_its_last_good_validation(
     poisoned(monkeypatch, range(4, 100), poison)
     run_race(trial_of(long, "baseline", tmp_path, data_folder))
     summary = json.loads((tmp_path / "summary.json").read_text())
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    first, last = (row for row in rows if row["kind"] == "milestone")
+    first, last = rows_of(tmp_path, "milestone")
     assert (summary["status"], summary["steps"], summary["skipped_steps"]) == ("diverged", 24, 20)
     good = first if poison is nan_weight else last
     assert summary["last_good"]["val/loss"] == good["val/loss"] == first["val/loss"] == summary["best_val_loss"]
@@ -397,13 +384,9 @@ def test_the_peak_of_memory_is_that_of_all_parts_of_a_run(
 ) -> None:
     trial = trial_of(replace(spec, checkpoint_every_seconds=6 * STEP_SECONDS), "baseline", tmp_path, data_folder)
 
-    def kill(row: dict) -> None:
-        if row["train_seconds"] > 7.5 * STEP_SECONDS:
-            raise KilledError
-
     monkeypatch.setattr("cggr_ray.milestones.peak_bytes", lambda device: 300)
     with pytest.raises(KilledError):
-        run_race(trial, kill)
+        run_race(trial, killed_after(7.5 * STEP_SECONDS))
     monkeypatch.setattr("cggr_ray.milestones.peak_bytes", lambda device: 200)
     run = Run(trial, lambda row: None)
     run.prepare()

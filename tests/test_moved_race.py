@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import rows_of
 from typer.testing import CliRunner
 
 from cggr_ray import cli
@@ -104,8 +105,7 @@ def test_a_race_goes_on_elsewhere_without_the_files_it_was_made_from(
     apart = {"wall_seconds", "ledgers"}
     assert {k: v for k, v in parts.items() if k not in apart} == {k: v for k, v in whole.items() if k not in apart}
     assert parts["eval/aime/n"] == 2 and parts["ledgers"]["train"] == whole["ledgers"]["train"] == 6.0
-    metrics = [json.loads(line) for line in (moved / "runs/own-s0/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in metrics if row["kind"] == "resumed"] == [STEPS]
+    assert [row["step"] for row in rows_of(moved / "runs/own-s0", "resumed")] == [STEPS]
     here, there = (json.loads((race / "runs/own-s0/run.json").read_text()) for race in (tmp_path / "whole", moved))
     assert there["earlier"] == [{"device": here["device"]["name"], "host": here["process"]["host"]}]
     assert "earlier" not in here and read_recorded(tmp_path / "whole/runs/own-s0").is_exact

@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 from small_batches import batches_of
+from small_learners import everything, values
+from small_runs import KilledError, killed_after, prepared, rows_of, step_losses
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from analysis import read_race
 from cggr_ray.data.batch import Batch
-from cggr_ray.data.dataset import DataSpec, prepare
+from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Problems
 from cggr_ray.data.store import TokenStore
-from cggr_ray.learner import Learner, Pass, StepRow
+from cggr_ray.learner import Learner, Pass
 from cggr_ray.loop import Run, run_race
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.presets import ModelSpec
@@ -132,16 +134,6 @@ def learner_of(name: str, model: PreTrainedModel) -> Learner:
 
 def progress_at(step: int, batches: list[Batch]) -> Progress:
     return Progress(step, float(step), float(STEPS), sum(batch.tokens for batch in batches[: step + 1]))
-
-
-def everything(learner: Learner) -> dict[str, Tensor]:
-    state = {f"optimizer.{k}": v for k, v in learner.optimizer.state_dict().items()}
-    state |= {f"router.{k}": v for k, v in learner.router.tensors().items()}
-    return {k: v.detach().clone() for k, v in (dict(learner.named_parameters()) | state).items()}
-
-
-def values(row: StepRow) -> dict[str, Any]:
-    return row.host_values | {name: value.tolist() for name, value in row.device_values.items()}
 
 
 def train(
@@ -288,22 +280,11 @@ SPEC = RaceSpec(
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    prepare(SPEC.data, folder)
-    return folder
+    return prepared(SPEC.data, tmp_path_factory)
 
 
 def trial_of(folder: Path, data_folder: Path, recipe: str = "baseline", **changes: Any) -> Trial:
     return plan_trials(replace(SPEC, recipes=(recipe,), **changes), folder)[0].placed(folder, data_folder)
-
-
-def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {row["step"]: row["train/loss"] for row in rows_of(folder, "step")}
 
 
 PASS = Pass.__call__
@@ -326,10 +307,6 @@ class Scarce:
         return run
 
 
-class KilledError(Exception):
-    pass
-
-
 def test_a_run_goes_on_in_smaller_micro_batches(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,25 +324,21 @@ def test_a_run_goes_on_in_smaller_micro_batches(
     assert events[0]["train_seconds"] == 3 * STEP_SECONDS and events[0]["fraction"] == 3 / 8
     run = json.loads((smaller / "run.json").read_text())
     assert run["micro_rows"] == 8 and summary["order"] == json.loads((whole / "summary.json").read_text())["order"]
-    found, expected = losses(smaller), losses(whole)
+    found, expected = step_losses(smaller), step_losses(whole)
     assert all(found[step] == expected[step] for step in (1, 2, 3))
     assert found == pytest.approx(expected, rel=1e-3) and found != expected
 
     frame = read_race(smaller)
     assert frame.runs["out_of_memory"].tolist() == [2] and len(frame.steps) == 8 and len(frame.milestones) == 1
 
-    def kill(row: dict[str, Any]) -> None:
-        if row["train_seconds"] > 5.5 * STEP_SECONDS:
-            raise KilledError
-
     monkeypatch.setattr(Pass, "__call__", Scarce(most=2, after=5))
     saving = {"checkpoint_every_seconds": 5 * STEP_SECONDS}
     with pytest.raises(KilledError):
-        run_race(trial_of(parts, data_folder, **saving), kill)
+        run_race(trial_of(parts, data_folder, **saving), killed_after(5.5 * STEP_SECONDS))
     # There is memory again, and what is saved holds all the same.
     monkeypatch.setattr(Pass, "__call__", Scarce(most=8, after=0))
     again = run_race(trial_of(parts, data_folder, **saving))
-    assert len(rows_of(parts, "resumed")) == 1 and losses(parts) == found
+    assert len(rows_of(parts, "resumed")) == 1 and step_losses(parts) == found
     assert all(again[name] == summary[name] for name in ("val/loss", "micro_rows", "out_of_memory", "tokens_seen"))
 
 
@@ -375,7 +348,7 @@ def test_memory_that_is_scarce_from_the_start_is_found_in_the_warm_up(
     expected = run_race(trial_of(tmp_path / "two", data_folder, micro_rows=2))
     monkeypatch.setattr(Pass, "__call__", Scarce(most=2, after=0))
     found = run_race(trial_of(tmp_path / "eight", data_folder))
-    assert found["micro_rows"] == 2 and losses(tmp_path / "eight") == losses(tmp_path / "two")
+    assert found["micro_rows"] == 2 and step_losses(tmp_path / "eight") == step_losses(tmp_path / "two")
     assert found["train_seconds"] == expected["train_seconds"]
     assert [row["step"] for row in rows_of(tmp_path / "eight", "out_of_memory")] == [1, 1]
 

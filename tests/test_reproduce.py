@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import KilledError, killed_after
 from typer.testing import CliRunner
 
 from cggr_ray import cli, hub
@@ -35,10 +36,6 @@ VALUES = {
     "tokens.dynamic": {"rule": "corrected"},
     "optimizer.schedule": {"kind": "linear", "warmup_tokens": 500},
 }
-
-
-class KilledError(Exception):
-    pass
 
 
 def trial_in(race: Path, **changes: Any) -> Trial:
@@ -65,14 +62,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
     ticks = itertools.accumulate(rng.uniform(0.002, 0.045) for _ in itertools.count())
 
-    def kill(row: dict[str, Any]) -> None:
-        if row["train_seconds"] > 0.55:
-            raise KilledError
-
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("cggr_ray.loop.RaceClock", lambda: RaceClock(now=lambda: next(ticks)))
         with pytest.raises(KilledError):
-            run_race(trial, kill)
+            run_race(trial, killed_after(0.55))
         assert run_race(trial)["status"] == "finished"
     return Path(trial.folder)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import KilledError, killed_after, step_losses
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cggr_ray import commands
@@ -288,16 +289,6 @@ def trial_of(spec: RaceSpec, folder: Path, data_folder: Path) -> Trial:
     return plan_trials(spec, folder)[0].placed(folder, data_folder)
 
 
-def step_losses(folder: Path) -> dict[int, float]:
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    steps = {row["step"]: row for row in rows if row["kind"] == "step"}
-    return {n: steps[n].get("train/loss", steps[n].get("train/loss_kept_positions")) for n in sorted(steps)}
-
-
-class KilledError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("early", [False, True])
 def test_a_run_resumes_exactly_and_reads_what_the_first_one_wrote(
     early: bool, spec: RaceSpec, folder: str, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -310,13 +301,9 @@ def test_a_run_resumes_exactly_and_reads_what_the_first_one_wrote(
     assert len(list(data_folder.glob("reference-*.npy"))) == 1
     monkeypatch.setattr(reference, "compute", None)
 
-    def kill(row: dict[str, object]) -> None:
-        if float(str(row["train_seconds"])) > 5.5 * STEP_SECONDS:
-            raise KilledError
-
     saving = replace(spec, checkpoint_every_seconds=4 * STEP_SECONDS)
     with pytest.raises(KilledError):
-        run_race(trial_of(saving, parts, data_folder), kill)
+        run_race(trial_of(saving, parts, data_folder), killed_after(5.5 * STEP_SECONDS))
     found = run_race(trial_of(saving, parts, data_folder))
     assert step_losses(parts) == step_losses(whole) and len(step_losses(whole)) == 8
     assert found["val/loss"] == expected["val/loss"]

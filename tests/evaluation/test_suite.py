@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import KilledError, killed_after, prepared, rows_of, step_losses
 from transformers import AutoModelForCausalLM
 
-from cggr_ray.data.dataset import DataSpec, open_data, prepare
+from cggr_ray.data.dataset import DataSpec, open_data
 from cggr_ray.data.sources import Jsonl, Problems
 from cggr_ray.evaluation import generate, heldout
 from cggr_ray.evaluation import suite as module
@@ -50,22 +51,11 @@ def spec() -> RaceSpec:
 
 @pytest.fixture(scope="module")
 def data_folder(spec: RaceSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    prepare(spec.data, folder)
-    return folder
+    return prepared(spec.data, tmp_path_factory)
 
 
 def run(spec: RaceSpec, folder: Path, data_folder: Path, *report: Any) -> dict[str, Any]:
     return run_race(plan_trials(spec, folder)[0].placed(folder, data_folder), *report)
-
-
-def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {row["step"]: row["train/loss"] for row in rows_of(folder, "step")}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +74,8 @@ def asked(spec: RaceSpec, data_folder: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def test_training_does_not_notice(plain: tuple[Path, dict[str, Any]], asked: tuple[Path, dict[str, Any]]) -> None:
-    assert len(losses(plain[0])) == 8
-    assert losses(asked[0]) == losses(plain[0])
+    assert len(step_losses(plain[0])) == 8
+    assert step_losses(asked[0]) == step_losses(plain[0])
     assert [r["val/loss"] for r in rows_of(asked[0], "milestone")] == [
         r["val/loss"] for r in rows_of(plain[0], "milestone")
     ]
@@ -133,10 +123,6 @@ def test_kept_models_are_the_model_then(asked: tuple[Path, dict[str, Any]], data
     assert noted == {key: row[key] for key in ("step", "fraction", "train_seconds", "wall_seconds", "tokens_seen")}
 
 
-class KilledError(Exception):
-    pass
-
-
 def test_a_milestone_is_a_checkpoint_and_is_not_done_again(
     spec: RaceSpec, data_folder: Path, tmp_path: Path, plain: tuple[Path, dict[str, Any]], monkeypatch: Any
 ) -> None:
@@ -147,19 +133,15 @@ def test_a_milestone_is_a_checkpoint_and_is_not_done_again(
         ran.append(milestone)
         return real(self, model, milestone)
 
-    def kill(row: dict[str, Any]) -> None:
-        if row["train_seconds"] > 4.5 * STEP_SECONDS:
-            raise KilledError
-
     monkeypatch.setattr(Suite, "run", counted)
     spec = replace(spec, checkpoint_every_seconds=1e9, evaluation=replace(EVALUATION, keep_models=False))
     with pytest.raises(KilledError):
-        run(spec, tmp_path, data_folder, kill)
+        run(spec, tmp_path, data_folder, killed_after(4.5 * STEP_SECONDS))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
     summary = run(spec, tmp_path, data_folder)
     assert ran == ["0.500", "1.000"]
     assert [row["step"] for row in rows_of(tmp_path, "milestone")] == [4, 8]
-    assert losses(tmp_path) == losses(plain[0]) and summary["val/loss"] == plain[1]["val/loss"]
+    assert step_losses(tmp_path) == step_losses(plain[0]) and summary["val/loss"] == plain[1]["val/loss"]
     assert not (tmp_path / "milestones").exists()
 
 
@@ -287,7 +269,7 @@ def test_milestones_that_find_no_memory_ask_fewer_rows_at_once(
         (first["step"], first["train_seconds"])
     ] * 2
     assert [event["message"] for event in events] == [message.partition(": ")[2] for message in said]
-    assert losses(tmp_path) == losses(plain[0])
+    assert step_losses(tmp_path) == step_losses(plain[0])
     for found, wanted in zip(rows_of(tmp_path, "milestone"), rows_of(asked[0], "milestone"), strict=True):
         assert found["val/loss"] == pytest.approx(wanted["val/loss"], rel=1e-6)
         assert found["eval/generated/accuracy"] == wanted["eval/generated/accuracy"]

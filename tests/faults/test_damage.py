@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 from runs import STEPS_BETWEEN, outcome, trial_in
+from small_runs import rows_of
 
 from cggr_ray import checkpoint
 from cggr_ray.data.dataset import prepare
@@ -92,9 +92,7 @@ def copied(half: Path, folder: Path, data: Path) -> Trial:
 
 
 def last_resumed(folder: Path) -> dict[str, Any]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found: dict[str, Any] = [row for row in rows if row["kind"] == "resumed"][-1]
-    return found
+    return rows_of(folder, "resumed")[-1]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)

@@ -4,7 +4,6 @@ calibration finds where it ends."""
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import prepared, rows_of
 
-from cggr_ray.data.dataset import DataSpec, prepare
+from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.sources import Problems
 from cggr_ray.fits import ask, total_mib
 from cggr_ray.learner import Pass
@@ -40,9 +40,7 @@ SPEC = RaceSpec(
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    prepare(SPEC.data, folder)
-    return folder
+    return prepared(SPEC.data, tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +53,6 @@ def all_memory() -> Iterator[None]:
 
 def trial_of(folder: Path, data_folder: Path, **changes: Any) -> Trial:
     return plan_trials(replace(SPEC, **changes), folder)[0].placed(folder, data_folder)
-
-
-def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
 
 
 class Capped:

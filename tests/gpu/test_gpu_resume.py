@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_runs import prepared, rows_of, step_losses
 
-from cggr_ray.data.dataset import DataSpec, prepare
+from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.sources import Problems
 from cggr_ray.loop import run_race
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.race import RaceSpec, Trial, plan_trials
 from cggr_ray.reproduce import reproduce
-from cggr_ray.schema import GRAD_NORM, STEP_LOSSES
+from cggr_ray.schema import GRAD_NORM
 from cggr_ray.stopping import StoppedError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -39,9 +39,7 @@ GRAPHS = {"execution.cuda_graphs": True}
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    prepare(SPEC.data, folder)
-    return folder
+    return prepared(SPEC.data, tmp_path_factory)
 
 
 def trial_of(recipe: str, values: dict[str, Any], folder: Path, data_folder: Path) -> Trial:
@@ -51,10 +49,8 @@ def trial_of(recipe: str, values: dict[str, Any], folder: Path, data_folder: Pat
 
 def steps_of(folder: Path) -> list[tuple[Any, ...]]:
     """(step, loss, gradient norm) of every step that counts, the last written where there are two."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    by_step = {row["step"]: row for row in rows if row["kind"] == "step"}
-    losses = [next(row[name] for name in STEP_LOSSES if name in row) for _, row in sorted(by_step.items())]
-    return [(step, loss, by_step[step][GRAD_NORM]) for step, loss in zip(sorted(by_step), losses, strict=True)]
+    norms = {row["step"]: row[GRAD_NORM] for row in rows_of(folder, "step")}
+    return [(step, loss, norms[step]) for step, loss in step_losses(folder).items()]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from pairs import Job, run, together
 from safetensors.torch import load_file
+from small_runs import prepared
 
-from cggr_ray.data.dataset import DataSpec, prepare
+from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.sources import Problems
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.race import RaceSpec, Trial, plan_trials
@@ -43,9 +44,7 @@ def trial_of(recipe: str, graphs: bool, workers: int, folder: Path, data: Path) 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    prepare(SPEC.data, folder)
-    return folder
+    return prepared(SPEC.data, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

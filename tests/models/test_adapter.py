@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from small_batches import document_spans
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, PreTrainedModel
@@ -35,14 +36,6 @@ def micro(make_store: Callable[..., TokenStore]) -> MicroBatch:
     return micro_batches(rows, 4, order.shape, torch.device("cpu"))[0]
 
 
-def documents(micro: MicroBatch) -> Iterator[tuple[int, slice]]:
-    """(row, columns) of every document of a micro-batch, padding included."""
-    for row, positions in enumerate(micro.positions_BT.tolist()):
-        starts = [i for i, p in enumerate(positions) if p == 0]
-        for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
-            yield row, slice(start, end)
-
-
 def alone(model: PreTrainedModel, micro: MicroBatch, row: int, columns: slice) -> tuple[Tensor, Tensor]:
     """Last hidden states and logits of one document by the plain Hugging Face forward."""
     out = model(input_ids=micro.tokens_BT[row, columns].unsqueeze(0), output_hidden_states=True, use_cache=False)
@@ -54,7 +47,7 @@ def test_packed_rows_equal_each_document_alone(tiny_model: PreTrainedModel, micr
     stream = Adapter(tiny_model).forward(micro)
     hidden = stream.hidden_RD.view(4, ROW_TOKENS, -1)
     logits = hidden @ stream.head_VD.mT
-    found = list(documents(micro))
+    found = list(document_spans(micro))
     assert len(found) >= 8
     with torch.no_grad():
         for row, columns in found:
@@ -68,7 +61,7 @@ def test_gradients_equal_those_of_each_document_alone(tiny_model: PreTrainedMode
     probe = torch.randn(4, ROW_TOKENS, 32, generator=torch.Generator().manual_seed(0))
     hidden = Adapter(tiny_model).forward(micro).hidden_RD.view(4, ROW_TOKENS, -1)
     (hidden * probe).sum().backward()
-    for row, columns in documents(micro):
+    for row, columns in document_spans(micro):
         (alone(reference, micro, row, columns)[0] * probe[row, columns]).sum().backward()
     expected = dict(reference.named_parameters())
     assert float(tiny_model.get_input_embeddings().weight.grad.abs().max()) > 0.1
@@ -79,7 +72,7 @@ def test_gradients_equal_those_of_each_document_alone(tiny_model: PreTrainedMode
 def test_a_document_does_not_see_its_neighbours(tiny_model: PreTrainedModel, micro: MicroBatch) -> None:
     adapter = Adapter(tiny_model)
     hidden = adapter.forward(micro).hidden_RD.view(4, ROW_TOKENS, -1)
-    row, columns = next((r, c) for r, c in documents(micro) if c.start > 0)
+    row, columns = next((r, c) for r, c in document_spans(micro) if c.start > 0)
     gradient = torch.autograd.grad(hidden[row, columns].sum(), tiny_model.get_input_embeddings().weight)[0]
     inside = set(micro.tokens_BT[row, columns].tolist())
     assert {i for i in range(128) if gradient[i].abs().sum() > 0} == inside

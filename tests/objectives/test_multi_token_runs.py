@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_batches import batches_of
-from torch import Tensor
+from small_learners import everything, same
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cggr_ray import checkpoint
@@ -55,15 +55,6 @@ def train(learner: Learner, batches: list[Batch], first: int = 0) -> list[StepRo
         learner.step(batch, Progress(step, float(step), float(STEPS), 128 * (step + 1)))
         for step, batch in enumerate(batches[first:], first)
     ]
-
-
-def everything(learner: Learner) -> dict[str, Tensor]:
-    state = {f"optimizer.{k}": v for k, v in learner.optimizer.state_dict().items()}
-    return {k: v.detach().clone() for k, v in (dict(learner.named_parameters()) | state).items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -75,11 +75,15 @@ def build(model, config):
     return config.build(adapter.named_parameters(), adapter.hidden_names(), CPU)
 
 
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def random_gradients(model, seed, factor=1.0):
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        p.grad = ((noise + 0.1 * p.detach().float()) * factor).to(p.dtype)
+        drawn = torch.randn(p.shape, generator=generator)
+        p.grad = ((drawn + 0.1 * p.detach().float()) * factor).to(p.dtype)
 
 
 def snapshot(optimizer):

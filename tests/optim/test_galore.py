@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_optimizers import noise
 from torch import nn
 
 from cggr_ray.optim.adamw import AdamW
@@ -18,10 +19,6 @@ from cggr_ray.progress import Progress
 SHAPES = {"wide": (64, 160), "tall": (160, 64), "square": (96, 96)}
 INNER = {"muon": Muon(), "muon8": Muon(state=Int8Blockwise()), "adamw": AdamW(), "adamw8": AdamW(state=Int8Blockwise())}
 ONE = torch.ones(())
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def basis_of(rule, state):
@@ -42,12 +39,6 @@ def after_steps(rule, shape, steps=3, number=2):
 
 def copy_of(state):
     return {key: value.clone() for key, value in state.items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def assert_orthonormal(basis_NRm, within=1e-4):

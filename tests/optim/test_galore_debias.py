@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_optimizers import CPU, EIGHT, STEADY, assert_same, at, build, random_gradients, snapshot, wide
+from small_optimizers import CPU, EIGHT, STEADY, assert_same, at, build, noise, random_gradients, snapshot, wide
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -25,10 +25,6 @@ RULES = {
     "muon8": GaLore(Muon(state=EIGHT), basis=EIGHT, **SMALL),
 }
 ONE = torch.ones(())
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def stacked(rule, shape, number):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_optimizers import assert_same
 
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.muon import Muon
@@ -41,12 +42,6 @@ def stored(codes, value):
     state = Int8Blockwise().zeros("x", value, codes)
     Int8Blockwise().write(state, "x", value, codes, ONE)
     return state
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("codes", EVERY)

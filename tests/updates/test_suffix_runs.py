@@ -11,6 +11,7 @@ import pytest
 import test_dynamic
 import torch
 from safetensors.torch import load_file
+from small_runs import prepared
 
 from cggr_ray.data.dataset import DataSpec, prepare
 from cggr_ray.data.sources import Problems
@@ -45,9 +46,7 @@ def spec() -> RaceSpec:
 
 @pytest.fixture(scope="module")
 def data_folder(spec: RaceSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    prepare(spec.data, folder)
-    return folder
+    return prepared(spec.data, tmp_path_factory)
 
 
 def run(spec: RaceSpec, folder: Path, data_folder: Path, **values: object) -> list[dict]:
