@@ -9,11 +9,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_calls import (
+    CASES,
+    ROTARY,
+    ROWS,
+    WIDTH,
+    Batch,
+    assert_close,
+    batch,
+    gradients,
+    keep_all,
+    packed,
+    selecting,
+)
 from small_models import CONFIGS, small_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cggr_ray import CGGRModel, CGGRWrapper, create_truncated_router
+from cggr_ray import CGGRModel, create_truncated_router
 from cggr_ray.api.batches import prepare
 from cggr_ray.api.model import mean_loss
 from cggr_ray.models.adapter import Stream
@@ -21,60 +34,6 @@ from cggr_ray.routing.route import TokenRoute
 from cggr_ray.schema import KEPT_LOSS, ROUTER_KEPT_FRACTION, TRAIN_LOSS
 from cggr_ray.sparse.plan import Planned
 
-ROTARY = [name for name in CONFIGS if name != "gpt2"]
-ROWS, WIDTH, VOCABULARY = 3, 17, 96
-Batch = dict[str, Tensor]
-
-
-def batch(padding: str = "none", seed: int = 0) -> Batch:
-    """Input ids, mask and labels as a collator makes them; a left-padded row has no label for its first token."""
-    g = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCABULARY, (ROWS, WIDTH), generator=g)
-    labels = torch.where(torch.rand(ROWS, WIDTH, generator=g) < 0.15, -100, tokens)
-    if padding == "none":
-        return {"input_ids": tokens, "labels": labels}
-    mask = torch.ones_like(tokens)
-    for row, pads in enumerate((4, 0, 9)):
-        places = slice(0, pads) if padding == "left" else slice(WIDTH - pads, WIDTH)
-        mask[row, places] = 0
-        labels[row, places] = -100
-        if padding == "left":
-            labels[row, pads] = -100
-    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-
-
-def packed() -> Batch:
-    """Rows of documents; the first label of each is left out, as collators of packed rows do."""
-    found = batch()
-    positions = torch.cat([torch.arange(n) for n in (5, 11, 1)]), torch.arange(17), torch.arange(17) % 6
-    found["position_ids"] = torch.stack(positions)
-    found["labels"] = torch.where(found["position_ids"] == 0, -100, found["labels"])
-    return found
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    return found
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    largest = max(gradient.norm().item() for gradient in expected.values())
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        error = (found[name] - gradient).norm().item()
-        assert error <= 1e-5 * max(gradient.norm().item(), 0.05 * largest), name
-
-
-def keep_all(model: PreTrainedModel, **options: Any) -> CGGRModel:
-    return CGGRModel(model, **{"dynamic_threshold": False} | options)
-
-
-def selecting(model: PreTrainedModel, ratio: float = 0.3, **options: Any) -> CGGRModel:
-    return CGGRModel(model, **{"dynamic_threshold": False, "warmup_steps": 0, "min_tokens_ratio": ratio} | options)
-
-
-CASES = [(family, padding) for family in CONFIGS for padding in ("none", "right", "packed")]
 CASES += [(family, "left") for family in ROTARY]
 
 
@@ -275,43 +234,6 @@ def test_the_kept_count_follows_the_steps_and_the_confidence() -> None:
         cggr.step()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_the_model_is_the_caller_s_afterwards(family: str) -> None:
-    model = small_model(family)
-    model.set_attn_implementation("eager")
-    untouched, inputs = copy.deepcopy(model), batch("right")
-    router = create_truncated_router(model.eval(), 2)
-    cggr = selecting(model, router=router)
-    assert not model.training
-    cggr.train()
-    cggr(**inputs).backward()
-    assert model.config._attn_implementation == "eager" and model.training
-    cggr.eval()
-    found, expected = cggr(**inputs), untouched.eval()(**inputs)
-    torch.testing.assert_close(found.loss, expected.loss)
-    torch.testing.assert_close(found.logits, expected.logits)
-    train = cggr.train()(input_ids=inputs["input_ids"])
-    torch.testing.assert_close(train.logits, untouched(inputs["input_ids"]).logits)
-    prompt = inputs["input_ids"][:, :5]
-    keywords = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    generated = cggr.model.eval().generate(prompt, **keywords)
-    assert torch.equal(generated, untouched.generate(prompt, **keywords))
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_attention_is_restored_when_a_forward_fails_and_in_the_backward(checkpointing: bool) -> None:
-    model = small_model("llama")
-    model.set_attn_implementation("eager")
-    cggr = keep_all(model, gradient_checkpointing=checkpointing)
-    loss = cggr(**batch())
-    assert model.config._attn_implementation == "eager"
-    loss.backward()
-    assert model.config._attn_implementation == "eager"
-    with pytest.raises(IndexError):
-        cggr(input_ids=torch.full((1, 4), VOCABULARY), labels=torch.ones(1, 4, dtype=torch.int64))
-    assert model.config._attn_implementation == "eager"
-
-
 def test_autocast_changes_nothing() -> None:
     model = small_model("llama")
     expected = selecting(model)(**batch())
@@ -407,15 +329,6 @@ def test_a_scaled_loss_in_fp16_is_as_exact_as_plain_pytorch(
         assert error < 1e-2 and error <= 1.5 * usual
 
 
-def test_each_module_keeps_its_own_mode_when_wrapped() -> None:
-    model = small_model("llama").train()
-    model.model.layers[1].eval()
-    before = {name: module.training for name, module in model.named_modules()}
-    CGGRModel(model)
-    create_truncated_router(model, 2)
-    assert {name: module.training for name, module in model.named_modules()} == before
-
-
 def test_without_a_label_the_loss_is_zero() -> None:
     model = small_model("llama")
     for cggr in (keep_all(model), selecting(model), selecting(model, mode="sequence")):
@@ -439,90 +352,3 @@ def test_hidden_states_that_are_no_numbers_show_in_the_loss(options: dict[str, A
     loss = cggr(input_ids=tokens, labels=tokens)
     loss.backward()
     assert loss.isnan() and model.model.layers[0].mlp.up_proj.weight.grad.isnan().any()
-
-
-def cut(model: PreTrainedModel) -> None:
-    model.model.layers = model.model.layers[:2]
-
-
-def drop(model: PreTrainedModel) -> None:
-    del model.model.layers[1]
-
-
-def adapt(model: PreTrainedModel) -> None:
-    attention = model.model.layers[1].self_attn
-    attention.q_proj = nn.Sequential(attention.q_proj, nn.Identity())
-
-
-def normalise(model: PreTrainedModel) -> None:
-    nn.utils.parametrizations.weight_norm(model.model.layers[2].mlp.up_proj)
-
-
-@pytest.mark.parametrize("change", [cut, drop, adapt, normalise])
-@pytest.mark.parametrize("kind", [CGGRModel, CGGRWrapper])
-def test_layers_that_are_changed_afterwards_are_named(kind: type, change: Callable[[PreTrainedModel], None]) -> None:
-    model, inputs = small_model("llama"), batch()
-    wrapped = kind(model, warmup_steps=0)
-    model.resize_token_embeddings(100)
-    copied = copy.deepcopy(wrapped)
-    for one in (wrapped, copied):
-        assert one(**inputs).isfinite()
-    change(model)
-    with pytest.raises(ValueError, match="layers that are not those it was made of"):
-        wrapped(**inputs)
-    assert copied(**inputs).isfinite()
-
-
-def mistakes() -> list[tuple[Callable[[], Any], str]]:
-    llama, gpt2 = small_model("llama"), small_model("gpt2")
-    foreign = AutoModelForCausalLM.from_config(
-        GPTNeoXConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    )
-    adapted, checkpointed = small_model("llama"), small_model("llama")
-    adapted.model.layers[1].self_attn.q_proj.register_parameter("lora_A", nn.Parameter(torch.ones(2, 2)))
-    checkpointed.gradient_checkpointing_enable()
-    dropping = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
-    late, later = copy.deepcopy(dropping), small_model("llama")
-    late.config.attn_pdrop = late.config.resid_pdrop = late.config.embd_pdrop = 0.0
-    later.model.layers[2].self_attn.attention_dropout = 0.1
-    tokens = batch()["input_ids"]
-    holes, left, jump = torch.ones_like(tokens), torch.ones_like(tokens), torch.arange(WIDTH).repeat(3, 1)
-    # One position out of its place is enough.
-    holes[1, 5], left[2, 0], jump[1, -1] = 0, 0, 3
-
-    def call(model: PreTrainedModel, **inputs: Tensor) -> Callable[[], Any]:
-        return lambda: keep_all(model)(**{"input_ids": tokens, "labels": tokens} | inputs)
-
-    return [
-        (call(llama, attention_mask=holes), "attention_mask with holes; accepted: ones in one piece"),
-        (call(gpt2, attention_mask=left), "padded on the left, of a model with absolute positions; accepted"),
-        (call(llama, position_ids=torch.arange(WIDTH).expand(3, -1) + 1), "position_ids that are no documents"),
-        (call(llama, position_ids=jump), "position_ids that are no documents"),
-        (call(llama, labels=tokens[:, 1:]), r"labels of shape \(3, 16\); accepted: \(3, 17\)"),
-        (call(llama, attention_mask=torch.ones(3, 1, 17, 17)), r"attention_mask of shape \(3, 1, 17, 17\)"),
-        (call(llama, input_ids=tokens[0], labels=tokens[0]), r"input_ids of shape \(17,\); accepted: \(B, T\)"),
-        (lambda: CGGRModel(foreign), "model family 'gpt_neox'; accepted: llama, mistral"),
-        (lambda: CGGRModel(adapted), "parameter 'self_attn.q_proj.lora_A' of layer 1; accepted"),
-        (lambda: CGGRModel(checkpointed), "gradient checkpointing of the model's own; accepted"),
-        (lambda: CGGRModel(dropping), "attn_pdrop = 0.1, resid_pdrop = 0.1, embd_pdrop = 0.1; accepted: 0"),
-        (lambda: CGGRModel(late), "dropout of drop = 0.1; accepted: 0 when the model is built"),
-        (lambda: CGGRModel(later), "dropout of layers.2.self_attn = 0.1; accepted: 0 when the model is built"),
-        (lambda: CGGRModel(nn.Linear(2, 2)), "Linear; accepted: a causal LM of transformers"),
-        (lambda: create_truncated_router(llama), "num_layers = 4 of a model with 3; accepted: 1 to 2"),
-        (lambda: create_truncated_router(llama, 0), "num_layers = 0"),
-        (lambda: CGGRModel(llama, router=create_truncated_router(gpt2, 1)), "router .* of the same model"),
-        (lambda: CGGRModel(llama, mode="rows"), "mode = 'rows'; accepted: token, sequence"),
-        (lambda: CGGRModel(llama, plan="fast"), "plan = 'fast'; accepted: dense"),
-        (lambda: CGGRModel(llama, plan="before"), "plan 'before' with the model's own scores"),
-        (lambda: CGGRModel(llama, detach="both"), "detach = 'both'; accepted: const, live"),
-        (lambda: CGGRModel(llama, mode="sequence", selection="stratified"), "mode 'sequence' with 'stratified'"),
-        (lambda: CGGRModel(llama, min_tokens_ratio=2), "min_tokens_ratio = 2; accepted"),
-    ]
-
-
-@pytest.mark.parametrize("number", range(23))
-def test_mistakes_are_named(number: int) -> None:
-    call, message = mistakes()[number]
-    with pytest.raises(ValueError, match=message):
-        call()
-    assert len(mistakes()) == 23
