@@ -4,13 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cggr_ray.data.dataset import DataSpec, prepare
+from cggr_ray.data.sources import Problems
+from cggr_ray.models.presets import ModelSpec
+from cggr_ray.race import RaceSpec, Trial, plan_trials
 from cggr_ray.schema import STEP_LOSSES
+
+STEP_SECONDS = 0.5
+TWELVE_STEPS = RaceSpec(
+    budget_seconds=12 * STEP_SECONDS,
+    step_seconds=STEP_SECONDS,
+    global_rows=4,
+    micro_rows=4,
+    milestones=(0.5,),
+    model=ModelSpec(preset="tiny"),
+    data=DataSpec(sources=(Problems(count=600),), row_tokens=64, val_documents=8),
+    values={"optimizer.schedule.warmup_tokens": 1000},
+    device="cpu",
+)
+TWO_ARMS = RaceSpec(
+    name="small",
+    recipes=("baseline", "random_tokens"),
+    global_rows=16,
+    micro_rows=4,
+    budget_seconds=8.0,
+    step_seconds=1.0,
+    milestones=(),
+    model=ModelSpec(preset="tiny"),
+    data=DataSpec(sources=(Problems(count=100),), row_tokens=128, val_documents=8),
+    values={"optimizer.schedule.warmup_tokens": 3000},
+    device="cpu",
+)
 
 
 def prepared(spec: DataSpec, folders: pytest.TempPathFactory) -> Path:
@@ -18,6 +48,12 @@ def prepared(spec: DataSpec, folders: pytest.TempPathFactory) -> Path:
     folder = folders.mktemp("data")
     prepare(spec, folder)
     return folder
+
+
+def trial_of(spec: RaceSpec, recipe: str, folder: Path, data_folder: Path, **values: object) -> Trial:
+    """The run of a recipe, with some of its values, in a folder of its own."""
+    arm = replace(spec, recipes=(recipe,), arms={recipe: values} if values else {})
+    return plan_trials(arm, folder)[0].placed(folder, data_folder)
 
 
 class KilledError(Exception):
