@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cggr_ray.kernels.row_attention import op, reference
+from cggr_ray.kernels.row_attention import op, reference, tiling
 from cggr_ray.kernels.row_attention.op import (
     given_row_attention,
     given_row_attention_const,
@@ -129,7 +129,7 @@ def found(p: Problem, x: Inputs, use: ModuleType, const: bool = False, cut: tupl
     """What a module computes, its three functions called directly; `cut` is the size of a tile of the kernels."""
     how: dict[str, object] = {}
     if cut is not None:
-        how["launch"] = use.Launch(*cut, 4, 2)
+        how["launch"] = tiling.Launch(*cut, 4, 2)
     spans = spans_of(x.first, x.last, len(x.k))
     out, lse = use.forward(x.q, x.k, x.v, spans, p.scale, p.softcap, **how)
     # An empty query brings whatever a forward over all positions left for the position that it points at.
@@ -413,9 +413,9 @@ def test_the_device_decides_who_computes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_width_finds_a_launch_and_too_wide_a_head_is_refused(dtype: torch.dtype, kernel: ModuleType) -> None:
-    for table in (kernel.FORWARD, kernel.QUERIES, kernel.KEYS):
+def test_every_width_finds_a_launch_and_too_wide_a_head_is_refused(dtype: torch.dtype) -> None:
+    for table in (tiling.FORWARD, tiling.QUERIES, tiling.KEYS):
         for width in (16, 24, 64, 80, 96, 128, 256):
-            assert min(kernel.launch_for(table, torch.zeros(1, 1, width, dtype=dtype))[:2]) >= 16
+            assert min(tiling.launch_for(table, torch.zeros(1, 1, width, dtype=dtype))[:2]) >= 16
         with pytest.raises(ValueError, match="257"):
-            kernel.launch_for(table, torch.zeros(1, 1, 257, dtype=dtype))
+            tiling.launch_for(table, torch.zeros(1, 1, 257, dtype=dtype))
