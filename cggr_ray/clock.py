@@ -107,6 +107,21 @@ class RaceClock:
         self._since = now
 
 
+class WallClock:
+    """Seconds since a run began, with those of its earlier processes, by a clock of its own: what ledgers add up to."""
+
+    def __init__(self) -> None:
+        self._began, self._before = time.time(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.time() - self._began
+
+    def restore(self, seconds: float) -> None:
+        """Adds those of a checkpoint."""
+        self._before = seconds
+
+
 class SteppedClock(RaceClock):
     """A clock that stands still but for `step_seconds` of training a step: same input, same fractions, same result."""
 

@@ -1,13 +1,15 @@
 """Steps in flight: the host is never more than one step ahead of the device, and reads a step's values only once done.
 
-The one synchronisation of the step path: before the host queues step n + 1, step n - 1 has finished.
+The one synchronisation of the step path: before the host queues step n + 1, step n - 1 has finished. Parts that learn
+from measurements get them two steps late, in flight or not, so that a resumed run sees the same.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from cggr_ray.learner import StepRow
 from cggr_ray.progress import Progress
 from cggr_ray.routing.scores import histogram_edges
 from cggr_ray.schema import HISTOGRAMS
+from cggr_ray.telemetry.jsonl import plain
 from cggr_ray.telemetry.tracker import Row
+
+OBSERVE_DELAY = 2
 
 
 class Finished(NamedTuple):
@@ -57,6 +62,29 @@ class Flight:
             values: Row = {name: _value(name, copy) for name, copy in copies.items()}
             landed.append(Finished(row.progress, values | row.host_values, ended()))
         return landed
+
+
+class Delayed:
+    """Measurements on their way to the parts.
+
+    Args:
+        state: that of a checkpoint, where there is one.
+    """
+
+    def __init__(self, state: Iterable[tuple[Row, dict[str, Any]]] = ()) -> None:
+        self._queue = deque((values, Progress(**progress)) for values, progress in state)
+
+    def add(self, finished: Finished) -> None:
+        self._queue.append((finished.values, finished.progress))
+
+    def due(self, steps: int) -> Iterator[tuple[Row, Progress]]:
+        """What is old enough after so many steps, oldest first."""
+        while self._queue and steps - self._queue[0][1].step >= OBSERVE_DELAY:
+            yield self._queue.popleft()
+
+    def state(self) -> list[Any]:
+        """For a checkpoint."""
+        return [[plain(values), asdict(progress)] for values, progress in self._queue]
 
 
 def _value(name: str, copy: Tensor) -> float | list[float] | dict[str, list[float]]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections import deque
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from cggr_ray import checkpoint
 from cggr_ray.assembly import ACTIVATIONS_FILE, build_learner
 from cggr_ray.batches import rows_of_worker, smaller_sizes
-from cggr_ray.clock import RaceClock, ReplayClock, SteppedClock
+from cggr_ray.clock import RaceClock, ReplayClock, SteppedClock, WallClock
 from cggr_ray.compiling import never_eager
 from cggr_ray.counts import Counts
 from cggr_ray.data.batch import Batch
@@ -28,7 +26,7 @@ from cggr_ray.data.loader import Loader
 from cggr_ray.description import description, with_earlier
 from cggr_ray.device import deterministic, keep_threads, pick_device, timed_event
 from cggr_ray.files import flush, room_for, write_whole
-from cggr_ray.flight import Flight
+from cggr_ray.flight import Delayed, Flight
 from cggr_ray.lock import only_writer
 from cggr_ray.milestones import Milestones
 from cggr_ray.progress import Budget, Progress, ProgressFile
@@ -44,8 +42,6 @@ from cggr_ray.workers import ALONE, Workers
 
 # Near the end the host waits for every step, so that none starts that the budget does not cover.
 STEPS_NEAR_THE_END = 4
-# A part that learns from measurements gets them two steps late, in flight or not, so that a resumed run sees the same.
-OBSERVE_DELAY = 2
 
 log = logging.getLogger(__name__)
 
@@ -111,13 +107,13 @@ class Run:
         self.device = pick_device(spec.device)
         never_eager()
         keep_threads()
-        self._started, self._wall_before = time.time(), 0.0
+        self.wall = WallClock()
         fixed = spec.step_seconds
         cuda = self.device.type == "cuda"
         real = RaceClock(torch.cuda.synchronize, event=timed_event) if cuda else RaceClock()
         self.clock = replay or (real if fixed is None else SteppedClock(fixed))
         self.last_step_seconds = math.inf
-        self.delayed: deque[tuple[Row, Row]] = deque()
+        self.delayed = Delayed()
 
     def complete(self) -> Row:
         """The whole run; returns its summary, which worker 0 alone has."""
@@ -204,8 +200,8 @@ class Run:
         self._say(f"goes on from step {state['step']}")
         self.counts = Counts.of_state(state)
         self.milestones.load_state_dict(state["milestones"])
-        self.delayed = deque((values, progress) for values, progress in state["delayed"])
-        self._wall_before = state["wall_seconds"]
+        self.delayed = Delayed(state["delayed"])
+        self.wall.restore(state["wall_seconds"])
         now = self.clock.ledgers
         self.clock.restore({name: seconds + now[name] for name, seconds in state["ledgers"].items()})
         return state
@@ -275,11 +271,10 @@ class Run:
         """Takes in finished steps: rows for the recorder, the count of bad gradients, measurements for the parts."""
         for finished in self.flight.land(all_steps):
             self.counts.landed(math.isfinite(finished.values[GRAD_NORM]))
-            self.delayed.append((finished.values, asdict(finished.progress)))
+            self.delayed.add(finished)
             self.recorder.step(finished, self._position(), self.loader.marks)
-        while self.delayed and self.counts.step - self.delayed[0][1]["step"] >= OBSERVE_DELAY:
-            values, progress = self.delayed.popleft()
-            self.learner.observe(values, Progress(**progress))
+        for values, progress in self.delayed.due(self.counts.step):
+            self.learner.observe(values, progress)
 
     def _off_the_budget(self, used: float) -> float:
         """Milestones, reports and checkpoints that are due; returns the train seconds after them."""
@@ -329,8 +324,8 @@ class Run:
         return {
             **asdict(self.counts),
             "milestones": self.milestones.state_dict(),
-            "delayed": [[plain(values), progress] for values, progress in self.delayed],
-            "wall_seconds": self._wall(),
+            "delayed": self.delayed.state(),
+            "wall_seconds": self.wall.seconds,
             "ledgers": self.clock.ledgers,
             "loader": self.loader.state_dict(),
         }
@@ -352,14 +347,11 @@ class Run:
             self.milestones, self.data, self.loader,
         )  # fmt: skip
         self.recorder.finish(summary)
-        summary |= {"wall_seconds": self._wall(), "ledgers": self.clock.ledgers}
+        summary |= {"wall_seconds": self.wall.seconds, "ledgers": self.clock.ledgers}
         write_whole(self.folder / SUMMARY_FILE, json.dumps(plain(summary), indent=1))
         checkpoint.remove_all(self.folder)
         return summary
 
     def _position(self) -> Position:
         counts, tokens, waited = self.counts, self.loader.tokens_seen, self.clock.ledgers["data_wait"]
-        return Position(counts.step, tokens, self.clock.train_seconds, self._wall(), waited)
-
-    def _wall(self) -> float:
-        return self._wall_before + time.time() - self._started
+        return Position(counts.step, tokens, self.clock.train_seconds, self.wall.seconds, waited)
