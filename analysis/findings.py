@@ -1,6 +1,6 @@
 """The tables of a report that compare: verdicts, milestones, targets, efficiency, profiles, saturation, scores.
 
-Each is text as of `analysis.tables.table`, with a `style` of tabulate; `[a, b]` is a 95 % interval, `x` a factor.
+Each is Markdown as of `analysis.tables.table`; `[a, b]` is a 95 % interval, `x` a factor.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from analysis.scores import (
     score_names,
 )
 from analysis.stats import mean_interval
-from analysis.tables import MARKDOWN, NONE, figure, table
+from analysis.tables import NONE, figure, table
 from analysis.targets import TAUS, efficiency, performance_profile, target_losses, target_times
 from cggr_ray.schema import VAL_LOSS
 
 Row = dict[Any, Any]
 
 
-def verdict_table(race: Race, style: str = MARKDOWN) -> str:
+def verdict_table(race: Race) -> str:
     """One row an arm and quantity of `analysis.judging.claims`."""
     headers = ("quantity", *_JUDGED)
     rows = claims(race).to_dict("records")
-    return table(headers, [[f"{row['quantity']} ({row['unit']})", *_judged(row, 4)] for row in rows], style)
+    return table(headers, [[f"{row['quantity']} ({row['unit']})", *_judged(row, 4)] for row in rows])
 
 
-def score_table(race: Race, style: str = MARKDOWN) -> str:
+def score_table(race: Race) -> str:
     """One row an arm and task at the end of the budget: its judged score, with the baseline's mean."""
     rows = []
     for row in score_claims(race).to_dict("records"):
         ends = at_the_end(race, f"{PREFIX}{row['quantity']}").items()
         mean, half = mean_interval(value for (recipe, _), value in ends if recipe == race.baseline)
         rows.append([str(row["quantity"]), figure(mean, 3, half), *_judged(row, 3)])
-    return table(("score", "baseline", *_JUDGED), rows, style)
+    return table(("score", "baseline", *_JUDGED), rows)
 
 
 _JUDGED = ("arm", "verdict", "difference", "95 % interval", "p (Holm)", "detectable", "pairs")
@@ -69,18 +69,18 @@ def _judged(row: Row, digits: int) -> list[str]:
     return [str(row["recipe"]), verdict, middle, ends, p_value(row["p_holm"]), seen, str(row["pairs"])]
 
 
-def milestones_table(race: Race, metric: str = VAL_LOSS, style: str = MARKDOWN) -> str:
+def milestones_table(race: Race, metric: str = VAL_LOSS) -> str:
     """One row a recipe, one column a milestone: the metric at equal time, and its difference to the baseline."""
-    return _positions(race, at_marks(race, metric), lambda at: f"{at:,.1f} s", 4 if metric == VAL_LOSS else 3, style)
+    return _positions(race, at_marks(race, metric), lambda at: f"{at:,.1f} s", 4 if metric == VAL_LOSS else 3)
 
 
-def tokens_table(race: Race, metric: str = VAL_LOSS, style: str = MARKDOWN) -> str:
+def tokens_table(race: Race, metric: str = VAL_LOSS) -> str:
     """The same at equal tokens: parts of the most that every finished run has read, where some recipe has figures."""
     rows = at_tokens(race, metric)
-    return _positions(race, rows, lambda at: f"{at / 1e6:,.3f} M tokens", 4 if metric == VAL_LOSS else 3, style)
+    return _positions(race, rows, lambda at: f"{at / 1e6:,.3f} M tokens", 4 if metric == VAL_LOSS else 3)
 
 
-def _positions(race: Race, rows: pd.DataFrame, label: Callable[[float], str], digits: int, style: str) -> str:
+def _positions(race: Race, rows: pd.DataFrame, label: Callable[[float], str], digits: int) -> str:
     rows = rows[rows.groupby("mark")["value"].transform("count") > 0] if len(rows) else rows
     places: Iterable[float] = rows.drop_duplicates("mark")["at"] if len(rows) else []
     cells: dict[str, list[str]] = {recipe: [] for recipe in race.recipes}
@@ -89,16 +89,16 @@ def _positions(race: Race, rows: pd.DataFrame, label: Callable[[float], str], di
         text = figure(row["value"], digits, spread)
         against = figure(row["difference"], digits, row["difference_half_width"], sign=True)
         cells[row["recipe"]].append(text if against == NONE else f"{text} ({against})")
-    return table(("recipe", *map(label, places)), [[recipe, *own] for recipe, own in cells.items()], style)
+    return table(("recipe", *map(label, places)), [[recipe, *own] for recipe, own in cells.items()])
 
 
-def targets_table(race: Race, style: str = MARKDOWN) -> str:
+def targets_table(race: Race) -> str:
     """One row a recipe, one column a target loss: seconds to it, and the speed-up against the baseline."""
     cells: dict[str, list[str]] = {recipe: [] for recipe in race.recipes}
     for row in target_times(race).to_dict("records"):
         cells[row["recipe"]].append(_target_cell(row, row["recipe"] == race.baseline))
     headers = ("recipe", *(f"{goal:.4f} nats/token" for goal in target_losses(race)))
-    return table(headers, [[recipe, *own] for recipe, own in cells.items()], style)
+    return table(headers, [[recipe, *own] for recipe, own in cells.items()])
 
 
 def _target_cell(row: Row, is_baseline: bool) -> str:
@@ -112,18 +112,17 @@ def _target_cell(row: Row, is_baseline: bool) -> str:
     return figure(row["seconds"], 1, row["seconds_half_width"]) + ("" if ratio == NONE else f"; {ratio}")
 
 
-def profile_table(race: Race, style: str = MARKDOWN) -> str:
+def profile_table(race: Race) -> str:
     """One row a recipe: the share of targets x seeds within a factor of the fastest recipe, and the area below it."""
     rows = performance_profile(race).to_dict("records")
     headers = ("recipe", "targets x seeds", *(f"within {tau:g}x" for tau in TAUS), "area")
     return table(
         headers,
         [[row["recipe"], str(row["problems"]), *(figure(row[key], 2) for key in (*TAUS, "area"))] for row in rows],
-        style,
     )
 
 
-def efficiency_table(race: Race, style: str = MARKDOWN) -> str:
+def efficiency_table(race: Race) -> str:
     """One row an arm: what it takes to the loss it shares with the baseline, and what a kept token is worth.
 
     Columns without a figure for any arm are left out.
@@ -144,10 +143,10 @@ def efficiency_table(race: Race, style: str = MARKDOWN) -> str:
     more = ("break-even", "(1+2r)/(3r)", f"value against {chance or 'chance'}", "peak memory")
     columns = zip((*headers, *more), zip(*rows, strict=True), strict=True)
     shown = [(header, cells) for header, cells in columns if set(cells) != {NONE}]
-    return table([header for header, _ in shown], zip(*(cells for _, cells in shown), strict=True), style)
+    return table([header for header, _ in shown], zip(*(cells for _, cells in shown), strict=True))
 
 
-def saturation_table(race: Race, style: str = MARKDOWN) -> str:
+def saturation_table(race: Race) -> str:
     """One row a recipe: the change of its loss over the last quarter of the budget."""
     rows = []
     for row in saturation(race).to_dict("records"):
@@ -157,10 +156,10 @@ def saturation_table(race: Race, style: str = MARKDOWN) -> str:
             words = "no change shown" if abs(change) <= half else "still falling" if change < 0 else "rising"
         slope = figure(row["per_minute"], 4, row["per_minute_half_width"], sign=True)
         rows.append([row["recipe"], figure(change, 4, half, sign=True), slope, words])
-    return table(("recipe", "change (nats/token)", "slope (nats/token per minute)", "at the end"), rows, style)
+    return table(("recipe", "change (nats/token)", "slope (nats/token per minute)", "at the end"), rows)
 
 
-def run_scores_table(race: Race, style: str = MARKDOWN) -> str:
+def run_scores_table(race: Race) -> str:
     """One row a run: every score at the end with the interval over its questions, and how many these were."""
     scores = [name.removeprefix(PREFIX) for name in score_names(race)]
     cells: dict[str, list[str]] = {}
@@ -169,10 +168,10 @@ def run_scores_table(race: Race, style: str = MARKDOWN) -> str:
         asked = "" if pd.isna(row["questions"]) else f" (n = {row['questions']:.0f})"
         text = figure(row["value"], 3) + ("" if ends == NONE else f" {ends}") + asked
         cells.setdefault(row["trial_id"], []).append(text)
-    return table(("trial", *scores), [[trial, *own] for trial, own in cells.items()], style)
+    return table(("trial", *scores), [[trial, *own] for trial, own in cells.items()])
 
 
-def answers_table(race: Race, style: str = MARKDOWN) -> str:
+def answers_table(race: Race) -> str:
     """One row a run and task: what its answers were like at the end, right or wrong."""
     rows = []
     for row in final_answers(race).to_dict("records"):
@@ -180,7 +179,7 @@ def answers_table(race: Race, style: str = MARKDOWN) -> str:
         cells = [*counts, figure(100 * row["truncated"], 1), figure(row["disagreements"], 0)]
         rows.append([row["trial_id"], row["task"], *cells])
     headers = ("trial", "task", "questions", "valid solutions", "truncated (%)", "disagreements")
-    return table(headers, rows, style)
+    return table(headers, rows)
 
 
 def interval(low: float, high: float, digits: int, sign: bool = False) -> str:

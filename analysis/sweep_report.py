@@ -13,7 +13,7 @@ from analysis.hyperparameters import BEST_SHARE, CHANCE, FEWEST_BEST, FEWEST_TRI
 from analysis.measures import FINISHED
 from analysis.sweep_plots import plot_budget, plot_coordinates, plot_importance, plot_timeline
 from analysis.sweeps import VALUES, Sweep
-from analysis.tables import NONE, figure, plain, table
+from analysis.tables import MARKDOWN, NONE, figure, plain, table
 from cggr_ray.schema import PEAK_MEMORY, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 
 MOST_BEST = 10
@@ -85,7 +85,7 @@ def best_trials(sweep: Sweep, most: int = MOST_BEST) -> pd.DataFrame:
     return (finished if len(finished) else known).sort_values(VAL_LOSS, kind="stable").head(most)
 
 
-def best_table(sweep: Sweep, style: str = "github") -> str:
+def best_table(sweep: Sweep, style: str = MARKDOWN) -> str:
     """One row a trial of `best_trials`, with the hyperparameters that differ between trials."""
     names = sweep.hyperparameters
     headers = ["trial", "status", "val loss", "train seconds", "tokens (M)", "peak memory (MiB)", *names]
