@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -65,7 +66,7 @@ def evaluate(folder: Path, tasks: Path | None, rows: int | None, device: str) ->
             console.print(f"{run.name} {model.name}: {shown}", highlight=False, soft_wrap=True)
 
 
-def evaluate_model(run: Path, folder: Path, spec: Evaluation, device: Any, say: Say) -> dict[str, float]:
+def evaluate_model(run: Path, folder: Path, spec: Evaluation, device: torch.device, say: Say) -> dict[str, float]:
     """Answers the tasks with one kept model, and adds the row."""
     tokenizer, source = load_tokenizer(folder), ModelSpec(folder=str(folder))
     model = source.build(None, 0, device, source.config().dtype)

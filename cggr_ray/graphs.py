@@ -51,8 +51,8 @@ class Graphs:
         if key not in self._captured:
             self._captured[key] = self._capture(step, micro, scale)
         captured = self._captured[key]
-        for name in tensor_fields(micro):
-            getattr(captured.micro, name).copy_(getattr(micro, name))
+        for field in tensor_fields(micro):
+            getattr(captured.micro, field).copy_(getattr(micro, field))
         captured.scale.copy_(scale)
         captured.graph.replay()
         for parameter in captured.learning:

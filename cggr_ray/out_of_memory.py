@@ -17,15 +17,14 @@ import torch
 
 from cggr_ray.saying import Say
 
-FAILURES = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 T = TypeVar("T")
+
+FAILURES = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-
-
 # How much, as torch on a GPU, torch on a CPU and numpy say it.
 SIZES = {
     "asked": re.compile(r"(?:[Tt]ried|[Uu]nable) to allocate ([\d.]+) (bytes|[KMGT]iB)"),

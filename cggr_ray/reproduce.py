@@ -14,7 +14,7 @@ Tasks of an evaluation are left out: how many questions they get through depends
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from cggr_ray.loop import run_race
 from cggr_ray.progress import read_progress
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.recipe import Recipe
-from cggr_ray.recorder import Report
 from cggr_ray.saying import Say
 from cggr_ray.schema import (
     DATA_WAIT_SECONDS,
@@ -167,7 +166,7 @@ def check_own(folder: Path) -> None:
                              "accepted: a run that trained all of its steps")  # fmt: skip
 
 
-def reproduce(folder: Path, out: Path, say: Say, report: Report = lambda row: None) -> Verdict:
+def reproduce(folder: Path, out: Path, say: Say) -> Verdict:
     """Runs the trial of a run folder again, into `out`, and compares.
 
     Raises:
@@ -189,7 +188,7 @@ def reproduce(folder: Path, out: Path, say: Say, report: Report = lambda row: No
     torch.set_num_threads(int(recorded.run["device"].get("threads", threads)))
     over = ""
     try:
-        run_race(recorded.trial(out, data), report, clock)
+        run_race(recorded.trial(out, data), replay=clock)
     except ReplayOverError as error:
         over = str(error)
     finally:
@@ -264,7 +263,7 @@ def _different_rows(before: Rows, after: Rows) -> Iterator[str]:
         yield from _different(f"{kind} {step}", row, after.get((kind, step), {}), names)
 
 
-def _different(where: str, before: Row, after: Row, names: Any) -> Iterator[str]:
+def _different(where: str, before: Row, after: Row, names: Iterable[str]) -> Iterator[str]:
     for name in names:
         if name not in after or before[name] != after[name]:
             yield f"{where}: {name} {before[name]} recorded, {after.get(name)} again"
