@@ -126,7 +126,7 @@ class Learner:
         self.run_pass = Pass(recipe, adapter, seed, num_positions, reference)
         self.router, self.objective = self.run_pass.router, self.run_pass.objective
         named, hidden = self.named_parameters(), [*adapter.hidden_names(), *self.objective.hidden_names()]
-        self.optimizer = recipe.optimizer.build(named, hidden, adapter.device, workers)
+        self.optimizer = recipe.optimizer.build(named, hidden, adapter.device, workers, adapter.fused_names())
         layers = len(adapter.layers)
         self.updates = recipe.updates.build(layers, seed)
         self.gauge: Probe | None = None

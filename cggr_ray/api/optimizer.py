@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from math import inf
 from typing import Any, NamedTuple
 
@@ -11,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from cggr_ray.models.families import FUSED_NAME
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.optim.partition import Named, partition
+from cggr_ray.optim.split import is_fused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,10 +29,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Takes the parameters that require a gradient when it is made, on one device. Those of one shape lie in one tensor
     from then on and are updated together, in a few kernels that are compiled on a GPU; a model that is moved to another
-    device is followed there at the next step. 16-bit parameters have
-    float32 masters here. Learning rates stand in `param_groups`, `matrix` before `rest`, for schedulers of torch; all
-    else is in the rules. A step drops the gradients, and where one is not finite it changes nothing at all. A
-    parameter without a gradient rests.
+    device is followed there at the next step. 16-bit parameters have float32 masters here. `c_attn` of GPT-2 is updated
+    as the three projections that it holds, of queries, keys and values. Learning rates stand in `param_groups`,
+    `matrix` before `rest`, for schedulers of torch; all else is in the rules. A step drops the gradients, and where one
+    is not finite it changes nothing at all. A parameter without a gradient rests.
 
     Sources: Muon, Jordan et al. 2024 and arXiv:2502.16982; 8-bit state, arXiv:2509.23106; GaLore, arXiv:2403.03507 and
     arXiv:2504.20437; AdamW, arXiv:1711.05101.
@@ -64,8 +65,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not matrices:
             raise ValueError("no hidden matrix: no two-dimensional parameter that learns in a nn.ModuleList, or among "
                              "the names; accepted: hidden = the names of the blocks' parameters")  # fmt: skip
-        # Copies: the rates of the two groups are told apart by the rules, which may be one object.
-        config = Optimizer(replace(matrix or Muon()), replace(rest or AdamW()), clip_norm=clip_norm)
+        config = Optimizer(matrix or Muon(), rest or AdamW(), clip_norm=clip_norm)
         self._named, self._inside, self._config = named, inside, config
         self._steps, self._complete = 0, False
         groups = (("matrix", matrices, config.matrix.lr), ("rest", others, config.rest.lr))
@@ -144,7 +144,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _stack_weights(self) -> None:
         """Stacks the weights where they are now."""
-        self._inner = self._config.build(self._named, self._inside, self.param_groups[0]["params"][0].device)
+        fused = [name for name, p in self._named if name.endswith(FUSED_NAME) and is_fused(p.shape)]
+        device = self.param_groups[0]["params"][0].device
+        self._inner = self._config.build(self._named, self._inside, device, fused=fused)
         for stack in self._inner.stacks.values():
             for p in stack.parameters:
                 # As a tensor of its own on the same memory: safetensors, and with it accelerate, saves and loads no

@@ -19,7 +19,7 @@ from cggr_ray.compiling import compiled_on
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.models.attention import Documents, check_dtype, document_mask, documents_of, register_document_flash
 from cggr_ray.models.checkpointing import Checkpointing, keep_products
-from cggr_ray.models.families import Family
+from cggr_ray.models.families import FUSED_NAME, Family
 from cggr_ray.models.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -104,6 +104,10 @@ class Adapter:
         """Names of the parameters inside decoder layers."""
         inside = {id(p) for layer in self.layers for p in layer.parameters()}
         return [name for name, p in self.named_parameters() if id(p) in inside]
+
+    def fused_names(self) -> list[str]:
+        """Of these, the matrices that hold the projections of queries, keys and values one after the other."""
+        return [name for name in self.hidden_names() if name.endswith(FUSED_NAME)]
 
     @contextmanager
     def attention(self) -> Iterator[None]:

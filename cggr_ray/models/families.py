@@ -24,6 +24,8 @@ NormKind = Literal["rms", "rms_plus_one", "layer"]
 # Of FlashAttention, and of attention for kept queries.
 WIDEST_HEAD = 256
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3", "gpt2")
+# How the name ends of a matrix that holds the projections of queries, keys and values, in equal parts: GPT-2's.
+FUSED_NAME = "attn.c_attn.weight"
 DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
 NO_DROPOUT = "accepted: 0 when the model is built, runs repeat exactly"
 

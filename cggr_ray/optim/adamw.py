@@ -26,6 +26,7 @@ class AdamW(Rule):
 
     IS_PART: ClassVar[bool] = True
     KIND: ClassVar[str] = "adamw"
+    ELEMENTWISE: ClassVar[bool] = True
 
     lr: float = 3e-3
     beta1: float = 0.9

@@ -129,6 +129,9 @@ class GaLore(Rule):
             state["drawn"] = torch.arange(num_drawn, device=weights.device)
         return state | basis
 
+    def of_matrices(self, key: str) -> bool:
+        return key != "drawn" and not key.startswith(FULL)
+
     def begin(self, state: State, number: int, step: int, name: str) -> None:
         """At the start of a period: all averages to zero, and a draw that depends on period and stack alone."""
         if "drawn" not in state or step % self.refresh_every:

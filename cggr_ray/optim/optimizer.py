@@ -24,6 +24,7 @@ from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.partition import Named, by_shape, partition
 from cggr_ray.optim.rule import LARGEST_RATE
 from cggr_ray.optim.schedules import WSD, Linear
+from cggr_ray.optim.split import split
 from cggr_ray.optim.stack import REWARM_STEPS, Part, Stack, parts
 from cggr_ray.progress import Progress
 from cggr_ray.workers import ALONE, Workers
@@ -62,9 +63,15 @@ class Optimizer:
             raise ValueError(f"clip_norm = {self.clip_norm}; accepted: a positive number (inf clips nothing)")
 
     def build(
-        self, named: Iterable[Named], hidden: Iterable[str], device: torch.device, workers: Workers = ALONE
+        self,
+        named: Iterable[Named],
+        hidden: Iterable[str],
+        device: torch.device,
+        workers: Workers = ALONE,
+        fused: Iterable[str] = (),
     ) -> StackedOptimizer:
-        return StackedOptimizer(self, list(named), list(hidden), device, workers)
+        """`hidden`, `fused`: names of what is in the blocks, and of the matrices there that are three, see `split`."""
+        return StackedOptimizer(self, list(named), list(hidden), device, workers, set(fused))
 
 
 def apply_rule(
@@ -102,25 +109,39 @@ class StackedOptimizer:
     """The running optimizer of a recipe. No host synchronisation in `step`."""
 
     def __init__(
-        self, config: Optimizer, named: list[Named], hidden: list[str], device: torch.device, workers: Workers
+        self,
+        config: Optimizer,
+        named: list[Named],
+        hidden: list[str],
+        device: torch.device,
+        workers: Workers,
+        fused: set[str],
     ) -> None:
         self.config = config
         matrix, rest = partition(named, hidden)
+        whole = [one for one in matrix if one[0] not in fused]
+        threefold = [one for one in matrix if one[0] in fused]
+        self._matrix_rate, self._rest_rate = (torch.zeros((), device=device) for _ in range(2))
         self.stacks: dict[str, Stack] = {}
-        for group, rule, members in (("matrix", config.matrix, matrix), ("rest", config.rest, rest)):
+        self._rates = dict[str, Tensor]()
+        for group, rule, members, rate in (
+            ("matrix", config.matrix, whole, self._matrix_rate),
+            ("fused", config.matrix, threefold, self._matrix_rate),
+            ("rest", config.rest, rest, self._rest_rate),
+        ):
             for shape, same in by_shape(members).items():
-                split = parts(same)
-                for part, some in enumerate(split):
+                own, several = split(rule, shape) if group == "fused" else rule, parts(same)
+                for part, some in enumerate(several):
                     name = f"{group}.{'x'.join(map(str, shape))}"
                     name = f"{name}.{part}" if part else name
-                    self.stacks[name] = Stack(name, rule, some, len(split) > 1, workers)
+                    self.stacks[name] = Stack(name, own, some, len(several) > 1, workers)
+                    self._rates[name] = rate
         for stack in self.stacks.values() if config.project_early else ():
             stack.project_early()
         self._begun: int | None = None
         # Of the last step: the norm of every gradient, and of which parameters (by id) they are.
         self.norms, self.normed = torch.zeros(0), tuple[int, ...]()
         self._model_order = [id(p) for _, p in named]
-        self._rates = {id(rule): torch.zeros((), device=device) for rule in (config.matrix, config.rest)}
         self._apply: Callable[..., Tensor | None] = compiled_on(device, apply_rule)
 
     @property
@@ -173,15 +194,15 @@ class StackedOptimizer:
         if self._begun != step:
             self.begin_number(step)
         self._begun = None
-        for rule, lr in ((self.config.matrix, matrix_lr), (self.config.rest, rest_lr)):
-            self._rates[id(rule)].fill_(lr)
+        self._matrix_rate.fill_(matrix_lr)
+        self._rest_rate.fill_(rest_lr)
         learning = {name: stack for name, stack in self.stacks.items() if stack.learning}
         gradients = {name: stack.gradient() for name, stack in learning.items()}
         norm = self._norm(learning, gradients)
         clip = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         finite = norm.isfinite().float()
         for name, stack in learning.items():
-            gradient, rate = gradients.pop(name), self._rates[id(stack.rule)]
+            gradient, rate = gradients.pop(name), self._rates[name]
             for part, rows in stack.pieces():
                 found = self._apply(part, gradient[rows], rate, clip, finite, gauge and gauge.measure)
                 part.back()

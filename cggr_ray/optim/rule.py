@@ -5,6 +5,8 @@ Shapes: N parameters of one shape in a stack, n of them at a time.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,9 @@ class Rule:
     """The optimizer owns learning rate, decay and scale; a rule owns its state, which `direction` updates in place and
     leaves as it is in a step that is not finite. What is here is a rule that uses gradients as they come."""
 
+    ELEMENTWISE: ClassVar[bool] = False
+    """Whether each value of a direction depends on the gradients of that value alone."""
+
     lr: float
     weight_decay: float
     cautious: bool = False
@@ -26,6 +31,10 @@ class Rule:
     def init_state(self, weights: Tensor) -> State:
         """For float32 weights of shape (N, *shape); may not keep them."""
         raise NotImplementedError
+
+    def of_matrices(self, key: str) -> bool:
+        """Whether what `init_state` calls so has one entry for each of the N parameters."""
+        return True
 
     def direction(self, grad: Tensor, state: State, finite: Tensor, workers: Workers = ALONE) -> Tensor:
         """D of shape (N, *shape), float32, of what `project` made of the gradients. Compiled on a GPU.

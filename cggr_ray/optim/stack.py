@@ -159,7 +159,7 @@ class Stack:
     def _refresh(self, i: int, gradient: Tensor, rewinds: bool) -> None:
         which = slice(i, i + 1)
         if rewinds:
-            of_each = {key: value[which] for key, value in self.state.items() if len(value) == len(self.parameters)}
+            of_each = {key: value[which] for key, value in self.state.items() if self.rule.of_matrices(key)}
             before = {key: to_host(value) for key, value in of_each.items()}
             self._refreshed[i] = self._due[i], before
         self.rule.refresh(gradient, self.state, which, self._due[i])
