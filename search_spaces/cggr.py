@@ -7,8 +7,8 @@ from typing import Any
 from search_spaces.baseline import learning_rates
 from search_spaces.domains import Choice, Domains, Uniform
 
-SCORES = ("entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise")
-SELECTIONS = ("topk", "stratified", "sequence_aware")
+SCORES = ("entropy", "entropy_confidence", "margin", "loss", "combined", "combined_rank", "gnorm", "surprise")
+SELECTIONS = ("topk", "stratified", "stratified_top", "sequence_aware")
 SENSITIVITIES = (0.25, 0.5, 1.0)
 DETACH = ("const", "live")
 # Routers that score before the forward is over, after fewer layers than the smallest preset has, with the scores that

@@ -43,11 +43,12 @@ class CGGRLoss(nn.Module):
 
     Args:
         scoring: entropy (H, in nats), entropy_confidence (H - p1), margin (1 - (p1 - p2)), loss, gnorm (|p - onehot|),
-            surprise (loss - H), or combined, upstream's sum of entropy_confidence, margin and loss; p1 and p2 are the
-            two largest probabilities.
+            surprise (loss - H), combined, upstream's sum of entropy_confidence, margin and loss, or combined_rank, the
+            mean of the percentile ranks of these three in the batch; p1 and p2 are the two largest probabilities.
         selection: topk; stratified, draws from `num_strata` quantiles of difficulty, more from the harder;
-            sequence_aware, topk with `min_tokens_per_sequence` of every row; fixed_quota, topk without the dynamic
-            threshold; importance, draws by the score, with scoring loss or gnorm and weights `inverse_probability`.
+            stratified_top, the hardest of each of these, without chance, as upstream has it; sequence_aware, topk with
+            `min_tokens_per_sequence` of every row; fixed_quota, topk without the dynamic threshold; importance, draws
+            by the score, with scoring loss or gnorm and weights `inverse_probability`.
         weights: `mean` over the kept positions; `inverse_probability`, for stratified and importance, makes the
             expected gradient that of all positions.
         dynamic_threshold: moves the ratio with the mean confidence of two calls before. `threshold_rule`: `upstream`

@@ -17,7 +17,7 @@ from cggr_ray.routing.draws import TOKENS, seed_of
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.routers import choose, counts, route_of
 from cggr_ray.routing.scorers import Scored
-from cggr_ray.routing.scores import SCORES, HeadScore
+from cggr_ray.routing.scores import HeadScore
 from cggr_ray.routing.tokens import SelectedTokens
 from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_KEPT_FRACTION
 from cggr_ray.seeds import check_seed
@@ -31,7 +31,7 @@ def check_name(option: str, value: str, accepted: tuple[str, ...]) -> None:
 
 def score_name(value: str) -> HeadScore:
     """The name of a score, checked."""
-    check_name("scoring", value, tuple(SCORES))
+    check_name("scoring", value, get_args(HeadScore))
     return cast(HeadScore, value)
 
 

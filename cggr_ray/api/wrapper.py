@@ -55,8 +55,7 @@ class CGGRWrapper(nn.Module):
     Args:
         model: any module that returns logits (B, T, V), or an output with `logits`, from layers on (B, T, D).
         leak_rate: what passes a gate that is shut. More than 0 needs a full backward pass.
-        scoring: as for `CGGRLoss`; loss, combined, gnorm and surprise need `labels`, unshifted, with every
-            call.
+        scoring: as for `CGGRLoss`; all but the first three need `labels`, unshifted, with every call.
         engine: `sparse` for the families that `CGGRModel` supports: a call with labels runs rows that learn alone, any
             other is hooked as `every`. `every` shuts gates at every layer, `faithful` at the cut layers alone, as
             upstream does, below which attention refills the gradient. None takes the first that fits model and leak,

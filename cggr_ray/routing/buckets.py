@@ -96,7 +96,7 @@ class DepthRouter(RatioRouter):
         if ratio == 1:
             return None
         assert seen is not None
-        scored = own_scores(self.config.score, seen, micro)
+        scored = own_scores(self.config.score, seen, micro, scope="row")
         labelled_B = (micro.labels_BT >= 0).sum(1)
         last = self._shares.index(ratio)
         bucket_BT = depth_buckets(scored.scores_BT, labelled_B, self.config.num_buckets).clamp_max(last)

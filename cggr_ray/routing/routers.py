@@ -254,7 +254,7 @@ class ScoreRouter(RatioRouter):
     def agreement(self, whole: Seen, micro: MicroBatch, ratio: float) -> dict[str, Tensor]:
         """Of the scores of the last `route` with the model's own, and of the positions that top-k would keep."""
         found_BT = self._last_BT
-        own_BT = own_scores(self.config.score, whole, micro, self._reference_nll).scores_BT
+        own_BT = own_scores(self.config.score, whole, micro, self._reference_nll, scope=self.config.scope).scores_BT
         keep_B = counts(self._in_scope(own_BT, micro)[2], min(ratio, self.keep))[0]
         kept = [selectors.top_k(self._in_scope(scores, micro)[0], keep_B).mask_BT for scores in (found_BT, own_BT)]
         return {ROUTER_SPEARMAN: spearman(found_BT, own_BT), ROUTER_RECALL: recall_at_k(*kept)}
@@ -300,6 +300,8 @@ def choose(
     if c.selection == "stratified":
         unbiased = c.weights == "inverse_probability"
         return selectors.stratified(scores_BT, keep_B, labelled_B, c.num_strata, generator, unbiased)
+    if c.selection == "stratified_top":
+        return selectors.stratified_top(scores_BT, keep_B, labelled_B, c.num_strata)
     if c.selection == "sequence_aware":
         return selectors.sequence_aware(scores_BT, keep_B, documents_BT, c.min_tokens_per_sequence)
     if c.selection == "importance":

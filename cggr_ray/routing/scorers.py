@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from cggr_ray.models.adapter import Stream
 from cggr_ray.routing.scores import ScoreName, score
 from cggr_ray.sparse.plan import Seen
 from cggr_ray.workers import Workers
+
+Scope = Literal["row", "batch"]
 
 
 class Setting(NamedTuple):
@@ -36,6 +38,8 @@ class Setting(NamedTuple):
     """Positions of the whole data set: ids are below it."""
     reference: Tensor | None = None
     """What a reference model loses at every position id, one entry more for padding; where the score needs it."""
+    scope: Scope = "row"
+    """Which positions are compared with one another."""
 
 
 class Scored(NamedTuple):
@@ -80,7 +84,7 @@ class OwnScores:
         return 1
 
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
-        return HeadScorer(name, setting.num_layers, setting.reference)
+        return HeadScorer(name, setting.num_layers, setting)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class TruncatedRouter:
 
     def build(self, name: ScoreName, setting: Setting, seed: int) -> Scorer:
         check_depth(self.layers, setting)
-        return HeadScorer(name, self.layers, setting.reference)
+        return HeadScorer(name, self.layers, setting)
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,13 @@ def own_scores(
     micro: MicroBatch,
     reference: Tensor | None = None,
     generator: torch.Generator | None = None,
+    scope: Scope = "batch",
 ) -> Scored:
     """Scores by the head, of what it sees. `reference`: by position id, the entry of padding last."""
     stats = head_stats(seen.final_ND, seen.head_VD, micro.labels_BT.flatten())
     reference_N = None if reference is None else reference[micro.position_ids_BT.flatten()].float()
-    return Scored(score(name, stats, reference_N, generator).view(micro.labels_BT.shape), stats)
+    rows = len(micro.labels_BT) if scope == "row" else 1
+    return Scored(score(name, stats, reference_N, generator, rows).view(micro.labels_BT.shape), stats)
 
 
 def teaching(micro: MicroBatch, index_K: Tensor, nll_K: Tensor) -> Tensor:
@@ -152,8 +158,8 @@ class HeadScorer:
     learns = False
     first_full_tokens = 0
 
-    def __init__(self, name: ScoreName, reads: int, reference: Tensor | None) -> None:
-        self.name, self.reads, self.reference = name, reads, reference
+    def __init__(self, name: ScoreName, reads: int, setting: Setting) -> None:
+        self.name, self.reads, self.reference, self.scope = name, reads, setting.reference, setting.scope
 
     def begin(self, micro: MicroBatch) -> None:
         """Nothing changes."""
@@ -166,7 +172,7 @@ class HeadScorer:
 
     def score(self, seen: Seen | None, micro: MicroBatch, generator: torch.Generator) -> Scored:
         assert seen is not None
-        return own_scores(self.name, seen, micro, self.reference, generator)
+        return own_scores(self.name, seen, micro, self.reference, generator, self.scope)
 
     def watch(self, stream: Stream, index_K: Tensor) -> None:
         """Nothing to learn."""

@@ -3,8 +3,10 @@
 `entropy` and `loss` are the plain quantities in nats; `entropy_confidence` is D_t = H - p_(1) of the CGGR whitepaper;
 `margin` is 1 - (p_(1) - p_(2)); `combined` is upstream's default sum of D_t, margin and NLL, units mixed as there;
 `gnorm` is the norm of the loss gradient at the logits; `surprise` is NLL - H, which a calibrated model has around 0.
+`combined_rank` is the mean of the percentile ranks of the terms of `combined`, so that each counts alike.
 Two read more than the head's statistics: `excess` is NLL - NLL of a reference model (Rho-1, arXiv 2404.07965), and
 `random`, a uniform draw, is the control that costs exactly what a score costs.
+Shapes: B rows that positions have their ranks in, of T positions; N = B T.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from cggr_ray.kernels.head_stats.op import HeadStats
 
-HeadScore = Literal["entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise"]
+HeadScore = Literal["entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise", "combined_rank"]
 ScoreName = Literal[HeadScore, "random", "excess"]
 
 SCORES: dict[str, Callable[[HeadStats], Tensor]] = {
@@ -29,17 +31,23 @@ SCORES: dict[str, Callable[[HeadStats], Tensor]] = {
     "gnorm": lambda s: s.gnorm,
     "surprise": lambda s: s.nll - s.entropy,
 }
+TERMS: tuple[HeadScore, ...] = ("entropy_confidence", "margin", "loss")
 # The logged histogram: 24 bins of half a nat from -1; the first and last take what lies outside.
 HISTOGRAM_START, HISTOGRAM_WIDTH, HISTOGRAM_BINS = -1.0, 0.5, 24
 
 
 def score(
-    name: ScoreName, stats: HeadStats, reference_N: Tensor | None = None, generator: torch.Generator | None = None
+    name: ScoreName,
+    stats: HeadStats,
+    reference_N: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    rows: int = 1,
 ) -> Tensor:
     """The score of every position, -inf where it has no label.
 
     Args:
         reference_N: what a reference model loses there; for `excess`. generator: of the draws; for `random`.
+        rows: of equal length, whose positions are compared with one another; for `combined_rank`.
     """
     if name == "random":
         assert generator is not None, "draws of a run depend on its seed"
@@ -48,9 +56,27 @@ def score(
     elif name == "excess":
         assert reference_N is not None, "no reference"
         values = stats.nll - reference_N
+    elif name == "combined_rank":
+        values = mean_rank([SCORES[term](stats).view(rows, -1) for term in TERMS]).flatten()
     else:
         values = SCORES[name](stats)
     return torch.where(values.isnan(), -torch.inf, values).float()
+
+
+def mean_rank(terms_BT: list[Tensor]) -> Tensor:
+    """The mean of each position's percentile ranks in its row, from 0 to 1: the share of positions below, and half of
+    those that are equal, itself included. NaN where a term is, which no rank counts."""
+    missing = torch.stack(terms_BT).isnan().any(0)
+    count = (~missing).sum(1, keepdim=True)
+    twice = torch.zeros_like(count)
+    for term in terms_BT:
+        # What is missing comes last, beside what is infinite.
+        keys = torch.where(missing, torch.inf, term).contiguous()
+        ordered = keys.sort(1).values
+        ends = [torch.searchsorted(ordered, keys, right=right) for right in (False, True)]
+        twice = twice + ends[0] + ends[1].minimum(count)
+    # Whole numbers until here: means that are equal have equal bits.
+    return torch.where(missing, torch.nan, twice.double() / (2 * len(terms_BT) * count.clamp_min(1)))
 
 
 def score_histogram(scores: Tensor) -> Tensor:

@@ -57,21 +57,35 @@ def stratified(
     Quotas are whole numbers (largest remainder); what a stratum cannot hold flows to the next easier one, then back.
     Weights of 1/pi are unbiased only if every position can be drawn, which short rows break: `every_stratum` gives each
     stratum that has members at least one draw, and a row that keeps fewer than it has strata is drawn from as a whole.
-    Differs from upstream, which takes the top of each stratum, loses what overflows, and never reads the easiest one.
+    Upstream takes the top of each stratum instead, as `stratified_top`.
     """
     starts_BS, quota_BS = strata_plan(keep_B, labelled_B, strata, every_stratum)
-    size_BS = starts_BS.diff(dim=1)
+    size_BS, bounds = starts_BS.diff(dim=1), quota_bounds(starts_BS, quota_BS)
     stratum = rank_classes(scores_BT, starts_BS[:, 1:-1])
     # Unlabelled positions are a last group of their own, past every quota.
     labelled = scores_BT > -torch.inf
     groups = torch.where(labelled, stratum, strata)
     # Two equal draws (24 bits each) go to the lower index, which moves pi by less than 1e-7.
     draw = torch.rand(scores_BT.shape, generator=generator, device=scores_BT.device)
-    # Ranks by stratum, then by draw: between the bounds of a stratum's quota the class is odd.
-    bounds = torch.stack([starts_BS[:, :-1], starts_BS[:, :-1] + quota_BS], dim=2).flatten(1)
+    # Ranks by stratum, then by draw.
     kept = rank_classes(-draw, bounds, groups, num_groups=strata + 1) % 2 == 1
     quota, size = quota_BS.gather(1, stratum.long()), size_BS.gather(1, stratum.long())
     return Selection(kept & labelled, quota / size.clamp_min(1))
+
+
+def stratified_top(scores_BT: Tensor, keep_B: Tensor, labelled_B: Tensor, strata: int) -> Selection:
+    """The hardest of each quantile of difficulty, by the quotas of `stratified`: upstream's rule, without chance.
+
+    Differs from upstream, whose quotas lose what a stratum cannot hold (a ratio of 1 keeps four fifths), and which on a
+    GPU never reads the easiest stratum.
+    """
+    bounds = quota_bounds(*strata_plan(keep_B, labelled_B, strata, every_stratum=False))
+    return Selection((rank_classes(scores_BT, bounds) % 2 == 1) & (scores_BT > -torch.inf), None)
+
+
+def quota_bounds(starts_BS: Tensor, quota_BS: Tensor) -> Tensor:
+    """Ranks between which a position is kept, two a stratum: `rank_classes` gives it an odd class."""
+    return torch.stack([starts_BS[:, :-1], starts_BS[:, :-1] + quota_BS], dim=2).flatten(1)
 
 
 def strata_plan(keep_B: Tensor, labelled_B: Tensor, strata: int, every_stratum: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from cggr_ray.codec import kind_of
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.routing.curriculum import Curriculum, DynamicThreshold
 from cggr_ray.routing.routers import RandomRouter, RatioRouter, Router, ScoreRouter
-from cggr_ray.routing.scorers import OwnScores, Setting, StaleScores, TruncatedRouter
+from cggr_ray.routing.scorers import OwnScores, Scope, Setting, StaleScores, TruncatedRouter
 from cggr_ray.routing.scores import ScoreName
 from cggr_ray.routing.trained_scorers import Probe, TunedLens
 from cggr_ray.sparse.layers import Detach
@@ -78,6 +78,7 @@ class SelectedTokens:
     `before` needs a router that scores early. `detach`: what dropped positions are constants of, see `sparse.plan`.
     `weights`: `mean` averages over kept positions as the seeds do; `inverse_probability` weighs by 1/pi, so that the
     expected gradient is that of all positions (selections that draw at random, plan `dense`).
+    `selection`: `stratified` draws by chance within strata of the score, `stratified_top` takes the hardest of each.
     `scope`: exactly k of every row, or of the whole micro-batch as upstream does.
     `reference`: the folder of the model (safetensors) whose loss the score `excess` subtracts.
     """
@@ -86,12 +87,12 @@ class SelectedTokens:
 
     keep: float = 0.25
     score: ScoreName = "combined"
-    selection: Literal["topk", "stratified", "sequence_aware", "fixed_quota", "importance"] = "topk"
+    selection: Literal["topk", "stratified", "stratified_top", "sequence_aware", "fixed_quota", "importance"] = "topk"
     weights: Literal["mean", "inverse_probability"] = "mean"
     plan: PlanName = "dense"
     detach: Detach = "const"
     router: OwnScores | TruncatedRouter | Probe | TunedLens | StaleScores = field(default_factory=OwnScores)
-    scope: Literal["row", "batch"] = "row"
+    scope: Scope = "row"
     num_strata: int = 4
     min_tokens_per_sequence: int = 1
     importance_floor: float = 0.15
@@ -147,7 +148,8 @@ class SelectedTokens:
         return self.router.needs_layers()
 
     def build(self, seed: int, setting: Setting) -> Router:
-        return ScoreRouter(self, self.router.build(self.score, setting, seed), seed, setting)
+        scorer = self.router.build(self.score, setting._replace(scope=self.scope), seed)
+        return ScoreRouter(self, scorer, seed, setting)
 
     def runs_all_positions(self) -> bool:
         return self.plan == "dense"

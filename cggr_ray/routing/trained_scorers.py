@@ -220,7 +220,8 @@ class LensScorer(TrainedScorer):
     """The running lens. Of one micro-batch, `watch` follows `score`, and `learn` follows that."""
 
     def __init__(self, config: TunedLens, name: ScoreName, setting: Setting) -> None:
-        self.name, self.reference, self._most = name, setting.reference, config.positions
+        self.name, self.reference, self.scope = name, setting.reference, setting.scope
+        self._most = config.positions
         parameters = {
             "map": torch.zeros(setting.width, setting.width, device=setting.device),
             "bias": torch.zeros(setting.width, device=setting.device),
@@ -239,7 +240,7 @@ class LensScorer(TrainedScorer):
         assert seen is not None
         self._normed_ND = seen.final_ND
         read = Seen(seen.hidden_ND, self._read(seen.final_ND), seen.head_VD)
-        return own_scores(self.name, read, micro, self.reference, generator)
+        return own_scores(self.name, read, micro, self.reference, generator, self.scope)
 
     @torch.no_grad()
     def watch(self, stream: Stream, index_K: Tensor) -> None:

@@ -89,7 +89,9 @@ def test_targets_are_shifted_only_when_asked_and_rows_may_be_flat() -> None:
     torch.testing.assert_close(plain(0.3)(strided, targets), loss)
 
 
-@pytest.mark.parametrize("selection", ["topk", "stratified", "sequence_aware", "fixed_quota", "importance"])
+@pytest.mark.parametrize(
+    "selection", ["topk", "stratified", "stratified_top", "sequence_aware", "fixed_quota", "importance"]
+)
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
 def test_hidden_states_give_the_same_as_logits(selection: str, ratio: float) -> None:
     targets = batch()[1]

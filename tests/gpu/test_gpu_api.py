@@ -160,7 +160,9 @@ def test_a_criterion_is_near_that_of_float32_and_never_waits(form: str, options:
     assert repeated[0].item() == pytest.approx(found[0].item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("selection", ["topk", "stratified", "sequence_aware", "fixed_quota", "importance"])
+@pytest.mark.parametrize(
+    "selection", ["topk", "stratified", "stratified_top", "sequence_aware", "fixed_quota", "importance"]
+)
 def test_no_selection_makes_the_host_wait(selection: str) -> None:
     options = {"weights": "inverse_probability", "scoring": "gnorm"} if selection == "importance" else {}
     criterion = CGGRLoss(warmup_steps=0, selection=selection, **options)

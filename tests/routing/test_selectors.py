@@ -14,6 +14,7 @@ from cggr_ray.routing.selectors import (
     strata_plan,
     strata_quotas,
     stratified,
+    stratified_top,
     systematic,
     top_k,
 )
@@ -56,6 +57,7 @@ SELECTORS = {
     "top_k": lambda s, n, k, seed: top_k(s, k),
     "sequence_aware": lambda s, n, k, seed: sequence_aware(s, k, random_documents(*s.shape, seed), 2),
     "stratified": lambda s, n, k, seed: stratified(s, k, n, 4, generator(seed)),
+    "stratified_top": lambda s, n, k, seed: stratified_top(s, k, n, 4),
     "every_stratum": lambda s, n, k, seed: stratified(s, k, n, 4, generator(seed), every_stratum=True),
     "systematic": lambda s, n, k, seed: systematic(
         inclusion_probabilities(importance_of(s), k, 0.01), k, generator(seed)
@@ -207,11 +209,53 @@ def test_stratified_takes_its_quota_of_every_stratum(width, keep, strata):
             assert probability[t].item() == pytest.approx(quotas[s] / sizes[s])
 
 
+@pytest.mark.parametrize("distinct", [None, 3])
+@pytest.mark.parametrize(
+    "width, keep, strata", [(20, 10, 4), (40, 10, 4), (23, 7, 3), (37, 30, 5), (9, 9, 4), (3, 2, 4)]
+)
+def test_stratified_top_takes_the_hardest_of_every_stratum(width, keep, strata, distinct):
+    scores = torch.randn(6, width + 4, generator=generator(1))
+    if distinct:
+        scores = torch.randint(distinct, scores.shape, generator=generator(1)).float()
+    scores[:, [0, 3, 4, -1]] = -torch.inf
+    selection = stratified_top(scores, torch.full((6,), keep), torch.full((6,), width), strata)
+    assert selection.probability_BT is None
+    for row, mask in zip(scores.tolist(), selection.mask_BT, strict=True):
+        member = strata_of(row, strata)
+        sizes = [list(member.values()).count(s) for s in range(strata)]
+        quotas = fill_quotas(strata_quotas(torch.tensor([[keep]]), strata), torch.tensor([sizes]))[0].tolist()
+        expected = []
+        for s in range(strata):
+            own = sorted((t for t in member if member[t] == s), key=lambda t: (-row[t], t))
+            expected += own[: quotas[s]]
+        assert mask.nonzero().flatten().tolist() == sorted(expected)
+
+
+def upstream(scores, keep, strata):
+    """Thresholds at quantiles, the top of each stratum by its share of the count, as upstream's code on a CPU."""
+    edges = [torch.quantile(scores, 1 - s / strata) for s in range(1, strata)]
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    for s in range(strata):
+        below = scores < edges[s - 1] if s else torch.ones_like(kept)
+        own = (below & (scores >= edges[s])) if s < strata - 1 else below
+        count = min(int(own.sum()), keep * (strata - s) * 2 // (strata * (strata + 1)))
+        kept[own.nonzero().flatten()[scores[own].topk(count).indices]] = True
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stratified_top_is_upstream_s_rule_where_nothing_overflows(seed):
+    scores = torch.randn(400, generator=generator(seed))
+    found = stratified_top(scores[None], torch.tensor([100]), torch.tensor([400]), 4).mask_BT[0]
+    assert torch.equal(found, upstream(scores, 100, 4)) and found.sum() == 100
+
+
 def test_ratio_one_keeps_everything():
     scores, count, _ = random_rows(8, 61, seed=5)
     selection = stratified(scores, count, count, 4, generator())
     assert torch.equal(selection.mask_BT, scores > -torch.inf)
     assert (selection.probability_BT[scores > -torch.inf] == 1).all()
+    assert torch.equal(stratified_top(scores, count, count, 4).mask_BT, scores > -torch.inf)
 
 
 def z_scores(masks, probability):

@@ -32,6 +32,7 @@ PARTS = {
     "sequence_aware": SelectedTokens(keep=0.4, selection="sequence_aware", min_tokens_per_sequence=1),
     "sequence_aware over the batch": SelectedTokens(keep=0.4, selection="sequence_aware", scope="batch"),
     "stratified": SelectedTokens(keep=0.5, selection="stratified", score="loss"),
+    "stratified_top": SelectedTokens(keep=0.5, selection="stratified_top", score="combined_rank"),
     "fixed_quota": SelectedTokens(keep=0.3, selection="fixed_quota", score="margin"),
     "importance": SelectedTokens(keep=0.25, **IMPORTANCE),
     "importance over the batch": SelectedTokens(keep=0.3, scope="batch", **IMPORTANCE),

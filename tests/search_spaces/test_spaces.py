@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.optim.galore import GaLore
 from cggr_ray.race import RaceSpec, Trial
+from cggr_ray.routing.scores import HeadScore
 from search_spaces import SPACES
 from trainables.schedulers import Asha, Unstopped
 from trainables.settings import Search, SweepSpec
@@ -42,9 +43,9 @@ def test_every_draw_is_a_valid_trial(name: str) -> None:
 
 def test_the_cggr_space_reaches_every_setting_it_promises() -> None:
     draws = [trial.recipe.tokens for _, trial in drawn("cggr", 800, 1)]
-    scores = {"entropy", "entropy_confidence", "margin", "loss", "combined", "gnorm", "surprise"}
+    scores = {*get_args(HeadScore)}
     assert {t.score for t in draws} == scores
-    assert {t.selection for t in draws} == {"topk", "stratified", "sequence_aware", "importance"}
+    assert {t.selection for t in draws} == {"topk", "stratified", "stratified_top", "sequence_aware", "importance"}
     assert {t.weights for t in draws} == {"mean", "inverse_probability"}
     assert {t.plan for t in draws} == {"dense", "after", "two_pass", "before"}
     assert {t.detach for t in draws} == {"const", "live"}
