@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cggr_ray.optim.adamw import AdamW as AdamW
     from cggr_ray.optim.galore import GaLore as GaLore
     from cggr_ray.optim.muon import Muon as Muon
+    from cggr_ray.optim.state_formats import BFloat16 as BFloat16
     from cggr_ray.optim.state_formats import Int8Blockwise as Int8Blockwise
     from cggr_ray.race import RaceSpec as RaceSpec
     from cggr_ray.race import load_race as load_race
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "AdamW": "cggr_ray.optim.adamw",
+    "BFloat16": "cggr_ray.optim.state_formats",
     "CGGRLoss": "cggr_ray.api",
     "CGGRModel": "cggr_ray.api",
     "CGGRScorer": "cggr_ray.api",

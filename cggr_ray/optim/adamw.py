@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cggr_ray.optim.rule import LARGEST_RATE, Rule
-from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
+from cggr_ray.optim.state_formats import BFloat16, Float32, Int8Blockwise, State, turn_rows
 from cggr_ray.workers import ALONE, Workers
 
 SMALLEST_EPS = torch.finfo(torch.float32).tiny
@@ -20,8 +20,8 @@ SMALLEST_EPS = torch.finfo(torch.float32).tiny
 class AdamW(Rule):
     """m <- b1 m + (1-b1) g, v <- b2 v + (1-b2) g^2, D = (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps), in float32.
 
-    `state`: how m and v are kept between steps; a step uses its fresh values. `cautious`: weight decay only where it
-    has the sign of the update (arXiv:2510.12402).
+    `state`: how m and v are kept between steps, in bf16 m alone; a step uses its fresh values. `cautious`: weight decay
+    only where it has the sign of the update (arXiv:2510.12402).
     """
 
     IS_PART: ClassVar[bool] = True
@@ -34,7 +34,7 @@ class AdamW(Rule):
     eps: float = 1e-8
     weight_decay: float = 0.0
     cautious: bool = False
-    state: Float32 | Int8Blockwise = field(default_factory=Float32)
+    state: Float32 | BFloat16 | Int8Blockwise = field(default_factory=Float32)
 
     def __post_init__(self) -> None:
         # Without eps, or one that float32 has not, a weight that never had a gradient would become 0 / 0.
@@ -42,10 +42,10 @@ class AdamW(Rule):
         if not (rates and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and SMALLEST_EPS <= self.eps < inf):
             raise ValueError(f"{self}; accepted: lr and weight_decay from 0 to {LARGEST_RATE:.2g}, betas in [0, 1), "
                              f"finite eps >= {SMALLEST_EPS:.3g}")  # fmt: skip
-        longest = LONGEST["geometric"], LONGEST["squares"]
-        if isinstance(self.state, Int8Blockwise) and (self.beta1 > longest[0] or self.beta2 > longest[1]):
-            raise ValueError(f"beta1 = {self.beta1}, beta2 = {self.beta2} with 8-bit state; accepted: at most "
-                             f"{longest[0]} and {longest[1]}, longer averages would stand still")  # fmt: skip
+        longest = self.state.longest("geometric"), self.state.longest("squares")
+        if self.beta1 > longest[0] or self.beta2 > longest[1]:
+            raise ValueError(f"beta1 = {self.beta1}, beta2 = {self.beta2} with {self.state.NAME} state; accepted: at "
+                             f"most {longest[0]} and {longest[1]}, longer averages would stand still")  # fmt: skip
 
     def init_state(self, weights: Tensor) -> State:
         count = torch.zeros(len(weights), *[1] * (weights.ndim - 1), dtype=torch.float32, device=weights.device)

@@ -2,8 +2,8 @@
 
     M <- beta M + (1 - beta) G,   U = (1 - beta) G + beta M (Nesterov) or M,   D = orth(U)
 
-`orth` is nearly the polar factor (`polar`). With M kept in 8 bits (arXiv:2509.23106) a step reads it, forms the new M
-and U in float32, and stores M again; D is made of the fresh values.
+`orth` is nearly the polar factor (`polar`). With M kept in bf16 or in 8 bits (arXiv:2509.23106) a step reads it, forms
+the new M and U in float32, and stores M again; D is made of the fresh values.
 NorMuon (arXiv:2510.05491) divides each row of D by the root of a moving average of its mean square, and restores the
 norm of D. Shapes: G_NMK is a stack of N matrices of one shape, so that every product is one batched GEMM.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from cggr_ray.codec import nearest
 from cggr_ray.optim.polar import orthogonalise
 from cggr_ray.optim.rule import LARGEST_RATE, Rule
-from cggr_ray.optim.state_formats import LONGEST, Float32, Int8Blockwise, State, turn_rows
+from cggr_ray.optim.state_formats import BFloat16, Float32, Int8Blockwise, State, turn_rows
 from cggr_ray.workers import ALONE, Workers
 
 # Steps without gradients after which a momentum says nothing of the next.
@@ -54,7 +54,7 @@ class Muon(Rule):
     scale: Literal["keller", "moonlight", "spectral", "none"] = "moonlight"
     weight_decay: float = 0.0
     cautious: bool = False
-    state: Float32 | Int8Blockwise = field(default_factory=Float32)
+    state: Float32 | BFloat16 | Int8Blockwise = field(default_factory=Float32)
     row_beta: float | None = None
 
     def __post_init__(self) -> None:
@@ -64,9 +64,9 @@ class Muon(Rule):
             raise ValueError(f"scale = {self.scale!r}; {nearest(self.scale, SHAPE_SCALES)}")
         if self.row_beta is not None and not 0 <= self.row_beta < 1:
             raise ValueError(f"row_beta = {self.row_beta}; accepted: none, or in [0, 1)")
-        if isinstance(self.state, Int8Blockwise) and self.momentum > LONGEST["linear"]:
-            raise ValueError(f"momentum = {self.momentum} with 8-bit state; accepted: at most {LONGEST['linear']}, a "
-                             "longer average would stand still between two codes")  # fmt: skip
+        if self.momentum > (longest := self.state.longest("linear")):
+            raise ValueError(f"momentum = {self.momentum} with {self.state.NAME} state; accepted: at most {longest}, a "
+                             "longer average would stand still between two values")  # fmt: skip
 
     def init_state(self, weights: Tensor) -> State:
         state = self.state.zeros("momentum", weights, "linear")

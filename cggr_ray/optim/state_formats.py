@@ -1,4 +1,6 @@
-"""How an optimizer keeps a moving average between steps: in float32, or in 8 bits and a bf16 scale a block of a row.
+"""How an optimizer keeps a moving average between steps: in float32, in bf16, or in 8 bits and a bf16 scale a block.
+
+Codes of 8 bits:
 
     linear      x = q s / 127,             q in [-127, 127]: equal steps, for momentum that is orthogonalised
     geometric   x = sign(c) s 2^((|c| - 127) / 8), 0 for c = 0: equal ratios over 16 octaves, for what is divided
@@ -12,7 +14,7 @@ good enough; block size and bf16 scales are ours). Moments of Adam want ratios: 
 cannot decay, while the second moment under it does.
 
 An average moves by a part of itself a step, and what moves by less than half a code stands still. Hence `LONGEST`; a
-block's largest value itself may lag by half a step of bf16 over 1 - beta, 4 % at .95.
+block's largest value itself may lag by half a step of bf16 over 1 - beta, 4 % at .95, and so may every value in bf16.
 Differs from bitsandbytes and torchao: closed formulas, no table; bf16 scales; blocks of at most 128 values.
 """
 
@@ -35,10 +37,18 @@ GEOMETRIC, SQUARES = (127, 8), (255, 12)
 # is a factor of 2^(-1/16) = .957, between those of squares 2^(-1/24) = .971. Equal steps hold values that are small in
 # their block whatever the beta; that of momentum is bounded so that most still move.
 LONGEST: dict[Codes, float] = {"linear": 0.98, "geometric": 0.95, "squares": 0.97}
+# The same of bf16, whose half steps are up to 1/256 of a value: with 1 - 1/256 a part of them would not decay.
+LONGEST_BFLOAT16 = 0.99
 
 
 class StateFormat(Protocol):
     """How averages are kept. `name` is the average's own within the state of its rule."""
+
+    NAME: ClassVar[str]
+
+    def longest(self, codes: Codes) -> float:
+        """The longest average, as its beta, that does not stand still."""
+        ...
 
     def zeros(self, name: str, like: Tensor, codes: Codes) -> State: ...
     def read(self, state: State, name: str, codes: Codes) -> Tensor: ...
@@ -51,6 +61,10 @@ class Float32:
 
     IS_PART: ClassVar[bool] = True
     KIND: ClassVar[str] = "float32"
+    NAME: ClassVar[str] = "float32"
+
+    def longest(self, codes: Codes) -> float:
+        return 1.0
 
     def zeros(self, name: str, like: Tensor, codes: Codes) -> State:
         """The state of an average of zeros in the shape of `like`."""
@@ -66,11 +80,39 @@ class Float32:
 
 
 @dataclass(frozen=True)
+class BFloat16:
+    """Two bytes a value, rounded to the nearest; averages of squares, which are long, in float32."""
+
+    IS_PART: ClassVar[bool] = True
+    KIND: ClassVar[str] = "bfloat16"
+    NAME: ClassVar[str] = "bfloat16"
+
+    def longest(self, codes: Codes) -> float:
+        return 1.0 if codes == "squares" else LONGEST_BFLOAT16
+
+    def zeros(self, name: str, like: Tensor, codes: Codes) -> State:
+        """As `Float32.zeros`."""
+        return {name: torch.zeros_like(like, dtype=torch.float32 if codes == "squares" else torch.bfloat16)}
+
+    def read(self, state: State, name: str, codes: Codes) -> Tensor:
+        """The average, float32."""
+        return state[name].float()
+
+    def write(self, state: State, name: str, value: Tensor, codes: Codes, keep: Tensor) -> None:
+        """As `Float32.write`."""
+        Float32().write(state, name, value, codes, keep)
+
+
+@dataclass(frozen=True)
 class Int8Blockwise:
     """One byte a value and two a block of up to 128: 1.016 bytes a value."""
 
     IS_PART: ClassVar[bool] = True
     KIND: ClassVar[str] = "int8_blockwise"
+    NAME: ClassVar[str] = "8-bit"
+
+    def longest(self, codes: Codes) -> float:
+        return LONGEST[codes]
 
     def zeros(self, name: str, like: Tensor, codes: Codes) -> State:
         """As `Float32.zeros`; small tensors, and rows that do not divide into blocks, are kept in float32."""

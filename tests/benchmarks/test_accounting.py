@@ -54,6 +54,7 @@ def test_states(rows: dict[str, dict[str, float]]) -> None:
     state = {name: values["optimizer_bytes"] - each for name, values in rows.items()}
     assert state["adamw_fp32"] == 8 * PARAMETERS + each
     assert state["muon_fp32"] == 4 * MATRICES + 8 * (EMBEDDING + NORMS) + rest
+    assert state["muon_bf16"] == 2 * MATRICES + (2 + 4) * (EMBEDDING + NORMS) + rest
     codes = 1 + 2 / 128
     assert state["muon_int8"] == codes * (MATRICES + 2 * EMBEDDING) + 8 * NORMS + rest
     # A quarter of the shorter side: rank 32 of 128, 16 of 64.

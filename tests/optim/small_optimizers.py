@@ -12,14 +12,14 @@ from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.optim.rule import Rule
 from cggr_ray.optim.schedules import Linear
-from cggr_ray.optim.state_formats import Int8Blockwise
+from cggr_ray.optim.state_formats import BFloat16, Int8Blockwise
 from cggr_ray.progress import Progress
 
 CPU = torch.device("cpu")
 STEADY = Linear(warmup_tokens=0, floor=1.0)
 PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
-EIGHT = Int8Blockwise()
+EIGHT, SIXTEEN = Int8Blockwise(), BFloat16()
 EIGHT_ADAMW = AdamW(state=EIGHT, weight_decay=0.1)
 # Half of each of the larger matrices of `wide`, so that the states are large enough for 8 bits.
 HALF = {"rank": 48, "largest_fraction": 0.5}
@@ -28,6 +28,8 @@ OPTIMIZERS = {
     "adamw8": Optimizer(matrix=EIGHT_ADAMW, rest=EIGHT_ADAMW, schedule=STEADY),
     "normuon": Optimizer(matrix=Muon(row_beta=0.95, weight_decay=0.1, cautious=True), schedule=STEADY),
     "normuon8": Optimizer(matrix=Muon(row_beta=0.95, state=EIGHT), rest=EIGHT_ADAMW, schedule=STEADY),
+    "muon16": Optimizer(matrix=Muon(state=SIXTEEN), rest=AdamW(state=SIXTEEN), schedule=STEADY),
+    "galore_adamw16": Optimizer(matrix=GaLore(AdamW(state=SIXTEEN), **HALF), schedule=STEADY),
     "galore": Optimizer(matrix=GaLore(Muon(weight_decay=0.1), **HALF), schedule=STEADY),
     "galore8": Optimizer(matrix=GaLore(Muon(state=EIGHT), **HALF, basis=EIGHT), schedule=STEADY),
     "galore_adamw": Optimizer(matrix=GaLore(AdamW(), **HALF), schedule=STEADY),

@@ -8,7 +8,7 @@ from small_optimizers import assert_same
 
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.muon import Muon
-from cggr_ray.optim.state_formats import Float32, Int8Blockwise, block_of, decode, encode
+from cggr_ray.optim.state_formats import BFloat16, Float32, Int8Blockwise, block_of, decode, encode
 
 EVERY = ["linear", "geometric", "squares"]
 ONE = torch.ones(())
@@ -188,10 +188,13 @@ def test_bytes_of_the_live_tensors():
     # And four bytes that count steps.
     assert bytes_of(AdamW(state=eight)) == 2 * size * (1 + 2 / 128) + 4
     assert bytes_of(Muon()) == 4 * size and bytes_of(AdamW()) == 8 * size + 4
+    assert bytes_of(Muon(state=BFloat16())) == 2 * size and bytes_of(AdamW(state=BFloat16())) == 6 * size + 4
 
 
 @pytest.mark.parametrize("codes", EVERY)
-@pytest.mark.parametrize("kept, columns", [(Float32(), 128), (Int8Blockwise(), 128), (Int8Blockwise(), 131)])
+@pytest.mark.parametrize(
+    "kept, columns", [(Float32(), 128), (BFloat16(), 128), (Int8Blockwise(), 128), (Int8Blockwise(), 131)]
+)
 def test_a_write_that_is_not_kept_changes_no_bit(kept, columns, codes):
     state = kept.zeros("x", torch.zeros(2, 64, columns), codes)
     kept.write(state, "x", values(codes, 128, columns).view(2, 64, columns), codes, ONE)
@@ -202,3 +205,60 @@ def test_a_write_that_is_not_kept_changes_no_bit(kept, columns, codes):
     kept.write(state, "x", other, codes, ONE)
     assert not any(torch.equal(state[key], before[key]) for key in state)
     assert (kept.read(state, "x", codes) - other).norm() < 0.1 * other.norm()
+
+
+# bf16
+
+
+def nearest_bf16(value):
+    """Of a float64, ties to even: eight bits of a fraction between 1/2 and 1."""
+    fraction, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(fraction, 8)), exponent - 8)
+
+
+def test_a_momentum_in_bf16_is_rounded_once_a_step():
+    rule, generator = Muon(momentum=0.95, state=BFloat16()), torch.Generator().manual_seed(5)
+    state, expected = rule.init_state(torch.zeros(1, 4, 6)), [0.0] * 24
+    assert state["momentum"].dtype == torch.bfloat16
+    for _ in range(30):
+        gradient = torch.randn(1, 4, 6, generator=generator)
+        rule.direction(gradient, state, ONE)
+        exact = [0.95 * m + 0.05 * g for m, g in zip(expected, gradient.flatten().double().tolist(), strict=True)]
+        found = state["momentum"].flatten().double().tolist()
+        for m, f in zip(exact, found, strict=True):
+            # A sum in float32 may fall on the other side of the middle between two values.
+            assert f == nearest_bf16(m) or abs(abs(f - m) - abs(nearest_bf16(m) - m)) < 1e-6 * abs(m)
+        expected = found
+
+
+def test_with_bf16_adamw_keeps_its_second_moment_exactly():
+    rules = [AdamW(beta2=0.999), AdamW(beta2=0.999, state=BFloat16())]
+    states = [rule.init_state(torch.zeros(1, 16, 24)) for rule in rules]
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(50):
+        gradient = torch.randn(1, 16, 24, generator=generator) + 0.3
+        found = [rule.direction(gradient, state, ONE) for rule, state in zip(rules, states, strict=True)]
+        assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()
+    assert torch.equal(states[0]["second"], states[1]["second"])
+    assert states[1]["first"].dtype == torch.bfloat16
+    assert not torch.equal(states[0]["first"], states[1]["first"].float())
+
+
+@pytest.mark.parametrize("start", [1.0, 1 + 2**-7, 1.5, 2 - 2**-7, -1.25])
+def test_the_longest_average_in_bf16_still_decays(start):
+    state = BFloat16().zeros("x", torch.zeros(1, 1, 1), "linear")
+    BFloat16().write(state, "x", torch.full((1, 1, 1), start), "linear", ONE)
+    before, longest = abs(start), BFloat16().longest("linear")
+    for _ in range(2000):
+        BFloat16().write(state, "x", BFloat16().read(state, "x", "linear") * longest, "linear", ONE)
+        now = state["x"].item()
+        assert abs(now) < before and now * start > 0
+        before = abs(now)
+
+
+def test_averages_too_long_for_bf16_are_refused():
+    with pytest.raises(ValueError, match=r"momentum = 0.995 with bfloat16 state; accepted: at most 0.99"):
+        Muon(momentum=0.995, state=BFloat16())
+    with pytest.raises(ValueError, match=r"beta1 = 0.995, beta2 = 0.999 with bfloat16 state; accepted: at most 0.99"):
+        AdamW(beta1=0.995, beta2=0.999, state=BFloat16())
+    AdamW(beta1=0.99, beta2=0.9999, state=BFloat16())
