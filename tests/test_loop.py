@@ -118,6 +118,7 @@ def test_baseline_is_the_loop_written_by_hand(spec: RaceSpec, data_folder: Path,
 NEUTRAL = {
     "cggr_loss": {"tokens.keep": 1.0},
     "cggr_importance": {"tokens.keep": 1.0},
+    "cggr_importance_sparse": {"tokens.keep": 1.0},
     "cggr_model": {"tokens.keep": 1.0},
     "cggr_model_sequence": {"rows.keep": 1.0},
     "cggr_seed": {"tokens.keep": 1.0},

@@ -9,6 +9,7 @@ import pytest
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.muon import Muon
 from cggr_ray.recipe import Recipe, explain, load_recipe, recipe_names
+from cggr_ray.routing.curriculum import Curriculum
 from cggr_ray.routing.rows import AllRows, FewerRows
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens
 
@@ -51,6 +52,11 @@ def test_shipped_files_mean_what_they_say() -> None:
     cggr = load_recipe("cggr_loss").tokens
     assert isinstance(cggr, SelectedTokens)
     assert (cggr.keep, cggr.score, cggr.selection, cggr.curriculum.target_at) == (0.25, "combined", "stratified", 0.1)
+    sparse = load_recipe("cggr_importance_sparse").tokens
+    assert isinstance(sparse, SelectedTokens)
+    assert (sparse.keep, sparse.score, sparse.plan, sparse.detach) == (0.6, "gnorm", "after", "live")
+    assert (sparse.selection, sparse.weights, sparse.importance_floor) == ("importance", "inverse_probability", 0.15)
+    assert sparse.curriculum == Curriculum(full_until=0.4, target_at=0.4, full_from=0.9)
     assert load_recipe("fewer_rows").rows == FewerRows(0.5)
     control = load_recipe("random_tokens").tokens
     assert isinstance(control, RandomTokens)

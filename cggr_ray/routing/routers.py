@@ -218,7 +218,12 @@ class ScoreRouter(RatioRouter):
     def _route(self, scored: Scored, micro: MicroBatch, ratio: float) -> TokenRoute:
         scores_BT, documents_BT, labels_BT = self._in_scope(scored.scores_BT, micro)
         keep_B, labelled_B = self.counts(scores_BT, labels_BT, ratio)
-        selection = choose(self.config, scores_BT, keep_B, labelled_B, documents_BT, self._generator)
+        left_B = labelled_B
+        if self.config.drop_easiest or self.config.drop_hardest:
+            tails = self.config.drop_easiest, self.config.drop_hardest
+            scores_BT, left_B = selectors.without_tails(scores_BT, labelled_B, *tails)
+            keep_B = keep_B.minimum(left_B)
+        selection = choose(self.config, scores_BT, keep_B, left_B, documents_BT, self._generator)
         route = route_of(selection, keep_B, labelled_B, ratio, self.config.weights == "inverse_probability")
         kept_BK = torch.where(route.filled_BK, scores_BT.gather(1, route.index_BK), -torch.inf)
         counted = {ROUTER_USAGE: score_histogram(kept_BK), ROUTER_KEPT_FRACTION: route.kept(labels_BT)}

@@ -20,6 +20,15 @@ class Selection(NamedTuple):
     probability_BT: Tensor | None
 
 
+def without_tails(scores_BT: Tensor, labelled_B: Tensor, easiest: float, hardest: float) -> tuple[Tensor, Tensor]:
+    """(scores without the easiest and the hardest parts of each row, rounded down, which become -inf; how many are
+    left). What is hardest of all is often noise in the labels, and what is easiest has no gradient (arXiv 2404.07965).
+    """
+    low, high = ((part * labelled_B.double() + 1e-9).floor().long() for part in (easiest, hardest))
+    inside = rank_classes(scores_BT, torch.stack([high, labelled_B - low], dim=1)) == 1
+    return torch.where(inside, scores_BT, -torch.inf), labelled_B - low - high
+
+
 def top_k(scores_BT: Tensor, keep_B: Tensor) -> Selection:
     """The keep_B hardest positions of each row."""
     return Selection(rank_classes(scores_BT, keep_B.unsqueeze(1)) == 0, None)

@@ -80,6 +80,8 @@ class SelectedTokens:
     expected gradient is that of all positions (selections that draw at random, plan `dense`).
     `selection`: `stratified` draws by chance within strata of the score, `stratified_top` takes the hardest of each.
     `scope`: exactly k of every row, or of the whole micro-batch as upstream does.
+    `drop_easiest`, `drop_hardest`: parts of the labelled positions, by score, that no selection keeps while it selects,
+    a mislabelled position being among the hardest.
     `reference`: the folder of the model (safetensors) whose loss the score `excess` subtracts.
     """
 
@@ -97,6 +99,8 @@ class SelectedTokens:
     min_tokens_per_sequence: int = 1
     importance_floor: float = 0.15
     largest_weight: float = 10.0
+    drop_easiest: float = 0.0
+    drop_hardest: float = 0.0
     curriculum: Curriculum = Curriculum()
     dynamic: DynamicThreshold | None = None
     reference: str | None = None
@@ -108,6 +112,10 @@ class SelectedTokens:
         if self.score != "excess" and self.reference is not None:
             raise ValueError(f"reference {self.reference!r} with score {self.score!r}; accepted: with 'excess'")
         check_strata(self.num_strata)
+        low, high = self.drop_easiest, self.drop_hardest
+        if not (low >= 0 and high >= 0 and self.keep + low + high <= 1 + 1e-9):
+            raise ValueError(f"drop_easiest = {low}, drop_hardest = {high} at keep = {self.keep}; accepted: not "
+                             "negative, and at most 1 together with keep")  # fmt: skip
         if self.min_tokens_per_sequence < 0:
             raise ValueError(f"min_tokens_per_sequence = {self.min_tokens_per_sequence}; accepted: at least 0")
         if self.selection == "fixed_quota" and self.dynamic is not None:

@@ -34,6 +34,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "all": {"kind": "all_tokens"},
     "drawn, dense": SELECTED | {"plan": "dense", "selection": "stratified"},
     "after, own": SELECTED | {"plan": "after"},
+    "after, ranks": SELECTED
+    | {"plan": "after", "score": "combined_rank", "selection": "stratified_top", "drop_hardest": 0.05},
     "before, random": {"kind": "random_tokens", "keep": 0.25, "curriculum": CURRICULUM},
     "before, probe": SELECTED | {"plan": "before", "router": {"kind": "probe", "layers": 1}},
     "before, lens": SELECTED | {"plan": "before", "router": {"kind": "tuned_lens", "layers": 1}},

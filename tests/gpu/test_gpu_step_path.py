@@ -23,6 +23,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "random_tokens": {},
     "cggr_loss": {},
     "cggr_importance": {},
+    "cggr_importance_sparse": {},
     "cggr_model": {"tokens.router.layers": 2},
     "cggr_seed": {"tokens.router.layers": 2},
     "cggr_skip": {"tokens.entry": 1, "tokens.exit": 1},

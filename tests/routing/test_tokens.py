@@ -35,6 +35,8 @@ PARTS = {
     "stratified_top": SelectedTokens(keep=0.5, selection="stratified_top", score="combined_rank"),
     "fixed_quota": SelectedTokens(keep=0.3, selection="fixed_quota", score="margin"),
     "importance": SelectedTokens(keep=0.25, **IMPORTANCE),
+    "importance without tails": SelectedTokens(keep=0.25, drop_easiest=0.1, drop_hardest=0.05, **IMPORTANCE),
+    "stratified without tails": SelectedTokens(keep=0.4, selection="stratified", drop_easiest=0.2, drop_hardest=0.05),
     "importance over the batch": SelectedTokens(keep=0.3, scope="batch", **IMPORTANCE),
 }
 
@@ -194,6 +196,41 @@ def test_topk_keeps_the_hardest_by_every_score(score, scope):
 
 
 @pytest.mark.parametrize("scope", ["row", "batch"])
+@pytest.mark.parametrize("tails", [(0.0, 0.1), (0.3, 0.0), (0.25, 0.12)])
+def test_tails_are_kept_by_no_selection(tails, scope):
+    micro = odd_micro()
+    stream, labels = stream_of(micro), micro.labels_BT.flatten()
+    lines = 1 if scope == "batch" else 6
+    losses = torch.where(labels >= 0, truth_scores(stream, labels)["loss"], -torch.inf).view(lines, -1)
+    options = {"keep": 0.5, "score": "loss", "scope": scope, "drop_easiest": tails[0], "drop_hardest": tails[1]}
+    importance = IMPORTANCE | {"score": "loss"}
+    for more in ({}, {"selection": "stratified"}, {"selection": "stratified_top"}, importance):
+        route = routed(SelectedTokens(**(options | more)).build(0, SETTING), seen_of(stream), micro, 0.875, at())
+        for b, keep in enumerate(kept_counts(micro, 0.875, scope == "batch")):
+            order = sorted((t for t, x in enumerate(losses[b]) if x > -torch.inf), key=lambda t, b=b: -losses[b, t])
+            low, high = (math.floor(part * len(order) + 1e-9) for part in tails)
+            left = order[high : len(order) - low]
+            found = route.index_BK[b][route.filled_BK[b]].tolist()
+            assert set(found) <= set(left) and len(found) == min(keep, len(left))
+            if not more:
+                assert found == sorted(left[:keep])
+
+
+def test_importance_without_tails_is_unbiased_for_what_is_left():
+    micro = micro_of(torch.ones(1, 40, dtype=torch.bool))
+    stream = stream_of(micro)
+    part = SelectedTokens(keep=0.4, drop_easiest=0.2, drop_hardest=0.1, **(IMPORTANCE | {"score": "loss"}))
+    router, total = part.build(0, SETTING), torch.zeros(40, dtype=torch.float64)
+    for step in range(3000):
+        route = routed(router, seen_of(stream), micro, 0.4, at(step))
+        total.index_add_(0, route.index_BK[0], route.weights_BK[0].double())
+    order = truth_scores(stream, micro.labels_BT.flatten())["loss"].argsort(descending=True)
+    assert (total[order[:4]] == 0).all() and (total[order[32:]] == 0).all()
+    # Weights are at most 10: a mean of 3000 is off by less than 4 sqrt(9 / 3000).
+    torch.testing.assert_close(total[order[4:32]] / 3000, torch.ones(28, dtype=torch.float64), atol=0.22, rtol=0)
+
+
+@pytest.mark.parametrize("scope", ["row", "batch"])
 def test_sequence_aware_gives_every_document_a_position(scope):
     micro = micro_of(torch.ones(3, 36, dtype=torch.bool))
     part = SelectedTokens(keep=0.25, selection="sequence_aware", scope=scope, score="loss")
@@ -270,6 +307,12 @@ def test_all_tokens_never_asks_for_a_route():
         (lambda: SelectedTokens(num_strata=0), "num_strata = 0"),
         (lambda: SelectedTokens(num_strata=1001), "num_strata = 1001; accepted: 1 to 1000"),
         (lambda: SelectedTokens(min_tokens_per_sequence=-1), "min_tokens_per_sequence = -1"),
+        (
+            lambda: SelectedTokens(keep=0.6, drop_easiest=0.4, drop_hardest=0.1),
+            "drop_easiest = 0.4, drop_hardest = 0.1",
+        ),
+        (lambda: SelectedTokens(drop_easiest=-0.1), "drop_easiest = -0.1"),
+        (lambda: SelectedTokens(drop_hardest=math.nan), "drop_hardest = nan"),
         (lambda: SelectedTokens(weights="inverse_probability"), "'inverse_probability' with 'topk'"),
         (lambda: SelectedTokens(**(IMPORTANCE | {"weights": "mean"})), "with weights 'inverse_probability'"),
         (lambda: SelectedTokens(**(IMPORTANCE | {"score": "entropy"})), "'importance' by 'entropy'"),
