@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from on_gpu import DEVICE, tiny
+from on_gpu import DEVICE, DTYPE, tiny
 from polar_oracle import published
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from cggr_ray.benchmarks.optimizers import OPTIMIZERS
 from cggr_ray.models.adapter import Adapter
@@ -25,6 +26,7 @@ CONFIGS = OPTIMIZERS | {
     "normuon": Optimizer(Muon(row_beta=0.95, weight_decay=0.1, cautious=True)),
     "galore_corrected": Optimizer(GaLore(Muon(), refresh_every=3, full_rank=0.25)),
 }
+GPT2 = {"vocab_size": 128, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 64}
 STEPS = 6
 LEARNING: dict[str, Active] = {
     "every layer": (True,) * 4,
@@ -35,13 +37,24 @@ LEARNING: dict[str, Active] = {
 
 def build(model: PreTrainedModel, config: Optimizer, device: torch.device) -> StackedOptimizer:
     adapter = Adapter(model)
-    return config.build(adapter.named_parameters(), adapter.hidden_names(), device)
+    return config.build(adapter.named_parameters(), adapter.hidden_names(), device, fused=adapter.fused_names())
 
 
-def trained(config: Optimizer, device: torch.device, active: Active) -> StackedOptimizer:
+def gpt2() -> PreTrainedModel:
+    """Four layers whose queries, keys and values are in one matrix."""
+    config = GPT2Config(**GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(3)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.to(device=DEVICE, dtype=DTYPE)
+
+
+def trained(
+    config: Optimizer, device: torch.device, active: Active, make: Callable[[], PreTrainedModel]
+) -> StackedOptimizer:
     """The optimizer of a bf16 model after some steps of random gradients of the layers that learn. With the CPU as
     `device` it is eager, with its rates there, although the model is on the GPU."""
-    model = tiny()
+    model = make()
     optimizer = build(model, config, device)
     Adapter(model).set_active_layers(active)
     g = torch.Generator().manual_seed(1)
@@ -60,10 +73,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("name, which", CASES)
-def test_compiled_updates_are_those_of_the_eager_optimizer(name: str, which: str) -> None:
+@pytest.mark.parametrize("make", [tiny, gpt2])
+def test_compiled_updates_are_those_of_the_eager_optimizer(
+    make: Callable[[], PreTrainedModel], name: str, which: str
+) -> None:
     config = replace(CONFIGS[name], project_early=False)
-    compiled, eager = (trained(config, device, LEARNING[which]) for device in (DEVICE, torch.device("cpu")))
-    start = {key: stack.master.clone() for key, stack in build(tiny(), config, DEVICE).stacks.items()}
+    compiled, eager = (trained(config, device, LEARNING[which], make) for device in (DEVICE, torch.device("cpu")))
+    start = {key: stack.master.clone() for key, stack in build(make(), config, DEVICE).stacks.items()}
     for key, stack in compiled.stacks.items():
         mine, theirs = (other.stacks[key].master - start[key] for other in (compiled, eager))
         assert (mine - theirs).norm() <= 0.02 * theirs.norm() and theirs.norm() > 0, key
