@@ -222,9 +222,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: another version of this project wrote it.
     """
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return parse_state((folder / STATE).read_bytes(), folder)
+
+
+def parse_state(content: bytes, where: Path | str) -> dict[str, Any]:
+    """The same from the content of a state.json."""
+    state: dict[str, Any] = json.loads(content)
     if state.get("format") != FORMAT:
-        raise ValueError(f"{folder}: format = {state.get('format')}; accepted: {FORMAT}, this version's; the version "
+        raise ValueError(f"{where}: format = {state.get('format')}; accepted: {FORMAT}, this version's; the version "
                          "that began the run can go on, or remove its folder to begin again")  # fmt: skip
     return state
 
@@ -271,10 +276,11 @@ def _fingerprints(folder: Path) -> dict[str, str]:
     """By the name of every file but the manifest, its size and its hash; files side by side, as hashing is slow."""
     files = [file for file in folder.iterdir() if file.name != MANIFEST]
     with ThreadPoolExecutor() as pool:
-        return dict(zip((file.name for file in files), pool.map(_fingerprint, files), strict=True))
+        return dict(zip((file.name for file in files), pool.map(fingerprint, files), strict=True))
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
+    """Size and hash of a file, as a manifest has them."""
     with path.open("rb") as file:
         return f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
 

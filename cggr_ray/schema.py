@@ -20,7 +20,9 @@ A run folder holds
 and a race folder holds race.json, runs/<trial id>/ and, with evaluation tasks, overlap.json: which of their questions
 training documents have, and questions/, the tasks' files. That of a tuning holds tuning.json, runs/<trial id>/,
 tuning.jsonl with a row a trial, and the race it leads to. The file `stop` in one of these asks its runs to end with a
-checkpoint; run.lock in one is held by the process that starts them. Readers need nothing else.
+checkpoint; run.lock in one is held by the process that starts them; mirror.id is there and in its mirror, if it has
+one, which holds the same files but what is Ray's, and data/manifest.json, the sizes and hashes of data/. Readers need
+nothing else.
 
 A sweep's folder holds sweep.json (what is searched, and how), runs/<trial id>/, best/ with the best recipe and a race
 of it, and sweep.jsonl: one event a line, append-only, `at` in Unix seconds.
@@ -64,6 +66,13 @@ QUESTIONS_FOLDER: Final = "questions"
 LATE_FILE: Final = "late.jsonl"
 MILESTONES_FOLDER: Final = "milestones"
 MILESTONE_FILE: Final = "milestone.json"
+DATA_FOLDER: Final = "data"
+# Of a run: what is large, and nobody needs who only reads results.
+WEIGHTS_FOLDERS: Final = ("checkpoints", "model", "heads", MILESTONES_FOLDER)
+# The word by which a race's folder and its mirror know each other.
+MIRROR_FILE: Final = "mirror.id"
+# In a trial's last report: why its mirror lacks the end of it.
+UNMIRRORED: Final = "unmirrored"
 
 RowKind = Literal["step", "milestone", "resumed", "adopted", "out_of_memory"]
 Status = Literal["finished", "diverged", "stopped", "failed", "out_of_memory", "cut"]
