@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from cggr_ray.calibration import Calibration, Settings, notes, write_calibrated
-from cggr_ray.commands import check, check_tokens, specify
+from cggr_ray.commands import check, specify
 from cggr_ray.data.dataset import prepare
+from cggr_ray.data_checks import check_tokens
 from cggr_ray.device import pick_device
 from cggr_ray.fits import ask
 from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE

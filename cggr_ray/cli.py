@@ -9,14 +9,17 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from cggr_ray import options
+from cggr_ray.copying import fetch_results
 from cggr_ray.files import FORBIDDEN, FULL
 from cggr_ray.lock import InUseError
 from cggr_ray.recipe_command import recipe_app
+from cggr_ray.remote import RemoteError, is_address, open_remote
 from cggr_ray.stopping import StoppedError
 
 app = typer.Typer(
@@ -47,7 +50,8 @@ def race(
     wandb_project: Annotated[str | None, typer.Option(help="W&B project.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard event files too.")] = False,
     save_model: Annotated[bool, typer.Option("--save-model", help="Keep each trial's final model.")] = False,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the race in this folder.")] = None,
+    mirror: options.Mirror = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with the race in this folder, or at its mirror.")] = None,
     trials: Annotated[int | None, typer.Option(help="Stop after so many trials; --resume goes on later.")] = None,
     dry_run: options.DryRun = False,
 ) -> None:
@@ -68,6 +72,7 @@ def race(
         wandb_project=wandb_project,
         tensorboard=tensorboard or None,
         save_model=save_model or None,
+        mirror=mirror,
     )
     commands.race(spec, out, changes, commands.assignments(sets), executor, address, resume, trials, dry_run)
 
@@ -79,7 +84,8 @@ def tune(
     recipes: options.Recipes = None,
     executor: options.Executor = "train",
     address: options.Address = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the tuning in this folder.")] = None,
+    mirror: options.Mirror = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with the tuning in this folder, or at its mirror.")] = None,
     also: Annotated[
         list[str] | None, typer.Option(help="With --resume: one more entry for tuning.values, as in the file.")
     ] = None,
@@ -92,7 +98,7 @@ def tune(
     """
     from cggr_ray import commands, tune_command
 
-    changes = commands.given(recipes=commands.words("--recipes", recipes))
+    changes = commands.given(recipes=commands.words("--recipes", recipes), mirror=mirror)
     tune_command.tune(spec, out, changes, executor, address, resume, also or [], dry_run)
 
 
@@ -141,7 +147,8 @@ def sweep(
     executor: options.Executor = "inprocess",
     address: options.Address = None,
     growing: options.Growing = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the sweep in this folder.")] = None,
+    mirror: options.Mirror = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with the sweep in this folder, or at its mirror.")] = None,
     dry_run: options.DryRun = False,
 ) -> None:
     """Search the hyperparameters of a recipe family, and write the best recipe.
@@ -150,7 +157,7 @@ def sweep(
     """
     from cggr_ray import commands, sweep_command
 
-    changes = commands.given(budget_seconds=budget, device=device)
+    changes = commands.given(budget_seconds=budget, device=device, mirror=mirror)
     search = commands.given(
         trials=trials,
         seed=seed,
@@ -166,7 +173,7 @@ def sweep(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a race or a sweep.")],
+    folder: Annotated[str, typer.Argument(help="The folder of a race or a sweep, or its mirror.")],
     out: Annotated[
         Path | None, typer.Option(help="Where to write; <folder>/report by default.", callback=options.writable)
     ] = None,
@@ -177,8 +184,13 @@ def report(
     """
     from analysis import report_summary, write_report
 
-    path = write_report(folder, out)
-    typer.echo(report_summary(folder))
+    with TemporaryDirectory() as fetched:
+        if is_address(folder):
+            fetch_results(open_remote(folder), Path(fetched))
+            out = out or Path("outputs") / f"{folder.rstrip('/').rpartition('/')[2]}-report"
+        results = Path(fetched if is_address(folder) else folder)
+        path = write_report(results, out)
+        typer.echo(report_summary(results))
     typer.echo(f"\nreport: {path}")
 
 
@@ -291,8 +303,8 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The console script: a user's mistake, or a folder in use, is one line and exit code 2; a full disk, or a path
-    that this user may not read or write, one line and 1; SIGTERM is 143, Ctrl-C 130."""
+    """The console script: a user's mistake, or a folder in use, is one line and exit code 2; a full disk, a path that
+    this user may not read or write, or a mirror that does not answer, one line and 1; SIGTERM is 143, Ctrl-C 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # As an exception, so that what has processes of its own ends them.
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
@@ -306,6 +318,9 @@ def main() -> None:
             raise
         behind = "what was saved before is whole" if error.errno in FULL else "accepted: a path that this user may use"
         typer.echo(f"error: {error}; {behind}", err=True)
+        sys.exit(1)
+    except RemoteError as error:
+        typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except StoppedError as stopped:
         typer.echo(stopped, err=True)

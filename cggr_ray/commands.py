@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,18 +17,20 @@ import typer
 from rich.console import Console
 
 from cggr_ray.codec import nearest, to_plain
-from cggr_ray.data.dataset import AnySource, is_prepared, open_data, prepare
+from cggr_ray.data.dataset import AnySource, is_prepared, prepare
 from cggr_ray.data.sources import DATA_PRESETS
+from cggr_ray.data_checks import check_tokens
 from cggr_ray.device import pick_device
 from cggr_ray.environment import fingerprint
-from cggr_ray.evaluation.reference import check_reference
 from cggr_ray.files import write_whole
 from cggr_ray.lock import only_writer
+from cggr_ray.mirror import Unmirrored, fetch_race, mirror_of
 from cggr_ray.paths import race_beside, recipe_beside
 from cggr_ray.planning import check_present, show_plan
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
 from cggr_ray.recipe import Recipe, load_recipe, of_recipe
-from cggr_ray.schema import OVERLAP_FILE, RACE_FILE, SUMMARY_FILE
+from cggr_ray.remote import is_address
+from cggr_ray.schema import DATA_FOLDER, OVERLAP_FILE, RACE_FILE, SUMMARY_FILE
 from cggr_ray.telemetry.console import RaceConsole
 
 T = TypeVar("T")
@@ -93,7 +95,7 @@ def race(
     values: Mapping[str, Any],
     executor: str,
     address: str | None,
-    resume: Path | None,
+    resume: Path | str | None,
     most: int | None,
     dry_run: bool,
 ) -> None:
@@ -101,8 +103,9 @@ def race(
     if most is not None and most < 1:
         raise ValueError(f"--trials {most}; accepted: 1 or more")
     if resume is not None:
-        refuse_changes(name or out or changes or values)
-        spec, folder = read_spec(resume), resume
+        refuse_changes(name or changes or values)
+        folder = resumed(resume, RACE_FILE, out)
+        spec = read_spec(folder)
     else:
         spec = specify(name, changes, values)
         folder = out or new_folder(spec.name)
@@ -113,16 +116,31 @@ def race(
         show_plan(spec, trials)
         return
     check(spec, executor, address, folder)
+    mirror = mirror_of(spec, folder)
+    mirror.check()
     begin(folder, spec, trials)
     console = Console()
-    failed = run_left(with_kept_questions(trials, folder), folder, executor, address, most, console)
-    finish(folder, failed, console)
+    with mirror:
+        failed = run_left(with_kept_questions(trials, folder), folder, executor, address, most, console, mirror)
+        finish(folder, failed, console)
 
 
 def refuse_changes(changes: object) -> None:
     """Raises ValueError where settings are given to what goes on."""
     if changes:
         raise ValueError("--resume with other settings; accepted: --resume alone, a race keeps what it began with")
+
+
+def resumed(resume: Path | str, file: str, out: Path | None) -> Path:
+    """The folder to go on in, which has the record `file`: the given one, or where an address was fetched to.
+
+    Raises:
+        ValueError: `out` beside a folder, or nothing to go on with at the address.
+    """
+    if is_address(str(resume)):
+        return fetch_race(str(resume), file, out)
+    refuse_changes(out)
+    return Path(resume)
 
 
 def go_on(command: str, folder: Path) -> str:
@@ -135,7 +153,13 @@ def new_folder(name: str) -> Path:
 
 
 def run_left(
-    trials: Sequence[Trial], folder: Path, executor: str, address: str | None, most: int | None, console: Console
+    trials: Sequence[Trial],
+    folder: Path,
+    executor: str,
+    address: str | None,
+    most: int | None,
+    console: Console,
+    mirror: Unmirrored,
 ) -> list[str]:
     """Prepares the data and runs the trials that have no summary, `most` at most; the ids of those that did not end.
 
@@ -144,8 +168,9 @@ def run_left(
     """
     with only_writer(folder):
         spec = trials[0].race
-        left = [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()][:most]
-        prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
+        mirror.fetch_runs()
+        left = without_summary(trials)[:most]
+        prepare_data(spec, folder, console, mirror)
         check_tokens(spec, [trial.recipe for trial in trials], folder / "data")
         if spec.evaluation is not None and not (folder / OVERLAP_FILE).is_file():
             console.print("looking for the tasks' questions in the training documents", style="dim")
@@ -157,7 +182,23 @@ def run_left(
         from trainables.driver import run_trials
 
         with RaceConsole(spec.budget_seconds, [trial.trial_id for trial in left], console) as live:
-            return run_trials(left, folder, executor, address, live.show)
+            failed = run_trials(left, folder, executor, address, live.show)
+        # Those of other machines have theirs in the mirror.
+        mirror.fetch_runs()
+        ended = {trial.trial_id for trial in trials} - {trial.trial_id for trial in without_summary(trials)}
+        return [trial_id for trial_id in failed if trial_id not in ended]
+
+
+def without_summary(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that have not ended."""
+    return [trial for trial in trials if not (Path(trial.folder) / SUMMARY_FILE).is_file()]
+
+
+def prepare_data(spec: RaceSpec, folder: Path, console: Console, mirror: Unmirrored) -> None:
+    """Prepares the data of a race in its folder, or fetches them, and sees to it that its mirror has them."""
+    mirror.fetch_data(spec.data)
+    prepare(spec.data, folder / DATA_FOLDER, lambda text: console.print(text, style="dim"))
+    mirror.send_data()
 
 
 def check(spec: RaceSpec, executor: str, address: str | None, folder: Path) -> None:
@@ -183,33 +224,6 @@ def check_executor(executor: str, spec: RaceSpec) -> None:
         raise ValueError(
             f"executor 'inprocess' with workers = {spec.workers}; accepted: executor train, or workers = 1"
         )
-
-
-def check_tokens(spec: RaceSpec, recipes: Iterable[Recipe], data_folder: Path) -> None:
-    """Whether the model, and the reference models that recipes name, read the tokens of the prepared data, and have the
-    positions that an evaluation asks for; and whether what recipes keep of activations holds all positions."""
-    recipes = list(recipes)
-    check_caches(spec, recipes, data_folder)
-    references = {recipe.reference for recipe in recipes if recipe.reference is not None}
-    if not references and spec.evaluation is None and spec.model.pretrained is None and spec.model.vocab_size is None:
-        return
-    data = open_data(spec.data, data_folder)
-    spec.model.vocabulary(len(data.tokenizer))
-    for reference in sorted(references):
-        check_reference(reference, data)
-    if spec.evaluation is not None:
-        spec.evaluation.asked(data.tokenizer, spec.model.config())
-
-
-def check_caches(spec: RaceSpec, recipes: Sequence[Recipe], data_folder: Path) -> None:
-    """Whether what recipes keep of activations holds all positions; where the device is not known here, in the smaller
-    of the dtypes that it may come to."""
-    devices = [torch.device(name) for name in (("cpu", "cuda") if spec.device == "auto" else (spec.device,))]
-    for recipe in recipes:
-        if (cache := recipe.execution.activation_cache) is not None:
-            width = spec.model.config().get_text_config().hidden_size
-            row = width * min(recipe.execution.dtype(device).itemsize for device in devices)
-            cache.shares(open_data(spec.data, data_folder).num_positions, row)
 
 
 def finish(folder: Path, failed: Sequence[str], console: Console) -> None:

@@ -19,7 +19,8 @@ def writable(folder: Path | None) -> Path | None:
     if folder is not None:
         # Of two slashes a path keeps one.
         if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder), re.IGNORECASE):
-            raise ValueError(f"folder {str(folder)!r} is an address; accepted: a path, where a bucket may be mounted")
+            raise ValueError(f"folder {str(folder)!r} is an address; accepted: a path, where a bucket may be mounted, "
+                             "or a path and --mirror ADDRESS")  # fmt: skip
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise ValueError(f"folder {str(folder)!r} cannot be written, for {str(there)!r}; accepted: a new folder")
@@ -35,6 +36,10 @@ Space = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option(help="Folder for the results; a new one below outputs/ by default.", callback=writable),
+]
+Mirror = Annotated[
+    str | None,
+    typer.Option(help="Address (s3://bucket/folder) of a copy from which any machine goes on; see README, A cluster."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and take nothing.")]
 Recipes = Annotated[str | None, typer.Option(help="Comma-separated recipes, the baseline first; all by default.")]

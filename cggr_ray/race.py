@@ -25,6 +25,7 @@ from cggr_ray.models.presets import ModelSpec
 from cggr_ray.paths import race_beside, recipe_values
 from cggr_ray.progress import Budget
 from cggr_ray.recipe import Recipe, load_recipe, of_recipe
+from cggr_ray.remote import check_address
 from cggr_ray.schema import RUNS_FOLDER
 from cggr_ray.seeds import ACCEPTED, check_seed, is_seed
 
@@ -77,7 +78,8 @@ class RaceSpec(Plain):
     where a checkpoint is written then. `workers` is how many processes train a trial together, each its share of every
     step's rows, in micro-batches of `micro_rows`: the same steps, in less time. `order_by_seed`: every seed reads the
     data in an order of its own, the same for all arms; else all seeds read one. `save_model` keeps a trial's final
-    model, an ordinary one; `save_heads` what its objective trained beside it, in heads/objective.safetensors.
+    model, an ordinary one; `save_heads` what its objective trained beside it, in heads/objective.safetensors. `mirror`
+    is the address of a folder that holds a copy of the race's, from which another machine goes on.
     """
 
     name: str = "race"
@@ -103,6 +105,7 @@ class RaceSpec(Plain):
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "cggr-ray"
     tensorboard: bool = False
+    mirror: str | None = None
     tuning: Tuning | None = None
     evaluation: Evaluation | None = None
 
@@ -116,6 +119,8 @@ class RaceSpec(Plain):
             raise ValueError(f"seeds {list(self.seeds)}; accepted: at least one, none twice, {ACCEPTED}")
         if not 1 <= self.micro_rows <= self.global_rows:
             raise ValueError(f"micro_rows = {self.micro_rows}; accepted: 1 to global_rows = {self.global_rows}")
+        if self.mirror is not None:
+            object.__setattr__(self, "mirror", check_address(self.mirror))
         if self.workers < 1:
             raise ValueError(f"workers = {self.workers}; accepted: 1 or more")
         if self.model.pretrained is None:

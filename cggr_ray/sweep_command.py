@@ -14,9 +14,20 @@ from rich.console import Console
 from rich.table import Table
 
 from cggr_ray.codec import to_plain
-from cggr_ray.commands import check, check_recipes, check_tokens, claim, go_on, new_folder, refuse_changes, specify
-from cggr_ray.data.dataset import prepare
+from cggr_ray.commands import (
+    check,
+    check_recipes,
+    claim,
+    go_on,
+    new_folder,
+    prepare_data,
+    refuse_changes,
+    resumed,
+    specify,
+)
+from cggr_ray.data_checks import check_tokens
 from cggr_ray.environment import fingerprint
+from cggr_ray.mirror import mirror_of
 from cggr_ray.schema import SWEEP_FILE, VAL_LOSS
 from cggr_ray.telemetry.console import RaceConsole
 
@@ -38,7 +49,7 @@ def sweep(
     executor: str,
     address: str | None,
     growing: int | None,
-    resume: Path | None,
+    resume: Path | str | None,
     dry_run: bool,
 ) -> None:
     """Plans a sweep, or takes one up again, runs what is left of it and writes the best recipe."""
@@ -46,8 +57,9 @@ def sweep(
     import trainables  # noqa: F401
 
     if resume is not None:
-        refuse_changes(name or race_name or out or changes or values or search)
-        spec, folder = read_sweep(resume), resume
+        refuse_changes(name or race_name or changes or values or search)
+        folder = resumed(resume, SWEEP_FILE, out)
+        spec = read_sweep(folder)
         check_recipes(folder, parts_of(spec), SWEEP_FILE)
     else:
         spec = specify_sweep(name, race_name, changes, values, search)
@@ -58,18 +70,22 @@ def sweep(
     if dry_run:
         show_sweep(spec)
         return
+    mirror = mirror_of(spec.race, folder)
+    mirror.check()
     if resume is None:
         begin_sweep(spec, folder)
     console = Console()
-    prepare(spec.race.data, folder / "data", lambda text: console.print(text, style="dim"))
-    check_tokens(spec.race, map(spec.race.recipe, spec.race.recipes), folder / "data")
     from trainables.history import History
     from trainables.sweep_driver import run_sweep
 
-    with History(folder) as history:
-        with RaceConsole(spec.race.budget_seconds, console=console) as live:
-            complete = run_sweep(spec, folder, history, executor, address, growing, live.show)
-        finish_sweep(spec, history, folder, console, complete)
+    with mirror:
+        mirror.fetch_runs()
+        prepare_data(spec.race, folder, console, mirror)
+        check_tokens(spec.race, map(spec.race.recipe, spec.race.recipes), folder / "data")
+        with History(folder) as history:
+            with RaceConsole(spec.race.budget_seconds, console=console) as live:
+                complete = run_sweep(spec, folder, history, executor, address, growing, live.show, mirror)
+            finish_sweep(spec, history, folder, console, complete)
 
 
 def specify_sweep(
@@ -150,6 +166,9 @@ def check_sweep(spec: SweepSpec, executor: str, folder: Path) -> None:
         raise ValueError(f"workers = {spec.race.workers} in a sweep; accepted: workers = 1, and trials side by side")
     if spec.search.scheduler.parks and executor != "inprocess":
         raise ValueError(f"scheduler 'pbt' with executor {executor!r}; accepted: inprocess")
+    if spec.search.scheduler.parks and spec.race.mirror is not None:
+        raise ValueError(f"mirror {spec.race.mirror!r} with scheduler 'pbt', whose trials read each other's folders; "
+                         "accepted: another scheduler, or a folder that all nodes have mounted")  # fmt: skip
     race, random = sweep_race(spec), np.random.default_rng(spec.search.seed)
     for _ in range(TRIED):
         values = {key: domain.sample(random) for key, domain in spec.domains.items()}

@@ -21,11 +21,13 @@ from cggr_ray.commands import (
     new_folder,
     read_spec,
     refuse_changes,
+    resumed,
     run_left,
     specify,
 )
 from cggr_ray.environment import fingerprint
 from cggr_ray.files import write_whole
+from cggr_ray.mirror import mirror_of
 from cggr_ray.planning import show_plan
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.schema import TUNED_FILE, TUNING_FILE, TUNING_ROWS_FILE, VAL_LOSS
@@ -38,15 +40,16 @@ def tune(
     changes: Mapping[str, Any],
     executor: str,
     address: str | None,
-    resume: Path | None,
+    resume: Path | str | None,
     also: Sequence[str],
     dry_run: bool,
 ) -> None:
     """Plans the tuning of a race, or takes one up again, `also` with more entries in its values; runs what is left
     and writes the tuned race."""
     if resume is not None:
-        refuse_changes(name or out or changes)
-        spec, folder = with_more(read_spec(resume, TUNING_FILE), also), resume
+        refuse_changes(name or changes)
+        folder = resumed(resume, TUNING_FILE, out)
+        spec = with_more(read_spec(folder, TUNING_FILE), also)
     elif also:
         raise ValueError("--also without --resume; accepted: every entry in the race's tuning.values")
     else:
@@ -59,6 +62,8 @@ def tune(
         for number, values in enumerate(tuning_of(spec).values, 1):
             Console().print(f"  values {number}: {json.dumps(values)}", highlight=False, soft_wrap=True)
         return
+    mirror = mirror_of(spec, folder)
+    mirror.check()
     parts = {name: spec.recipe(name).to_plain() for name in spec.recipes}
     record = {
         "name": spec.name,
@@ -72,8 +77,9 @@ def tune(
         write_whole(folder / TUNING_FILE, json.dumps(record, indent=1))
     claim(folder, TUNING_FILE, record)
     console = Console()
-    failed = run_left(trials, folder, executor, address, None, console)
-    finish_tuning(spec, trials, folder, failed, console)
+    with mirror:
+        failed = run_left(trials, folder, executor, address, None, console, mirror)
+        finish_tuning(spec, trials, folder, failed, console)
 
 
 def with_more(spec: RaceSpec, tables: Sequence[str]) -> RaceSpec:

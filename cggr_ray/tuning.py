@@ -108,6 +108,7 @@ def write_tuned(spec: RaceSpec, rows: Sequence[Row], path: Path) -> None:
         *notes(tuning, best),
         *(f"{row['trial_id']}: {row['status']}" for row in rows if row["status"] != "finished"),
     ]
-    tuned = spec.with_arms({name: row["values"] for name, row in best.items()})
+    # The mirror is the tuning's.
+    tuned = replace(spec.with_arms({name: row["values"] for name, row in best.items()}), mirror=None)
     head = "".join(f"# {line}\n" for line in comments)
     path.write_text(f"{head}\n{tomli_w.dumps(tuned.to_plain())}", encoding="utf-8")

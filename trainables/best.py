@@ -46,8 +46,15 @@ def write_best(spec: SweepSpec, best: Drawn, folder: Path) -> tuple[Path, Path]:
     batches = race.batches | ({name: race.batches[own]} if own in race.batches else {})
     beside = file.parent / "race.toml"
     by_seed = race.order_by_seed or race.model.pretrained is not None
+    # Its mirror is the sweep's.
     compared = replace(
-        race, name=f"{race.name}-best", recipes=(own, name), arms=arms, batches=batches, order_by_seed=by_seed
+        race,
+        name=f"{race.name}-best",
+        recipes=(own, name),
+        arms=arms,
+        batches=batches,
+        order_by_seed=by_seed,
+        mirror=None,
     )
     write_whole(beside, tomli_w.dumps(to_toml(compared.to_plain())))
     return file, beside

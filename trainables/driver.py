@@ -22,7 +22,7 @@ from ray.tune.error import TuneError
 from ray.tune.experiment import Trial as TuneTrial
 
 from cggr_ray.files import write_whole
-from cggr_ray.schema import FAILURE_FILE, SUMMARY_FILE
+from cggr_ray.schema import FAILURE_FILE, SUMMARY_FILE, UNMIRRORED
 from trainables.cluster import cluster
 from trainables.scaling import Placement, place
 from trainables.stopping import stoppable
@@ -55,7 +55,8 @@ class Rows(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: TuneTrial, result: dict[str, Any], **_: Any
     ) -> None:
-        self._on_row(result)
+        if not unmirrored(result):
+            self._on_row(result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: TuneTrial, **_: Any) -> None:
         own = trial.config["trial"]
@@ -65,6 +66,13 @@ class Rows(tune.Callback):
         folder, which = Path(own["folder"]), {"trial_id": own["trial_id"], "recipe": own["recipe"]["name"]}
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / FAILURE_FILE, json.dumps({**which, "seed": own["seed"], "message": message}, indent=1))
+
+
+def unmirrored(row: dict[str, Any]) -> bool:
+    """Whether a report is the last word of a trial whose mirror lacks its end, which is said."""
+    if UNMIRRORED in row:
+        log.warning("%s: its last upload has failed, its mirror lacks the end of it: %s", row["trial"], row[UNMIRRORED])
+    return UNMIRRORED in row
 
 
 def trainable(executor: str, placement: Placement, storage: Path, work_of: WorkOf) -> Callable[..., Any]:

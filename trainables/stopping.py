@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C while Ray runs trials: each writes a checkpoint and ends, then Ray ends, with no process left.
 
 The signals reach the process that started the trials, and it alone. It writes a file that the trials look for at every
-step, so that on a cluster the race's folder has to be the same one on all nodes, as it has to be anyway.
+step: in the race's folder, where this is the same one on all nodes, and in its mirror, if it has one.
 """
 
 from __future__ import annotations

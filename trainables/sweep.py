@@ -15,6 +15,7 @@ from typing import Any
 
 from cggr_ray import checkpoint
 from cggr_ray.adoption import adopt
+from cggr_ray.mirror import NO_MIRROR, Unmirrored
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.schema import (
     GPU_MEMORY_PEAK,
@@ -43,12 +44,13 @@ class Sweep:
 
     Args:
         history: of this sweep, empty or read again; what happened on disk and is missing in it is added.
+        mirror: of this sweep, where trials on other machines leave what they did.
     Raises:
         ValueError: another version of this project wrote the checkpoint of a trial that has not ended.
     """
 
-    def __init__(self, spec: SweepSpec, folder: Path, history: History) -> None:
-        self.spec, self.folder, self.history = spec, folder, history
+    def __init__(self, spec: SweepSpec, folder: Path, history: History, mirror: Unmirrored = NO_MIRROR) -> None:
+        self.spec, self.folder, self.history, self._mirror = spec, folder, history, mirror
         self.race = sweep_race(spec)
         self._search, self._scheduler = spec.search, spec.search.scheduler
         self.running: set[str] = set()
@@ -166,11 +168,15 @@ class Sweep:
         """Removes what a worker that was stopped had yet to write."""
         for trial in self.history.trials.values():
             if trial.ended and trial.status != "failed":
-                checkpoint.remove_all(self.run_folder(trial.trial_id))
+                self._remove_checkpoints(trial.trial_id)
 
     def _end(self, trial_id: str, status: Any, row: Mapping[str, Any], message: str) -> None:
         self.history.end(trial_id, status, row, message)
+        self._remove_checkpoints(trial_id)
+
+    def _remove_checkpoints(self, trial_id: str) -> None:
         checkpoint.remove_all(self.run_folder(trial_id))
+        self._mirror.remove_checkpoints(trial_id)
 
     def _count(self, row: Mapping[str, Any]) -> None:
         if TRAIN_SECONDS in row:
@@ -232,6 +238,8 @@ class Sweep:
 
     def _summary(self, trial_id: str) -> Row | None:
         file = self.run_folder(trial_id) / SUMMARY_FILE
+        if not file.is_file():
+            self._mirror.fetch_run(trial_id)
         return json.loads(file.read_text()) if file.is_file() else None
 
     def _catch_up(self, trial: Drawn) -> None:
@@ -243,7 +251,7 @@ class Sweep:
         summary, saved = self._summary(trial.trial_id), checkpoint.newest(self.run_folder(trial.trial_id))[0]
         if summary is None and saved is not None:
             checkpoint.read_state(saved)
-        done = checkpoint.step_of(saved) if saved else 0
+        done = max(checkpoint.step_of(saved) if saved else 0, self._mirror.newest_step(trial.trial_id))
         for row in self._milestones(trial.trial_id):
             if (summary is not None or row[STEP] <= done) and self._place(row) > self._reached(trial):
                 self.history.result(trial.trial_id, row)

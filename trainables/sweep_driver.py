@@ -14,9 +14,10 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.search import Searcher
 from ray.tune.stopper import CombinedStopper
 
+from cggr_ray.mirror import NO_MIRROR, Unmirrored
 from cggr_ray.stopping import Stop, never
 from trainables.cluster import cluster
-from trainables.driver import FAILURES, OnRow, fit, trainable
+from trainables.driver import FAILURES, OnRow, fit, trainable, unmirrored
 from trainables.history import History
 from trainables.scaling import place, place_growing
 from trainables.schedulers import own_id, replay
@@ -66,7 +67,8 @@ class Reports(Unwritten, tune.Callback):
     ) -> None:
         if "trial" in result:
             self._sweep.report(result)
-            self._on_row(result)
+            if not unmirrored(result):
+                self._on_row(result)
         if result.get("done"):
             self._stopped.add(trial.trial_id)
 
@@ -99,6 +101,7 @@ def run_sweep(
     address: str | None,
     growing: int | None = None,
     on_row: OnRow = lambda row: None,
+    mirror: Unmirrored = NO_MIRROR,
 ) -> bool:
     """Runs a sweep, or what is left of it, until it is complete or its own budget is used up; returns False where
     something has interrupted it before.
@@ -114,7 +117,7 @@ def run_sweep(
     """
     search = spec.search
     saved, scheduler = search.scheduler.parks, search.scheduler.build(spec.race.budget_seconds)
-    sweep = Sweep(spec, folder, history)
+    sweep = Sweep(spec, folder, history, mirror)
     sweep.stopped_before(replay(scheduler, history.events))
 
     # Nested trials that are stopped early give their GPU back only with the dashboard on.
@@ -145,4 +148,5 @@ def run_sweep(
         )
         fit(tuner)
     sweep.tidy()
+    mirror.fetch_runs()
     return sweep.complete

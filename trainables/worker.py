@@ -43,17 +43,25 @@ def run(config: dict[str, Any], report: Callable[[Row], None], group: Workers | 
     from cggr_ray.files import DiskFullError
     from cggr_ray.loop import run_race
     from cggr_ray.race import Trial
+    from cggr_ray.run_mirror import mirrored
+    from cggr_ray.schema import UNMIRRORED
     from cggr_ray.stopping import StopFile, StoppedError, stop_file
     from cggr_ray.workers import ALONE
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     trial, searched = Trial.from_plain(config["trial"]), config.get("searched")
-    race = partial(run_race, trial, report, stop=StopFile(stop_file(Path(trial.folder))), workers=group or ALONE)
+    workers, asked, last = group or ALONE, StopFile(stop_file(Path(trial.folder))), Row()
     try:
-        if searched is None:
-            race()
-        elif row := out_of_memory(partial(race, saved=searched["saved"])):
-            report({"trial": trial.trial_id, **row})
+        with mirrored(trial, workers) as mirror:
+            race = partial(run_race, trial, report, stop=lambda: asked() or mirror.asks_to_stop(), workers=workers)
+            if searched is None:
+                race()
+            else:
+                last = out_of_memory(partial(race, saved=searched["saved"])) or {}
+        if workers.first(mirror.failure is not None):
+            last[UNMIRRORED] = mirror.failure or ""
+        if last:
+            report({"trial": trial.trial_id, **last})
     except StoppedError as stopped:
         logging.info("%s", stopped)
     except DiskFullError as error:

@@ -20,6 +20,7 @@ from cggr_ray import commands
 from cggr_ray.data.dataset import DataSpec, PreparedData, open_data, prepare
 from cggr_ray.data.sources import Jsonl, Problems
 from cggr_ray.data.store import TokenStore
+from cggr_ray.data_checks import check_tokens
 from cggr_ray.evaluation import reference
 from cggr_ray.evaluation.reference import all_rows, check_reference, compute, fingerprint, reference_nll
 from cggr_ray.loop import run_race
@@ -237,11 +238,11 @@ def test_a_race_refuses_it_before_anything_runs(folder: str, data_folder: Path, 
         spec = replace(spec, arms={"cggr_loss": values | {"tokens.reference": where}})
         if refused:
             with pytest.raises(ValueError, match="vocabulary of 512"):
-                commands.check_tokens(spec, map(spec.recipe, spec.recipes), data_folder)
+                check_tokens(spec, map(spec.recipe, spec.recipes), data_folder)
         else:
-            commands.check_tokens(spec, map(spec.recipe, spec.recipes), data_folder)
+            check_tokens(spec, map(spec.recipe, spec.recipes), data_folder)
     with pytest.raises(ValueError, match=r"model 'small' with a vocabulary of 512"):
-        commands.check_tokens(replace(spec, model=ModelSpec(folder=small)), [], data_folder)
+        check_tokens(replace(spec, model=ModelSpec(folder=small)), [], data_folder)
 
 
 def test_paths_are_relative_to_the_file_or_to_where_the_command_runs(
