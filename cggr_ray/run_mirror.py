@@ -80,7 +80,8 @@ class RunMirror(Sender):
     def send(self) -> None:
         """Sends what is new."""
         ended, newest = (self.folder / SUMMARY_FILE).is_file(), self._newest()
-        for name in self.files([checkpoint.FOLDER]):
+        # A trial that the scheduler stops may get no further than the first of them.
+        for name in sorted(self.files([checkpoint.FOLDER]), key=lambda name: name != RUN_FILE):
             if name not in (SUMMARY_FILE, ACTIVATIONS_FILE):
                 self.send_file(name)
         if ended:
