@@ -40,6 +40,11 @@ def is_address(text: str) -> bool:
     return "://" in text
 
 
+def is_below(name: str) -> bool:
+    """Whether a path stays in its folder: an object's name may be any text, and is made a local path."""
+    return not {"", ".", ".."}.intersection(name.split("/"))
+
+
 def check_address(address: str) -> str:
     """The address without a slash at its end.
 
@@ -118,7 +123,7 @@ class Remote:
         found = self._fs.find(self._path, detail=True)
         start = len(self._path.rstrip("/")) + 1
         sizes = {path[start:]: int(about["size"]) for path, about in found.items()}
-        return {name: size for name, size in sizes.items() if name and not name.endswith(UNFINISHED)}
+        return {name: size for name, size in sizes.items() if is_below(name) and not name.endswith(UNFINISHED)}
 
     @again
     def read(self, name: str) -> bytes | None:

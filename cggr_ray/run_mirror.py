@@ -22,7 +22,7 @@ from cggr_ray.data.dataset import READY, DataSpec, is_prepared
 from cggr_ray.files import room_for
 from cggr_ray.lock import only_writer
 from cggr_ray.race import Trial
-from cggr_ray.remote import Remote, RemoteError, open_remote
+from cggr_ray.remote import Remote, RemoteError, is_below, open_remote
 from cggr_ray.schema import (
     DATA_FOLDER,
     QUESTIONS_FOLDER,
@@ -252,6 +252,8 @@ def fetch_data(race: Remote, spec: DataSpec, folder: Path) -> None:
         if content is None:
             raise RemoteError(f"{remote.address} has no {checkpoint.MANIFEST}: the data were not sent there")
         written: dict[str, str] = json.loads(content)
+        if not all(map(is_below, written)):
+            raise RemoteError(f"{remote.address}/{checkpoint.MANIFEST} names files outside of its folder")
         for names in (sorted(written.keys() - {READY}), [READY]):
             fetch(remote, names, folder)
             for name in names:

@@ -226,6 +226,14 @@ def opened(tmp_path: Path, name: str = "race") -> Mirror:
     return Mirror(tmp_path / name, f"faulty://{tmp_path}/disk")
 
 
+def test_names_that_lead_out_of_a_folder_are_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object store takes any text as a name."""
+    names = ["runs/a/metrics.jsonl", "runs/../../b", "/etc/c", "runs//etc/d", "runs/./e", ""]
+    found = {f"{tmp_path}/disk/{name}": {"size": 1} for name in names}
+    monkeypatch.setattr(Faulty, "find", lambda *_, **__: found)
+    assert open_remote(f"faulty://{tmp_path}/disk").files() == {"runs/a/metrics.jsonl": 1}
+
+
 def test_a_request_to_end_and_an_old_failure_are_taken_away_again(tmp_path: Path) -> None:
     disk, failure = tmp_path / "disk", Path("runs") / "a-s0" / "failure.json"
     (tmp_path / "race" / failure).parent.mkdir(parents=True)

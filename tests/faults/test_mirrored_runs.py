@@ -339,6 +339,13 @@ def test_a_request_to_end_comes_through_the_mirror(place: Place) -> None:
     assert place.saved()[-1] == saved and int(saved.removeprefix("step_")) < STEPS
 
 
+def test_data_do_not_leave_their_folder(place: Place) -> None:
+    manifest = place.disk / "data" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"../../stolen": "0 bytes"}))
+    with pytest.raises(RemoteError, match="names files outside of its folder"):
+        run(place.trial("first"))
+
+
 def test_data_that_are_not_what_was_sent_are_refused(place: Place) -> None:
     file = next((place.disk / "data").rglob("tokens.npy"))
     content = bytearray(file.read_bytes())
