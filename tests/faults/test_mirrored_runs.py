@@ -179,19 +179,24 @@ def test_a_process_that_is_killed_in_an_upload_leaves_what_goes_on(
 
 
 def test_there_is_always_a_whole_checkpoint_once_there_was_one(place: Place) -> None:
-    """Whatever is written or removed: looked for before every operation, and at most three are kept."""
+    """Whatever is written or removed: looked for before every operation, and at most three are kept. What has a
+    manifest is whole: what is torn does not even look like a checkpoint."""
     seen: list[int] = []
+    torn: list[str] = []
 
     def look(operation: str, path: str) -> None:
         if (place.run / "summary.json").is_file():
             return
         seen.append(len(place.saved()))
+        torn.extend(
+            {path.parent.name for path in place.run.glob("checkpoints/*/manifest.json")}.difference(place.saved())
+        )
 
     Faulty.does = staticmethod(look)
     trial = place.trial("first", checkpoint_every_seconds=0.5)
     run(trial, after_uploads(place, trial))
     first = next(n for n, count in enumerate(seen) if count)
-    assert min(seen[first:]) >= 1 and max(seen) == 3
+    assert min(seen[first:]) >= 1 and max(seen) == 3 and torn == []
 
 
 @pytest.mark.parametrize("broken", ["write", "half", "move", "remove", "list"])

@@ -28,7 +28,7 @@ from trainables.history import read_events
 from trainables.sweep import sweep_race, sweep_trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
-BUDGET = 8.0
+BUDGET = 6.0
 # Of a summary, what the machine decides.
 OF_THE_MACHINE = {"wall_seconds", "overrun_seconds", "ledgers"}
 
