@@ -39,13 +39,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run leaves that has no mirror and was never interrupted."""
-    return outcome(warm(trial_in(tmp_path_factory.mktemp("whole") / "run", data)))
+    try:
+        return outcome(warm(trial_in(tmp_path_factory.mktemp("whole") / "run", data)))
+    finally:
+        logging.disable(logging.NOTSET)  # for the tests after this one in the same process
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short waits, and a filesystem that works again after the test."""
-    monkeypatch.setattr(logging.root.manager, "disable", 0)
     monkeypatch.setattr(copying, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(copying, "AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(run_mirror, "STOP_SECONDS", 0.01)
