@@ -20,10 +20,12 @@ def doctor() -> None:
     console = Console()
     problems = []
     for name in PACKAGES:
-        console.print(f"{name:14} {version(name) or 'missing'}", highlight=False)
-        floor = FLOORS.get(name)
-        if floor and tuple(int(part) for part in version(name).split(".")[:2]) < floor:
-            problems.append(f"{name} {version(name)} is older than {'.'.join(map(str, floor))}: known security holes")
+        found, floor = version(name), FLOORS.get(name)
+        console.print(f"{name:14} {found or 'missing'}", highlight=False)
+        if not found and (name != "triton" or sys.platform == "linux"):
+            problems.append(f"{name} is missing: pip install -c constraints.txt -e .")
+        elif floor and tuple(int(part) for part in found.split(".")[:2]) < floor:
+            problems.append(f"{name} {found} is older than {'.'.join(map(str, floor))}: known security holes")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         console.print(f"{torch.cuda.device_count()} GPU, {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
