@@ -15,7 +15,7 @@ from cggr_ray.data.dataset import prepare
 from cggr_ray.data_checks import check_tokens
 from cggr_ray.device import pick_device
 from cggr_ray.fits import ask
-from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE
+from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE, DATA_FOLDER
 
 
 def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], settings: Settings, again: bool) -> None:
@@ -28,13 +28,13 @@ def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], se
     folder, console = out or Path("outputs") / f"{spec.name}-calibration", Console()
     check(spec, "train", None, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    prepare(spec.data, folder / "data", lambda text: console.print(text, style="dim"))
-    check_tokens(spec, map(spec.recipe, spec.recipes), folder / "data")
+    prepare(spec.data, folder / DATA_FOLDER, lambda text: console.print(text, style="dim"))
+    check_tokens(spec, map(spec.recipe, spec.recipes), folder / DATA_FOLDER)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    calibration = Calibration(spec, settings, device, folder / CALIBRATION_FILE, folder / "data", ask, say)
+    calibration = Calibration(spec, settings, device, folder / CALIBRATION_FILE, folder / DATA_FOLDER, ask, say)
     arms = {recipe: calibration.arm(recipe, again) for recipe in spec.recipes}
     for line in (lines := notes(settings, arms)):
         say(line)

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from cggr_ray import options
+from cggr_ray import arguments, options
 from cggr_ray.copying import fetch_results
 from cggr_ray.files import FORBIDDEN, FULL
 from cggr_ray.lock import InUseError
@@ -61,9 +61,9 @@ def race(
     """
     from cggr_ray import commands
 
-    changes = commands.given(
-        recipes=commands.words("--recipes", recipes),
-        seeds=commands.integers("--seeds", seeds),
+    changes = arguments.given(
+        recipes=arguments.words("--recipes", recipes),
+        seeds=arguments.integers("--seeds", seeds),
         budget_seconds=budget,
         data=data,
         device=device,
@@ -74,7 +74,7 @@ def race(
         save_model=save_model or None,
         mirror=mirror,
     )
-    commands.race(spec, out, changes, commands.assignments(sets), executor, address, resume, trials, dry_run)
+    commands.race(spec, out, changes, arguments.assignments(sets), executor, address, resume, trials, dry_run)
 
 
 @app.command()
@@ -96,9 +96,9 @@ def tune(
     Example: cggr-ray tune mine.toml --out outputs/tuning, then cggr-ray race outputs/tuning/tuned.toml; where the best
     is the largest value tried: cggr-ray tune --resume outputs/tuning --also '{"optimizer.lr_scale" = 3.0}'
     """
-    from cggr_ray import commands, tune_command
+    from cggr_ray import tune_command
 
-    changes = commands.given(recipes=commands.words("--recipes", recipes), mirror=mirror)
+    changes = arguments.given(recipes=arguments.words("--recipes", recipes), mirror=mirror)
     tune_command.tune(spec, out, changes, executor, address, resume, also or [], dry_run)
 
 
@@ -121,10 +121,10 @@ def calibrate(
 
     Example: cggr-ray calibrate mine.toml, then cggr-ray race outputs/mine-calibration/calibrated.toml
     """
-    from cggr_ray import calibrate_command, commands
+    from cggr_ray import calibrate_command
     from cggr_ray.calibration import Settings
 
-    changes = commands.given(recipes=commands.words("--recipes", recipes), device=device)
+    changes = arguments.given(recipes=arguments.words("--recipes", recipes), device=device)
     settings = Settings(head_room, memory_mib, verify_steps, starts, scale_batch)
     calibrate_command.calibrate(spec, out, changes, settings, again)
 
@@ -155,10 +155,10 @@ def sweep(
 
     Example: cggr-ray sweep cggr --race races/gsm8k.toml --trials 32 --budget 120
     """
-    from cggr_ray import commands, sweep_command
+    from cggr_ray import sweep_command
 
-    changes = commands.given(budget_seconds=budget, device=device, mirror=mirror)
-    search = commands.given(
+    changes = arguments.given(budget_seconds=budget, device=device, mirror=mirror)
+    search = arguments.given(
         trials=trials,
         seed=seed,
         algorithm=algorithm,
@@ -167,7 +167,7 @@ def sweep(
         wall_seconds=wall_seconds,
         gpus_per_trial=gpus_per_trial,
     )
-    values = commands.assignments(sets)
+    values = arguments.assignments(sets)
     sweep_command.sweep(space, spec, out, changes, values, search, executor, address, growing, resume, dry_run)
 
 
@@ -271,21 +271,21 @@ def study(
     """
     from cggr_ray import commands
 
-    values = commands.given(
+    values = arguments.given(
         model=model,
         data=data,
-        fractions=commands.numbers("--fractions", fractions),
-        methods=commands.words("--methods", methods),
-        kinds=commands.words("--kinds", kinds),
+        fractions=arguments.numbers("--fractions", fractions),
+        methods=arguments.words("--methods", methods),
+        kinds=arguments.words("--kinds", kinds),
         block=block,
         steps=steps,
         calibration_rows=calibration_rows,
         heldout_rows=heldout_rows,
         micro_rows=micro_rows,
         tokens=tokens,
-        shapes=commands.words("--shapes", shapes),
-        masks=commands.words("--masks", masks),
-        backends=commands.words("--backends", backends),
+        shapes=arguments.words("--shapes", shapes),
+        masks=arguments.words("--masks", masks),
+        backends=arguments.words("--backends", backends),
         rounds=rounds,
     )
     commands.study(name, values, out, device or "auto")

@@ -6,11 +6,10 @@ import json
 import shlex
 import sys
 import time
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import typer
@@ -33,59 +32,7 @@ from cggr_ray.remote import is_address
 from cggr_ray.schema import DATA_FOLDER, OVERLAP_FILE, RACE_FILE, SUMMARY_FILE
 from cggr_ray.telemetry.console import RaceConsole
 
-T = TypeVar("T")
 EXECUTORS = ("train", "inprocess")
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def words(option: str, text: str | None) -> list[str] | None:
-    """`a,b` of an option as a list."""
-    return _listed(option, text, _name, "names")
-
-
-def _name(text: str) -> str:
-    if not text.strip():
-        raise ValueError
-    return text.strip()
-
-
-def integers(option: str, text: str | None) -> list[int] | None:
-    """`0,1,2` as integers."""
-    return _listed(option, text, int, "whole numbers")
-
-
-def numbers(option: str, text: str | None) -> list[float] | None:
-    """`0.25,0.5` as numbers."""
-    return _listed(option, text, float, "numbers")
-
-
-def _listed(option: str, text: str | None, kind: Callable[[str], T], words: str) -> list[T] | None:
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} {text!r}; accepted: {words} with commas between") from None
-
-
-def assignments(sets: Sequence[str]) -> dict[str, Any]:
-    """`key=value` strings; the value as in TOML, or a bare word."""
-    values: dict[str, Any] = {}
-    for text in sets:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set {text!r}; accepted: key=value")
-        if key in values:
-            raise ValueError(f"--set {text!r} after another value of {key!r}; accepted: a key once")
-        try:
-            values[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[key] = value
-    return values
 
 
 def race(
@@ -171,7 +118,7 @@ def run_left(
         mirror.fetch_runs()
         left = without_summary(trials)[:most]
         prepare_data(spec, folder, console, mirror)
-        check_tokens(spec, [trial.recipe for trial in trials], folder / "data")
+        check_tokens(spec, [trial.recipe for trial in trials], folder / DATA_FOLDER)
         if spec.evaluation is not None and not (folder / OVERLAP_FILE).is_file():
             console.print("looking for the tasks' questions in the training documents", style="dim")
             write_whole(folder / OVERLAP_FILE, json.dumps(spec.evaluation.overlaps(spec.data.sources), indent=1))
@@ -206,7 +153,7 @@ def check(spec: RaceSpec, executor: str, address: str | None, folder: Path) -> N
     and, on a local machine, the device that is asked for. What `folder` keeps is not asked for: it may have been moved
     to a machine that has none of the files it was made from."""
     check_executor(executor, spec)
-    if not is_prepared(spec.data, folder / "data"):
+    if not is_prepared(spec.data, folder / DATA_FOLDER):
         spec.data.check()
     spec.check()
     if spec.evaluation is not None:

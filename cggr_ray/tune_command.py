@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cggr_ray.arguments import tables
 from cggr_ray.commands import (
     check,
     check_recipes,
@@ -49,7 +49,7 @@ def tune(
     if resume is not None:
         refuse_changes(name or changes)
         folder = resumed(resume, TUNING_FILE, out)
-        spec = with_more(read_spec(folder, TUNING_FILE), also)
+        spec = with_more(read_spec(folder, TUNING_FILE), tables("--also", also))
     elif also:
         raise ValueError("--also without --resume; accepted: every entry in the race's tuning.values")
     else:
@@ -75,27 +75,21 @@ def tune(
     if also:
         check_recipes(folder, parts, TUNING_FILE)
         write_whole(folder / TUNING_FILE, json.dumps(record, indent=1))
-    claim(folder, TUNING_FILE, record)
+    else:
+        claim(folder, TUNING_FILE, record)
     console = Console()
     with mirror:
         failed = run_left(trials, folder, executor, address, None, console, mirror)
         finish_tuning(spec, trials, folder, failed, console)
 
 
-def with_more(spec: RaceSpec, tables: Sequence[str]) -> RaceSpec:
-    """The race with more entries in its tuning's values, each an inline table of TOML.
+def with_more(spec: RaceSpec, entries: Sequence[dict[str, Any]]) -> RaceSpec:
+    """The race with more entries in its tuning's values.
 
     Raises:
-        ValueError: what is none, or an entry that the tuning does not take.
+        ValueError: it has no tuning, or one that does not take an entry.
     """
-    tuning, entries = tuning_of(spec), []
-    for text in tables:
-        try:
-            entries.append(tomllib.loads(f"value = {text}")["value"])
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"--also {text!r}: {error}; accepted: {{'recipe.key' = value}}") from None
-        if not isinstance(entries[-1], dict):
-            raise ValueError(f"--also {text!r}; accepted: {{'recipe.key' = value}}")
+    tuning = tuning_of(spec)
     return replace(spec, tuning=replace(tuning, values=(*tuning.values, *entries)))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cggr_ray import cli, commands
+from cggr_ray import arguments, cli, commands
 from cggr_ray.lock import only_writer
 from cggr_ray.race import Trial
 
@@ -280,8 +280,8 @@ def test_results_do_not_go_into_a_local_folder_named_like_an_address(
 
 
 def test_blanks_between_names_are_left_out() -> None:
-    assert commands.words("--recipes", "baseline, cggr_loss") == ["baseline", "cggr_loss"]
-    assert commands.words("--recipes", None) is None
+    assert arguments.words("--recipes", "baseline, cggr_loss") == ["baseline", "cggr_loss"]
+    assert arguments.words("--recipes", None) is None
 
 
 def test_dotted_keys_without_quotes_do_not_replace_what_they_are_a_part_of(
@@ -345,7 +345,7 @@ def test_dry_run_plans_and_takes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_set_reaches_every_arm_or_one() -> None:
-    values = commands.assignments(["optimizer.matrix.lr=0.5", "cggr_loss:tokens.keep=0.5", "tag=word"])
+    values = arguments.assignments(["optimizer.matrix.lr=0.5", "cggr_loss:tokens.keep=0.5", "tag=word"])
     assert values == {"optimizer.matrix.lr": 0.5, "cggr_loss:tokens.keep": 0.5, "tag": "word"}
     values.pop("tag")
     spec = commands.specify("cpu", {}, values)

@@ -15,6 +15,7 @@ PACKAGES = ("cggr_ray", "trainables", "search_spaces", "analysis")
 STANDARD = sys.stdlib_module_names
 # The command line knows everybody; nothing in the core may know it.
 COMMANDS = (
+    "cggr_ray.arguments",
     "cggr_ray.calibrate_command",
     "cggr_ray.cli",
     "cggr_ray.commands",
@@ -43,6 +44,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.device": ("torch",),
     "cggr_ray.transfer": ("torch",),
     "cggr_ray.tried": (),
+    "cggr_ray.arguments": (),
     "cggr_ray.files": (),
     "cggr_ray.remote": ("fsspec", "cggr_ray.files"),
     "cggr_ray.copying": ("cggr_ray.remote", "cggr_ray.schema"),
