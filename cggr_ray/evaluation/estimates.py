@@ -73,17 +73,22 @@ class Overlap:
 
     def __init__(self, questions: Iterable[Question], words: int) -> None:
         self.found: set[str] = set()
-        self._keys: dict[tuple[str, ...], set[str]] = {}
+        grams: list[tuple[tuple[str, ...], str]] = []
         for question in questions:
             own = _words(question.text or question.prompt)
-            for gram in _grams(own, min(words, len(own))):
-                self._keys.setdefault(gram, set()).add(question.key)
-        self._lengths = {len(gram) for gram in self._keys}
+            grams += ((gram, question.key) for gram in _grams(own, min(words, len(own))))
+        # By their first words, as many as the shortest has: a document is walked through once.
+        self._shortest = min((len(gram) for gram, _ in grams), default=0)
+        self._starts: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {}
+        for gram, key in grams:
+            self._starts.setdefault(gram[: self._shortest], []).append((gram, key))
 
     def read(self, document: str) -> None:
-        text = _words(document)
-        for length in self._lengths:
-            self.found.update(key for gram in _grams(text, length) for key in self._keys.get(gram, ()))
+        words = _words(document)
+        for at, start in enumerate(_grams(words, self._shortest)):
+            for gram, key in self._starts.get(start, ()):
+                if tuple(words[at : at + len(gram)]) == gram:
+                    self.found.add(key)
 
 
 def _words(text: str) -> list[str]:
@@ -91,4 +96,4 @@ def _words(text: str) -> list[str]:
 
 
 def _grams(words: Sequence[str], length: int) -> Iterable[tuple[str, ...]]:
-    return (tuple(words[at : at + length]) for at in range(len(words) - length + 1) if length)
+    return zip(*(words[first:] for first in range(length)), strict=False)

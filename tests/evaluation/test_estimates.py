@@ -104,6 +104,19 @@ def test_overlap_is_found_from_13_words_on_and_wherever_it_stands() -> None:
         assert found or length == 12
 
 
+def test_overlap_of_questions_of_all_lengths_is_what_comparing_every_run_finds() -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        texts = {str(n): rng.choices("abc", k=rng.randint(0, 7)) for n in range(6)}
+        documents = [rng.choices("abc", k=rng.randint(0, 12)) for _ in range(2)]
+        found = overlapping(
+            [question(n, " ".join(text)) for n, text in texts.items()], list(map(" ".join, documents)), 5
+        )
+        assert found == {
+            n for n, text in texts.items() if text for d in documents if shares(text, d, min(5, len(text)))
+        }
+
+
 def overlapping(questions: list[Question], documents: list[str], words: int = 13) -> set[str]:
     overlap = Overlap(questions, words)
     for document in documents:
