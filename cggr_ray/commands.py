@@ -150,15 +150,19 @@ def prepare_data(spec: RaceSpec, folder: Path, console: Console, mirror: Unmirro
 
 def check(spec: RaceSpec, executor: str, address: str | None, folder: Path) -> None:
     """Before anything starts: the executor, the data's files, whether the recipes fit the model and the micro-batches
-    and, on a local machine, the device that is asked for. What `folder` keeps is not asked for: it may have been moved
-    to a machine that has none of the files it was made from."""
+    and, on a local machine, the device that is asked for, else whether the cluster answers. What `folder` keeps is not
+    asked for: it may have been moved to a machine that has none of the files it was made from."""
     check_executor(executor, spec)
     if not is_prepared(spec.data, folder / DATA_FOLDER):
         spec.data.check()
     spec.check()
     if spec.evaluation is not None:
         spec.evaluation.kept_in(folder).check()
-    if address is None:
+    if address is not None:
+        from trainables.cluster import check_reached
+
+        check_reached(address)
+    else:
         device = pick_device(spec.device)
         for name in spec.recipes:
             spec.recipe(name).execution.check_device(device.type)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
+from ray._private.services import canonicalize_bootstrap_address
 from ray.air.execution._internal.actor_manager import RayActorManager, TrackedActor, TrackedActorTask
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution import class_cache, tune_controller
@@ -17,6 +20,8 @@ from trainables.address import settle_address
 
 # Trials pass next to nothing through Ray's object store; its smallest size leaves the memory to them.
 OBJECT_STORE_BYTES = 256 << 20
+# Seconds that a cluster has to be reached in.
+REACHED_IN = 10.0
 # Tune hands these of the driver to its workers by a way that Ray writes into its logs. Nodes have credentials of their
 # own; those of a local session have the driver's environment.
 class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
@@ -39,6 +44,24 @@ def as_death(error: Exception) -> Exception:
 
 
 tune_controller.RayActorManager = Deaths  # type: ignore[misc]
+
+
+def check_reached(address: str) -> None:
+    """Whether anything listens at the address of a cluster. Ray would ask for a quarter of an hour.
+
+    Raises:
+        ValueError: nothing does, or it is no address.
+    """
+    if address != "auto" and not re.fullmatch(r"[^/\s]+:\d+", address):
+        raise ValueError(f"address {address!r}; accepted: auto or host:port of a Ray cluster that runs")
+    try:
+        host, colon, port = (canonicalize_bootstrap_address(address) or "").rpartition(":")
+        if not colon:
+            raise ConnectionError
+        socket.create_connection((host.strip("[]"), int(port)), REACHED_IN).close()
+    except OSError:
+        raise ValueError(f"address {address!r}: no Ray cluster answers there; "
+                         "accepted: auto or host:port of one that runs") from None  # fmt: skip
 
 
 @contextmanager

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import trainables
-from trainables.cluster import cluster
+from cggr_ray.cli import app
+from trainables.cluster import check_reached, cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -66,6 +69,40 @@ def test_an_address_where_no_cluster_runs_is_one_line(monkeypatch: pytest.Monkey
     said = r"^address '10\.1\.2\.3:99': .*; accepted: auto or host:port[^\n]*$"
     with pytest.raises(ValueError, match=said), cluster("10.1.2.3:99"):
         pass
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["race", "cpu", "--device", "cpu"],
+        ["sweep", "baseline", "--race", "cpu", "--device", "cpu"],
+        ["tune", "mine.toml"],
+    ],
+)
+def test_an_address_where_nothing_listens_is_refused_before_anything_is_made(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray itself would ask there for a quarter of an hour."""
+
+    def asked(**_: object) -> None:
+        raise AssertionError("Ray was asked")
+
+    monkeypatch.setattr("ray.init", asked)
+    monkeypatch.chdir(tmp_path)
+    values = 'values = [{ "optimizer.lr_scale" = 1.0 }]'
+    Path("mine.toml").write_text(f'device = "cpu"\n[tuning]\nseconds = 1\nseed = 7\n{values}\n')
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", "nowhere.invalid:6379", "ray://127.0.0.1:10001", "head"):
+        error = CliRunner().invoke(app, [*command, "--address", address]).exception
+        assert isinstance(error, ValueError), error
+        assert str(error).startswith(f"address {address!r}") and "accepted: auto or host:port" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_an_address_where_something_listens_is_tried() -> None:
+    with socket.create_server(("", 0)) as there:
+        check_reached(f"127.0.0.1:{there.getsockname()[1]}")
 
 
 @pytest.mark.ray
