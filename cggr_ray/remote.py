@@ -16,7 +16,6 @@ from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
-from urllib.parse import urlsplit
 
 from cggr_ray.files import FULL, flush
 
@@ -51,10 +50,12 @@ def check_address(address: str) -> str:
     Raises:
         ValueError: it is none, or holds a password or another secret, which would land in every run's folder.
     """
-    parts = urlsplit(address)
-    folder = parts.netloc.rpartition("@")[2] + parts.path
-    if parts.password is not None or parts.query:
-        raise ValueError(f"mirror '{parts.scheme}://{folder}' with a password or a query; accepted: an address without "
+    protocol, _, rest = address.partition("://")
+    # Keys hold slashes and other signs that end a user's name in an address by its rules.
+    user, _, where = rest.rpartition("@")
+    folder, asks, _ = where.partition("?")
+    if asks or not {":", "?"}.isdisjoint(user):
+        raise ValueError(f"mirror '{protocol}://{folder}' with a password or a query; accepted: an address without "
                          "secrets, which the filesystem's library reads from the environment")  # fmt: skip
     if not is_address(address) or "::" in address or not folder.strip("/"):
         raise ValueError(f"mirror {address!r}; accepted: {ACCEPTED}")

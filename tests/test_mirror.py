@@ -94,6 +94,8 @@ def invoke(*arguments: object, code: int = 0) -> str:
         ("simplecache::s3://bucket/race", "accepted: PROTOCOL://FOLDER"),
         ("http://127.0.0.1:9/race", "'http://127.0.0.1:9/race' does not answer: "),
         (f"s3://key:{SECRET}@bucket/race", "mirror 's3://bucket/race' with a password or a query; accepted"),
+        (f"s3://key:{SECRET}/+#?x@bucket/race", "mirror 's3://bucket/race' with a password or a query; accepted"),
+        (f"s3://key:a/{SECRET}@bucket/race", "mirror 's3://bucket/race' with a password or a query; accepted"),
         (f"s3://bucket/race?secret={SECRET}", "mirror 's3://bucket/race' with a password or a query; accepted"),
     ],
 )
