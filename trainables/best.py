@@ -40,7 +40,8 @@ def write_best(spec: SweepSpec, best: Drawn, folder: Path) -> tuple[Path, Path]:
     file = (folder / BEST_FOLDER / f"{recipe.name.removesuffix('-best')}.toml").resolve()
     file.parent.mkdir(exist_ok=True)
     write_whole(file, tomli_w.dumps(recipe.to_plain()))
-    race, name, own = spec.race, str(file), spec.race.recipes[0]
+    # By its name beside, so that both can be copied elsewhere.
+    race, name, own = spec.race, file.name, spec.race.recipes[0]
     # The race's values are for all its arms, and would be set again on top of the recipe.
     arms = race.arms | {name: race.with_arms({own: best.values}).changes(own)}
     batches = race.batches | ({name: race.batches[own]} if own in race.batches else {})
