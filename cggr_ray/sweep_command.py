@@ -78,14 +78,13 @@ def sweep(
     from trainables.history import History
     from trainables.sweep_driver import run_sweep
 
-    with mirror:
+    with History(folder) as history, mirror:
         mirror.fetch_runs()
         prepare_data(spec.race, folder, console, mirror)
         check_tokens(spec.race, map(spec.race.recipe, spec.race.recipes), folder / "data")
-        with History(folder) as history:
-            with RaceConsole(spec.race.budget_seconds, console=console) as live:
-                complete = run_sweep(spec, folder, history, executor, address, growing, live.show, mirror)
-            finish_sweep(spec, history, folder, console, complete)
+        with RaceConsole(spec.race.budget_seconds, console=console) as live:
+            complete = run_sweep(spec, folder, history, executor, address, growing, live.show, mirror)
+        finish_sweep(spec, history, folder, console, complete)
 
 
 def specify_sweep(

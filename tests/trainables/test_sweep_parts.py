@@ -195,6 +195,18 @@ def test_the_best_arm_of_the_race_is_the_trial_that_was_best(
     assert raced.optimizer == ran.optimizer != first.optimizer
 
 
+def test_the_best_recipe_and_its_race_can_be_copied_elsewhere(tmp_path: Path) -> None:
+    """As from the node that ran the sweep."""
+    spec = sweep_of({}, {})
+    best = Drawn("t0000", *({"optimizer.matrix.lr": 0.0123},) * 2, end={"status": "finished", "val/loss": 1.0})
+    file, beside = write_best(spec, best, tmp_path)
+    known = load_recipe(str(file))
+    moved = file.parent.rename(tmp_path / "moved")
+    race = load_race(str(moved / beside.name))
+    race.check()
+    assert race.recipe(race.recipes[1]) == known != race.recipe(race.recipes[0])
+
+
 def test_the_race_of_a_best_trial_takes_several_seeds_with_trained_weights_too(tmp_path: Path) -> None:
     """As the command that a sweep prints asks for them."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 3}))
@@ -362,3 +374,16 @@ def test_a_trial_that_has_used_its_budget_is_not_stopped_any_more(seconds: float
         row = {"train_seconds": seconds, "val/loss": loss}
         decided = scheduler.on_trial_result(None, trial, row)  # type: ignore[arg-type]
     assert decided == decision
+
+
+def test_a_second_process_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the first one still prepares the data, for which it would else wait."""
+
+    def waits(*_: Any) -> None:
+        raise AssertionError("it went as far as the data")
+
+    folder, spec = tmp_path / "sweep", sweep_of({}, {})
+    begin_sweep(replace(spec, race=replace(spec.race, device="cpu")), folder)
+    monkeypatch.setattr("cggr_ray.sweep_command.prepare_data", waits)
+    with History(folder), pytest.raises(ValueError, match="is written by a sweep that runs; accepted: one at a time"):
+        sweep(None, None, None, {}, {}, {}, "inprocess", None, None, folder, dry_run=False)
