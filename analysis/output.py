@@ -30,6 +30,8 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
     share a file and, before anything is written, if there is no run and no trial, or runs that cannot be compared.
     """
     found = read_sweep(folder) if is_sweep(folder) else read_race(folder)
+    if isinstance(found, Sweep) and not len(found.trials):
+        raise ValueError(f"no trial in {found.folder}; accepted: a sweep that has drawn one")
     text = render_sweep(found) if isinstance(found, Sweep) else render(found)
     target = Path(out) if out is not None else found.folder / REPORT_FOLDER
     target.mkdir(parents=True, exist_ok=True)

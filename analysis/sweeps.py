@@ -89,10 +89,10 @@ def is_sweep(folder: Path | str) -> bool:
 
 
 def read_sweep(folder: Path | str) -> Sweep:
-    """Reads a sweep's folder, also while the sweep runs.
+    """Reads a sweep's folder, also while the sweep runs; before its first trial both frames are empty.
 
     Raises:
-        ValueError: no sweep there, no trial yet, or a broken line before the last.
+        ValueError: no sweep there, or a broken line before the last.
     """
     root = Path(folder)
     if not is_sweep(root):
@@ -110,8 +110,6 @@ def read_sweep(folder: Path | str) -> Sweep:
         own |= _said(event, own)
         if event[KIND] == "result":
             results.append({name: event.get(name) for name in RESULT_COLUMNS})
-    if not trials:
-        raise ValueError(f"no trial in {events_file}; accepted: a sweep that has drawn one")
     rows = [
         {"trial_id": trial, "gpus_per_trial": _gpus_per_trial(root, trial)}
         | {name: value for name, value in row.items() if name != "values"}
@@ -173,6 +171,8 @@ def _gpus_per_trial(root: Path, trial: str) -> float:
 def _trials_frame(rows: list[Row]) -> pd.DataFrame:
     """A key that is no part in one trial and a whole part in another has a column of its own, `set` in the latter."""
     frame = frame_of(rows, TRIAL_COLUMNS)
+    # Text where no trial has ended yet, too.
+    frame["message"] = frame["message"].astype(object)
     names = [str(name) for name in frame.columns if str(name).startswith(VALUES)]
     for name in names:
         fields = [other for other in names if other.startswith(f"{name}.")]

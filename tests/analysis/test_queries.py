@@ -34,6 +34,7 @@ def test_the_readme_s_queries_answer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     events = [drawn(0, x=1.0), result(0, 20.0, 1.25), ended(0, "finished", 1.25, 20.0)]
     other = write_sweep(tmp_path / "outputs" / "sweep-two", events, space="other")
     write_run_of(other, 0, [milestone(5, 5.0, 500, 3.0), milestone(20, 20.0, 2000, 1.25)])
+    write_sweep(tmp_path / "outputs" / "sweep-begun", [])
     monkeypatch.chdir(tmp_path)
     best, important, losses, curve, failures = answers(README.read_text())
     assert isinstance(best, pd.DataFrame) and len(best) == 4

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from sweep_folders import START, drawn, ended, planted, result, write_run_of, write_sweep
 
-from analysis import read_sweep
+from analysis import read_sweep, write_report
 from analysis.sweeps import flat_values
 
 
@@ -68,15 +68,27 @@ def test_a_torn_last_line_is_ignored_and_a_broken_one_is_named(small: Path) -> N
             read_sweep(small)
 
 
-def test_a_folder_without_a_sweep_or_a_trial_says_what_is_accepted(tmp_path: Path) -> None:
+def test_a_folder_without_a_sweep_says_what_is_accepted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no sweep in .*accepted: a folder with sweep\.json"):
         read_sweep(tmp_path)
-    write_sweep(tmp_path / "empty", [{"kind": "session", "at": START}])
-    with pytest.raises(ValueError, match=r"no trial in .*accepted"):
-        read_sweep(tmp_path / "empty")
-    (tmp_path / "empty" / "sweep.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"no trial in .*accepted"):
-        read_sweep(tmp_path / "empty")
+
+
+def test_a_sweep_that_has_drawn_nothing_yet_is_empty_and_has_no_report(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "empty", [{"kind": "session", "at": START}])
+    for _ in range(2):
+        sweep = read_sweep(folder)
+        assert len(sweep.trials) == len(sweep.results) == 0 and sweep.hyperparameters == []
+        assert {"status", "message", "val/loss"} < set(sweep.trials.columns) and "train_seconds" in sweep.results
+        with pytest.raises(ValueError, match=r"no trial in .*accepted: a sweep that has drawn one"):
+            write_report(folder)
+        assert not (folder / "report").exists()
+        (folder / "sweep.jsonl").unlink(missing_ok=True)
+
+
+def test_messages_are_text_before_a_trial_has_ended(tmp_path: Path) -> None:
+    for number, events in enumerate(([], [drawn(0, x=1)])):
+        trials = read_sweep(write_sweep(tmp_path / str(number), events)).trials
+        assert trials["message"].str.len().isna().all()
 
 
 def test_run_folders_are_read_when_their_rows_are_asked_for(tmp_path: Path) -> None:
