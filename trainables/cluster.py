@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, utils
 from ray._private.services import canonicalize_bootstrap_address
 from ray.air.execution._internal.actor_manager import RayActorManager, TrackedActor, TrackedActorTask
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution import class_cache, tune_controller
 
+from cggr_ray.stopping import Signals, StoppedError, signals
 from trainables.address import settle_address
 
 # Trials pass next to nothing through Ray's object store; its smallest size leaves the memory to them.
@@ -65,6 +67,19 @@ def check_reached(address: str) -> None:
 
 
 @contextmanager
+def starting() -> Iterator[Signals]:
+    """Inside, the first SIGTERM or Ctrl-C waits until Ray has started, which leaves behind what it has begun to start;
+    the second ends the process at once. Ray would take SIGTERM for itself, and end there."""
+    own = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        with signals() as asked:
+            yield asked
+    finally:
+        utils.set_sigterm_handler = own
+
+
+@contextmanager
 def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[str, float]]]:
     """A Ray session; yields the resources of each of its machines and shuts down what it started.
 
@@ -74,7 +89,20 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[
 
     Raises:
         ValueError: nothing answers at the address.
+        StoppedError: SIGTERM or Ctrl-C while Ray started.
     """
+    with starting() as asked:
+        _start(address, dashboard)
+    try:
+        if asked():
+            name = signal.Signals(asked.signum).name
+            raise StoppedError(f"stopped by {name} before anything ran; --resume goes on", asked.signum)
+        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None, dashboard: bool) -> None:
     own = {"worker_process_setup_hook": settle_address}
     if address:
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "1"
@@ -95,7 +123,3 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    try:
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    finally:
-        ray.shutdown()

@@ -47,7 +47,7 @@ class Ending(tune.Callback, tune.Stopper):
 @contextmanager
 def stoppable(folder: Path) -> Iterator[Ending]:
     """Inside, for a race, a tuning or a sweep in `folder`, the first SIGTERM or Ctrl-C is a request to its trials; the
-    second ends the process at once. After `ray.init`, which takes SIGTERM for itself.
+    second ends the process at once.
 
     Raises:
         StoppedError: at the end, where one came.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from commands import MARK, PATIENCE, left_behind, running, shell, started
+from small_races import write_race
 from typer.testing import CliRunner
 
 import trainables
@@ -118,3 +122,20 @@ def test_a_local_session_listens_on_loopback_alone_and_asks_for_its_token(tmp_pa
     assert "dashboard says 401" in lines, done.stdout + done.stderr[-2000:]
     listens = [line.split()[1] for line in lines if line.startswith("listens")]
     assert len(listens) >= 5 and set(listens) <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ray_starts_leaves_nothing_of_it_behind(number: signal.Signals, tmp_path: Path) -> None:
+    environment = shell(**{MARK: str(tmp_path)})
+    race = started("race", write_race(tmp_path, budget=5), "--out", tmp_path / "race", environment=environment)
+    deadline = time.monotonic() + PATIENCE
+    while not any("raylet/raylet" in command for command in running(str(tmp_path))):
+        assert time.monotonic() < deadline and race.poll() is None, race.communicate()[0]
+        time.sleep(0.01)
+    race.send_signal(number)
+    output, _ = race.communicate(timeout=PATIENCE)
+    assert race.returncode == 128 + number, output
+    assert output.splitlines()[-1] == f"stopped by {number.name} before anything ran; --resume goes on"
+    assert left_behind(str(tmp_path)) == []
