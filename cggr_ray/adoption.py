@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from cggr_ray import checkpoint
+from cggr_ray.files import aside_of
 from cggr_ray.schema import KIND, METRICS_FILE, PROGRESS_FILE, STEP
 from cggr_ray.telemetry.jsonl import JsonlTracker
 
@@ -42,7 +43,7 @@ def adopt(donor: Path, receiver: Path) -> bool:
         if other != final:
             shutil.rmtree(other)
     for name in (METRICS_FILE, PROGRESS_FILE):
-        aside = receiver / f".{name}.partial"
+        aside = aside_of(receiver / name)
         shutil.copyfile(donor / name, aside)
         aside.replace(receiver / name)
     JsonlTracker(receiver).log({KIND: "adopted", STEP: checkpoint.step_of(theirs), "donor": donor.name})

@@ -21,7 +21,7 @@ from cggr_ray.data.sources import DATA_PRESETS
 from cggr_ray.data_checks import check_tokens
 from cggr_ray.device import pick_device
 from cggr_ray.environment import fingerprint
-from cggr_ray.files import write_whole
+from cggr_ray.files import aside_of, write_whole
 from cggr_ray.lock import only_writer
 from cggr_ray.mirror import Unmirrored, fetch_race, mirror_of
 from cggr_ray.paths import race_beside, recipe_beside
@@ -278,7 +278,7 @@ def claim(folder: Path, file: str, record: Mapping[str, Any]) -> None:
         if read_spec(folder, file).to_plain() != json.loads(text)["spec"]:
             raise ValueError(f"{str(folder)!r} holds another {what}; accepted: a new folder, or --resume {folder}")
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and set(folder.iterdir()) - {aside_of(folder / file)}:
         raise ValueError(f"{str(folder)!r} is not empty and holds no {what}; accepted: a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / file, text)

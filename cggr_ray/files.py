@@ -29,8 +29,13 @@ def copy_whole(source: Path, path: Path) -> None:
     _whole(path, lambda aside: shutil.copyfile(source, aside))
 
 
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it takes its place. A process that is killed may leave it there."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
+    aside = aside_of(path)
     try:
         write(aside)
         flush(aside)

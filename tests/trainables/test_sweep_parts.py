@@ -376,6 +376,29 @@ def test_a_trial_that_has_used_its_budget_is_not_stopped_any_more(seconds: float
     assert decided == decision
 
 
+def test_a_sweep_that_was_killed_while_its_record_was_written_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """Nothing after it is run."""
+
+    def killed(*_: Any, **named: Any) -> None:
+        raise Killed
+
+    folder, spec = tmp_path / "sweep", sweep_of({}, {})
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("cggr_ray.files.flush", killed)
+        patched.setattr("pathlib.Path.unlink", killed)
+        begin_sweep(spec, folder)
+    assert [path.name for path in folder.iterdir()] == [".sweep.json.partial"]
+    begin_sweep(spec, folder)
+    assert [path.name for path in folder.iterdir()] == ["sweep.json"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no sweep"):
+        begin_sweep(spec, tmp_path / "other")
+
+
 def test_a_second_process_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while the first one still prepares the data, for which it would else wait."""
 
