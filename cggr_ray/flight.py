@@ -16,8 +16,6 @@ from torch import Tensor
 
 from cggr_ray.learner import StepRow
 from cggr_ray.progress import Progress
-from cggr_ray.routing.scores import histogram_edges
-from cggr_ray.schema import HISTOGRAMS
 from cggr_ray.telemetry.jsonl import plain
 from cggr_ray.telemetry.tracker import Row
 
@@ -59,7 +57,7 @@ class Flight:
             row, copies, ended, event = self._queue.popleft()
             if event is not None:
                 event.synchronize()
-            values: Row = {name: _value(name, copy) for name, copy in copies.items()}
+            values: Row = {name: _value(copy, row.edges.get(name)) for name, copy in copies.items()}
             landed.append(Finished(row.progress, values | row.host_values, ended()))
         return landed
 
@@ -87,8 +85,8 @@ class Delayed:
         return [[plain(values), asdict(progress)] for values, progress in self._queue]
 
 
-def _value(name: str, copy: Tensor) -> float | list[float] | dict[str, list[float]]:
-    if name in HISTOGRAMS:
-        return {"edges": histogram_edges(), "counts": copy.tolist()}
+def _value(copy: Tensor, edges: list[float] | None) -> float | list[float] | dict[str, list[float]]:
+    if edges is not None:
+        return {"edges": edges, "counts": copy.tolist()}
     found: float | list[float] = copy.tolist()
     return found

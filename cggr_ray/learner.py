@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -20,7 +20,7 @@ from cggr_ray.out_of_memory import FAILURES, first_line, is_out_of_memory, no_wa
 from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
 from cggr_ray.routing.scorers import Setting
-from cggr_ray.routing.scores import score_histogram
+from cggr_ray.routing.scores import NATS
 from cggr_ray.schema import (
     ACTIVE_LAYERS,
     AUXILIARY_LOSS,
@@ -45,11 +45,13 @@ from cggr_ray.workers import ALONE, Workers
 
 @dataclass(frozen=True)
 class StepRow:
-    """What a step leaves behind: values on the device, to be read when they are there, and values of the host."""
+    """What a step leaves behind: values on the device, to be read when they are there, and values of the host. `edges`
+    are those of the bins of the histograms among the former."""
 
     progress: Progress
     device_values: dict[str, Tensor]
     host_values: dict[str, float]
+    edges: Mapping[str, list[float]]
 
 
 Smaller = Callable[[str], Batch]
@@ -129,6 +131,7 @@ class Learner:
         self.optimizer = recipe.optimizer.build(named, hidden, adapter.device, workers, adapter.fused_names())
         layers = len(adapter.layers)
         self.updates = recipe.updates.build(layers, seed)
+        self._edges = {TOKEN_LOSS: NATS.edges, **self.router.edges()}
         self.gauge: Probe | None = None
         if self.updates.relevance is not None:
             inside = [list(layer.parameters()) for layer in adapter.layers]
@@ -198,7 +201,7 @@ class Learner:
         device_values = {loss_name: loss, GRAD_NORM: norm, GRAD_NORM_LAYERS: by_layer, **measured, **seen}
         device_values = of_all(device_values, self.workers)
         device_values[ROUTER_KEPT_FRACTION] = device_values[ROUTER_KEPT_FRACTION].double() / read
-        return StepRow(progress, device_values, self._host_values(progress, learning))
+        return StepRow(progress, device_values, self._host_values(progress, learning), self._edges)
 
     def _gradients(self, batch: Batch, levels: Levels, progress: Progress) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Forward and backward of every micro-batch: the loss, what was seen on the way, labelled positions read."""
@@ -297,7 +300,7 @@ class Learner:
 def loss_histogram(labels_BT: Tensor, index_K: Tensor, nll_K: Tensor) -> Tensor:
     """Counts of the losses of single positions by bin: of those that were computed and have a label."""
     labelled_K = labels_BT.flatten().index_select(0, index_K) >= 0
-    return score_histogram(torch.where(labelled_K & ~nll_K.isnan(), nll_K, -torch.inf))
+    return NATS.counts(torch.where(labelled_K & ~nll_K.isnan(), nll_K, -torch.inf))
 
 
 # Of what is seen in a micro-batch, and of a step by a worker; the rest is averaged.

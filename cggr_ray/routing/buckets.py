@@ -19,8 +19,8 @@ from cggr_ray.routing.depth import deepest_bucket, depth_buckets, keep_layers
 from cggr_ray.routing.route import Depth, TokenRoute
 from cggr_ray.routing.routers import RatioRouter, Router, statistics_of
 from cggr_ray.routing.scorers import Setting, own_scores
-from cggr_ray.routing.scores import HeadScore
-from cggr_ray.schema import ROUTER_KEPT_FRACTION, ROUTER_USAGE
+from cggr_ray.routing.scores import SCORE_BINS, HeadScore
+from cggr_ray.schema import ROUTER_KEPT_FRACTION, ROUTER_SCORES, ROUTER_USAGE
 from cggr_ray.sparse.depth import DepthGates, DepthRows
 from cggr_ray.sparse.layers import Detach
 from cggr_ray.sparse.plan import Plan, Seen
@@ -91,6 +91,9 @@ class DepthRouter(RatioRouter):
     def reads(self, ratio: float) -> int:
         return self._num_layers if ratio < 1 else 0
 
+    def edges(self) -> dict[str, list[float]]:
+        return {ROUTER_SCORES: SCORE_BINS[self.config.score].edges}
+
     @torch.no_grad()
     def route(self, seen: Seen | None, micro: MicroBatch, ratio: float) -> TokenRoute | None:
         if ratio == 1:
@@ -105,7 +108,7 @@ class DepthRouter(RatioRouter):
         used = torch.zeros(self.config.num_buckets, device=bucket_BT.device)
         used.index_add_(0, bucket_BT.flatten(), (micro.labels_BT >= 0).flatten().float())
         counted = {ROUTER_USAGE: used, ROUTER_KEPT_FRACTION: (used * self._parts).sum()}
-        return TokenRoute(every, ones, statistics_of(scored) | counted, Depth(bucket_BT, last))
+        return TokenRoute(every, ones, statistics_of(scored, self.config.score) | counted, Depth(bucket_BT, last))
 
 
 def learning_shares(num_layers: int, num_buckets: int) -> list[float]:

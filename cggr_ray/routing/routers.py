@@ -21,7 +21,7 @@ from cggr_ray.routing.curriculum import Curriculum, ratio_levels, snap
 from cggr_ray.routing.draws import TOKENS, seed_of
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.scorers import Scored, Scorer, Setting, own_scores
-from cggr_ray.routing.scores import score_histogram
+from cggr_ray.routing.scores import SCORE_BINS, ScoreName
 from cggr_ray.routing.selectors import Selection
 from cggr_ray.schema import (
     ROUTER_CONFIDENCE,
@@ -81,6 +81,10 @@ class Router(Protocol):
         """Of the last route with the model's own scores."""
         ...
 
+    def edges(self) -> dict[str, list[float]]:
+        """Of the bins of the histograms in a route's statistics, by schema name."""
+        ...
+
     def observe(self, values: dict[str, float], progress: Progress) -> None: ...
     def tensors(self) -> dict[str, Tensor]:
         """State on the device, to be saved and restored in place."""
@@ -133,6 +137,9 @@ class RatioRouter:
 
     def agreement(self, whole: Seen, micro: MicroBatch, ratio: float) -> dict[str, Tensor]:
         raise AssertionError("nothing to compare")
+
+    def edges(self) -> dict[str, list[float]]:
+        return {}
 
     def observe(self, values: dict[str, float], progress: Progress) -> None:
         """Nothing to learn from a finished step."""
@@ -226,8 +233,9 @@ class ScoreRouter(RatioRouter):
         selection = choose(self.config, scores_BT, keep_B, left_B, documents_BT, self._generator)
         route = route_of(selection, keep_B, labelled_B, ratio, self.config.weights == "inverse_probability")
         kept_BK = torch.where(route.filled_BK, scores_BT.gather(1, route.index_BK), -torch.inf)
-        counted = {ROUTER_USAGE: score_histogram(kept_BK), ROUTER_KEPT_FRACTION: route.kept(labels_BT)}
-        route.statistics.update(statistics_of(scored) | counted)
+        usage = SCORE_BINS[self.config.score].counts(kept_BK)
+        counted = {ROUTER_USAGE: usage, ROUTER_KEPT_FRACTION: route.kept(labels_BT)}
+        route.statistics.update(statistics_of(scored, self.config.score) | counted)
         return route
 
     def counts(self, scores_BT: Tensor, labels_BT: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
@@ -264,6 +272,9 @@ class ScoreRouter(RatioRouter):
         kept = [selectors.top_k(self._in_scope(scores, micro)[0], keep_B).mask_BT for scores in (found_BT, own_BT)]
         return {ROUTER_SPEARMAN: spearman(found_BT, own_BT), ROUTER_RECALL: recall_at_k(*kept)}
 
+    def edges(self) -> dict[str, list[float]]:
+        return {ROUTER_SCORES: SCORE_BINS[self.config.score].edges}
+
     def observe(self, values: dict[str, float], progress: Progress) -> None:
         """Takes the mean confidence of a step that has finished; its delay is fixed, so a resumed run sees the same."""
         dynamic, seen = self.config.dynamic, values.get(ROUTER_CONFIDENCE)
@@ -284,9 +295,9 @@ class ScoreRouter(RatioRouter):
         self._confidence, self._reference = state["confidence"], state["reference"]
 
 
-def statistics_of(scored: Scored) -> dict[str, Tensor]:
+def statistics_of(scored: Scored, score: ScoreName) -> dict[str, Tensor]:
     """What a route tells of the scores it was made of."""
-    found = {ROUTER_SCORES: score_histogram(scored.scores_BT)}
+    found = {ROUTER_SCORES: SCORE_BINS[score].counts(scored.scores_BT)}
     if scored.stats is not None:
         found[ROUTER_ENTROPY] = scored.stats.entropy.nanmean()
         found[ROUTER_CONFIDENCE] = scored.stats.confidence.nanmean()

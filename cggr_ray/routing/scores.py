@@ -12,7 +12,7 @@ Shapes: B rows that positions have their ranks in, of T positions; N = B T.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,36 @@ SCORES: dict[str, Callable[[HeadStats], Tensor]] = {
     "surprise": lambda s: s.nll - s.entropy,
 }
 TERMS: tuple[HeadScore, ...] = ("entropy_confidence", "margin", "loss")
-# The logged histogram: 24 bins of half a nat from -1; the first and last take what lies outside.
-HISTOGRAM_START, HISTOGRAM_WIDTH, HISTOGRAM_BINS = -1.0, 0.5, 24
+HISTOGRAM_BINS = 24
+
+
+class Bins(NamedTuple):
+    """Equal bins of a logged histogram, from `start` on; the first and last take what lies outside."""
+
+    start: float
+    width: float
+
+    def counts(self, values: Tensor) -> Tensor:
+        """How many values lie in each bin, float32 of length HISTOGRAM_BINS; -inf is no value."""
+        flat = values.flatten()
+        known = flat > -torch.inf
+        bins = ((flat - self.start) / self.width).clamp(0, HISTOGRAM_BINS - 1).long()
+        # Not added up by index: all of them to a few addresses would wait for one another.
+        return (known[:, None] & (bins[:, None] == torch.arange(HISTOGRAM_BINS, device=flat.device))).sum(0).float()
+
+    @property
+    def edges(self) -> list[float]:
+        return [self.start + self.width * i for i in range(HISTOGRAM_BINS + 1)]
+
+
+# Each covers what its score can be at 60,000 tokens and more: `combined` is up to 2 log V + 1, shares up to 1.
+NATS, DIFFERENCES, SHARES = Bins(-1.0, 0.5), Bins(-9.0, 0.75), Bins(0.0, 1 / 16)
+SCORE_BINS: dict[ScoreName, Bins] = {
+    **dict.fromkeys(("entropy", "entropy_confidence", "loss"), NATS),
+    **dict.fromkeys(("surprise", "excess"), DIFFERENCES),
+    **dict.fromkeys(("margin", "gnorm", "combined_rank", "random"), SHARES),
+    "combined": Bins(-1.0, 1.25),
+}
 
 
 def score(
@@ -77,16 +105,3 @@ def mean_rank(terms_BT: list[Tensor]) -> Tensor:
         twice = twice + ends[0] + ends[1].minimum(count)
     # Whole numbers until here: means that are equal have equal bits.
     return torch.where(missing, torch.nan, twice.double() / (2 * len(terms_BT) * count.clamp_min(1)))
-
-
-def score_histogram(scores: Tensor) -> Tensor:
-    """Counts of the labelled scores by bin, float32 of length HISTOGRAM_BINS."""
-    flat = scores.flatten()
-    labelled = flat > -torch.inf
-    bins = ((flat - HISTOGRAM_START) / HISTOGRAM_WIDTH).clamp(0, HISTOGRAM_BINS - 1).long()
-    # Not added up by index: all of them to a few addresses would wait for one another.
-    return (labelled[:, None] & (bins[:, None] == torch.arange(HISTOGRAM_BINS, device=flat.device))).sum(0).float()
-
-
-def histogram_edges() -> list[float]:
-    return [HISTOGRAM_START + HISTOGRAM_WIDTH * i for i in range(HISTOGRAM_BINS + 1)]

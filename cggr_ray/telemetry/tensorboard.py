@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from operator import mul
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from cggr_ray.schema import STEP
+from cggr_ray.schema import HISTOGRAMS, STEP
 from cggr_ray.telemetry.tracker import Row, scalars
 
 
@@ -18,6 +20,23 @@ class TensorBoardTracker:
         for name, value in scalars(row).items():
             if isinstance(value, int | float) and name != STEP:
                 self._writer.add_scalar(name, value, row[STEP])
+            elif name in HISTOGRAMS and value is not None:
+                self._add_histogram(name, value["edges"], value["counts"], row[STEP])
+
+    def _add_histogram(self, name: str, edges: list[float], counts: list[float], step: int) -> None:
+        """Sums are of the middles of the bins."""
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
+        self._writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(map(mul, counts, middles)),
+            sum_squares=sum(n * x**2 for n, x in zip(counts, middles, strict=True)),
+            bucket_limits=edges[1:],
+            bucket_counts=counts,
+            global_step=step,
+        )
 
     def finish(self, summary: Row) -> None:
         self._writer.close()

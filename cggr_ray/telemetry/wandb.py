@@ -12,7 +12,7 @@ import wandb
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from cggr_ray.files import write_whole
-from cggr_ray.schema import HISTOGRAMS, KIND, STEP, TRAIN_SECONDS
+from cggr_ray.schema import HISTOGRAMS, KIND, ROUTER_USAGE, STEP, TRAIN_SECONDS
 from cggr_ray.telemetry.tracker import Row, scalars
 
 # The longest wait for the server, at the start and again at the end.
@@ -39,11 +39,16 @@ class WandbTracker:
 
     @runtime_errors()
     def log(self, row: Row) -> None:
-        kept = ((k, v) for k, v in scalars(row).items() if k not in (KIND, STEP))
+        usage = row.get(ROUTER_USAGE)
+        kept = ((k, v) for k, v in scalars({**row, ROUTER_USAGE: None}).items() if k not in (KIND, STEP))
         values = {k: v for k, v in kept if v is not None and not isinstance(v, str)}
         for name in values.keys() & set(HISTOGRAMS):
             histogram = values[name]
             values[name] = wandb.Histogram(np_histogram=(histogram["counts"], histogram["edges"]))
+        if usage is not None:
+            # One bar a bin, over the bin's number.
+            around: Any = [number - 0.5 for number in range(len(usage) + 1)]
+            values[ROUTER_USAGE] = wandb.Histogram(np_histogram=(usage, around))
         self._run.log(values | {STEP: row[STEP]})
 
     @runtime_errors()

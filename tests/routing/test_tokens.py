@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from cggr_ray.data.batch import MicroBatch
+from cggr_ray.kernels.head_stats.reference import chunk_stats
 from cggr_ray.models.adapter import Stream
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.progress import Progress
 from cggr_ray.routing.curriculum import Curriculum, DynamicThreshold
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.routing.scorers import Setting
-from cggr_ray.routing.scores import HISTOGRAM_BINS, SCORES, histogram_edges
+from cggr_ray.routing.scores import HISTOGRAM_BINS, NATS, SCORE_BINS, SCORES
+from cggr_ray.routing.scores import score as score_of
 from cggr_ray.routing.tokens import AllTokens, RandomTokens, SelectedTokens
 from cggr_ray.schema import ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_SCORES
 from cggr_ray.sparse.plan import Seen
@@ -251,10 +253,33 @@ def test_statistics_are_means_over_labelled_positions():
     assert statistics[ROUTER_ENTROPY].item() == pytest.approx(truth["entropy"][labelled].mean().item(), rel=1e-5)
     p = (stream.hidden_RD.double() @ stream.head_VD.double().T).softmax(-1)
     assert statistics[ROUTER_CONFIDENCE].item() == pytest.approx(p.amax(-1)[labelled].mean().item(), rel=1e-5)
-    edges = np.array(histogram_edges())
+    edges = np.array(NATS.edges)
     inside = truth["loss"][labelled].numpy().clip(edges[0], edges[-1] - 1e-9)
     assert statistics[ROUTER_SCORES].tolist() == np.histogram(inside, edges)[0].tolist()
     assert len(statistics[ROUTER_SCORES]) == HISTOGRAM_BINS
+
+
+@pytest.mark.parametrize("spread", [0.01, 2.0, 8.0])
+@pytest.mark.parametrize("score", SCORES)
+def test_a_histogram_of_scores_holds_them_between_its_edges(score, spread):
+    """From the logits of a fresh model over 50,000 tokens to those of a sure one: none is swept into an end."""
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(400, 50_000, generator=g) * spread, torch.randint(50_000, (400,), generator=g)
+    # A sure model is mostly right.
+    logits[:, 0], labels[100:] = logits.amax(1) + spread, 0
+    values = score_of(score, chunk_stats(logits.double(), labels))
+    edges = np.array(SelectedTokens(score=score).build(0, SETTING).edges()[ROUTER_SCORES])
+    usual = values[labels == 0]
+    assert edges[0] <= usual.min() and usual.max() < edges[-1]
+    counted = SCORE_BINS[score].counts(torch.cat([values, torch.tensor([-torch.inf])]))
+    assert counted.tolist() == np.histogram(values.numpy().clip(edges[0], edges[-1] - 1e-6), edges)[0].tolist()
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_histogram_of_scores_tells_them_apart(score):
+    stream, micro = stream_of(odd_micro()), odd_micro()
+    counts = routed(SelectedTokens(score=score).build(0, SETTING), seen_of(stream), micro, 0.25, at()).statistics
+    assert (counts[ROUTER_SCORES] > 0).sum() >= 5 and counts[ROUTER_SCORES].max() < 0.5 * micro.labelled
 
 
 @pytest.mark.parametrize("name", ["random", "stratified", "importance"])

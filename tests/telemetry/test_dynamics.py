@@ -18,7 +18,7 @@ from cggr_ray.learner import Learner
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe
-from cggr_ray.routing.scores import histogram_edges
+from cggr_ray.routing.scores import NATS
 
 WIDTH = 21
 MICROS = (packed(LENGTHS, WIDTH), packed(LENGTHS, WIDTH, seed=1, index=1))
@@ -51,7 +51,7 @@ def token_losses(family: str) -> list[np.ndarray]:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_losses_of_single_positions(family: str) -> None:
     row = step({}, family)
-    edges = np.array(histogram_edges())
+    edges = np.array(NATS.edges)
     counts = [np.histogram(losses.clip(edges[0], edges[-1] - 1e-6), edges)[0] for losses in token_losses(family)]
     found = row["train/token_loss_dist"]
     assert found["edges"] == edges.tolist()
@@ -74,6 +74,14 @@ def test_losses_of_kept_positions_alone() -> None:
         and not any(usage[:lowest])
         and all(u <= s for u, s in zip(usage, scores, strict=True))
     )
+
+
+@pytest.mark.parametrize("part", ["selected_tokens", "depth_buckets"])
+def test_a_row_has_the_edges_of_its_own_score(part: str) -> None:
+    row = step({"tokens": {"kind": part, "score": "margin"}})
+    scores, losses = row["router/difficulty_score_dist"], row["train/token_loss_dist"]
+    assert scores["edges"] == [i / 16 for i in range(25)] and losses["edges"] == NATS.edges
+    assert sum(scores["counts"]) == sum(micro.labelled for micro in MICROS)
 
 
 def test_buckets_of_depth_are_counted() -> None:

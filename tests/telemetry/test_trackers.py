@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ ROWS: list[dict[str, Any]] = [
         "train/token_loss_dist": HISTOGRAM,
         "data/order_hash": "ab12",
         "updates/relevance": [0.5, 0.25 * step],
+        "router/expert_usage": [4.0, 0.0, 1.0 * step],
     }
     for step in (1, 2, 3)
 ]
@@ -86,7 +88,13 @@ def test_tensorboard_files_can_be_read_back(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     names = {"train_seconds", "train/tokens_per_sec", "train/grad_norm"}
-    assert set(events.Tags()["scalars"]) == names | {"updates/relevance/00", "updates/relevance/01"}
+    lists = {"updates/relevance/00", "updates/relevance/01", *(f"router/expert_usage/0{i}" for i in range(3))}
+    assert set(events.Tags()["scalars"]) == names | lists
+    assert set(events.Tags()["histograms"]) == {"router/difficulty_score_dist", "train/token_loss_dist"}
+    (last,) = events.Histograms("router/difficulty_score_dist")
+    assert last.step == 3 and last.histogram_value.bucket == HISTOGRAM["counts"]
+    assert last.histogram_value.bucket_limit == HISTOGRAM["edges"][1:] and last.histogram_value.num == 7.5
+    assert last.histogram_value.sum == 3 * -0.5 + 4.5 * 0.5 and last.histogram_value.sum_squares == 7.5 * 0.25
     found = [(e.step, e.value) for e in events.Scalars("train/tokens_per_sec")]
     assert found == [(1, 100.0), (2, 200.0), (3, 300.0)]
     assert [e.value for e in events.Scalars("updates/relevance/01")] == [0.25, 0.5, 0.75]
@@ -129,7 +137,10 @@ tracker.finish({"steps": 2, "val/loss": 1.25})
     names = ("train/tokens_per_sec", "train/grad_norm", "router/difficulty_score_dist", "val/loss", "train_seconds")
     for name in (*names, "train/token_loss_dist", "updates/relevance/00", "updates/relevance/01"):
         assert name.encode() in content
-    assert b'"histogram"' in content
+    # Every histogram under its own name, that of the experts too.
+    assert b'"histogram"' in content and b"router/expert_usage/00" not in content
+    for name, value in (("values", b"[4,0,2]"), ("bins", b"[-0.5,0.5,1.5,2.5]")):
+        assert re.search(rb"router/expert_usage.{2}" + name.encode() + rb".{3}" + re.escape(value), content, re.DOTALL)
     assert b"all_tokens" in content
 
 
