@@ -134,6 +134,7 @@ def caveats(race: Race) -> list[str]:
     if short:
         runs = "run" if short == 1 else "runs"
         notes.append(f"{short} {runs} ran out of memory, went on with smaller micro-batches, and lost time by it.")
+    notes += calibration_caveats(race)
     resumed = race.runs.loc[race.runs["resumes"] > 0, "trial_id"] if "resumes" in race.runs.columns else ()
     if len(resumed):
         runs = "run was" if len(resumed) == 1 else "runs were"
@@ -158,6 +159,16 @@ def device_caveats(race: Race) -> list[str]:
         f"**Runs were on different devices ({where}): means over seeds and their ± mix them, in tokens/s and in losses "
         "at equal time. Only differences of pairs on one device do not.**",
     ]
+
+
+def calibration_caveats(race: Race) -> list[str]:
+    """Runs on another device than micro-batches were calibrated on: they need not be the largest that fit there."""
+    calibration = race.spec.get("spec", {}).get("calibration")
+    if not calibration or "device/name" not in race.runs.columns:
+        return []
+    elsewhere = sorted(set().union(*devices(race.runs)) - {calibration["device"]["name"]})
+    there = f"Micro-batches were calibrated on {calibration['device']['name']}, and runs were on {', '.join(elsewhere)}"
+    return [f"**{there}: there they need not be the largest that fit.**"] if elsewhere else []
 
 
 def version_caveats(race: Race) -> list[str]:

@@ -279,10 +279,20 @@ def _what_ran(race: Race) -> str:
     rows += [["validation sources", ", ".join(sources) or NONE]]
     rows += [["labelled tokens of a validation", distinct(race.milestones, VAL_TOKENS)]]
     rows += [["tokens per step", _step_tokens(runs)], ["hosts", distinct(runs, "process/host")]]
+    rows += [
+        ["rows of a micro-batch, at the end", by_recipe(runs, "micro_rows")],
+        ["calibrated on", _calibrated_on(race)],
+    ]
     versions = {str(name): distinct(runs, name) for name in runs.columns if str(name).startswith("versions/")}
     known = (f"{name.removeprefix('versions/')} {text}" for name, text in versions.items() if text != NONE)
     rows += [["versions", ", ".join(known)]]
     return table(["", ""], [row for row in rows if row[1] not in ("", NONE)])
+
+
+def _calibrated_on(race: Race) -> str:
+    """The device that micro-batches were calibrated on."""
+    calibration = race.spec.get("spec", {}).get("calibration")
+    return str(calibration["device"]["name"]) if calibration else NONE
 
 
 def _label(column: str) -> str:

@@ -10,7 +10,7 @@ Its warm-up is counted in tokens, so that it lasts as many tokens as everybody's
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from cggr_ray.codec import Plain
 from cggr_ray.recipe import Recipe
@@ -46,6 +46,14 @@ class ArmBatch(Plain):
         if not 1 <= micro <= rows:
             raise ValueError(f"micro_rows = {micro}; accepted: 1 to global_rows = {rows}")
         return rows, micro
+
+
+@dataclass(frozen=True)
+class Calibrated(Plain):
+    """What the batches of a race were calibrated for: the device, and by arm a fingerprint, see `calibrated`."""
+
+    device: dict[str, Any]
+    arms: dict[str, str]
 
 
 def with_scaled_rate(recipe: Recipe, rule: BatchLrRule, rows: int, race_rows: int) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE, DATA_FOLDER
 
 def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], settings: Settings, again: bool) -> None:
     """Calibrates the arms of a race; exit code 1 where of one no micro-batch fits, and then no race is written."""
-    spec = specify(name, changes, {})
+    spec = replace(specify(name, changes, {}), calibration=None)
     if spec.workers > 1:
         raise ValueError(f"workers = {spec.workers}; accepted: workers = 1, for one process after the other is tried")
     device = pick_device(spec.device)

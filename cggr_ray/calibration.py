@@ -23,7 +23,8 @@ from typing import Any
 import tomli_w
 import torch
 
-from cggr_ray.batches import ArmBatch, RowsPart, can_be_run
+from cggr_ray.batches import ArmBatch, Calibrated, RowsPart, can_be_run
+from cggr_ray.calibrated import device_of, fingerprint
 from cggr_ray.codec import Plain
 from cggr_ray.environment import versions
 from cggr_ray.files import write_whole
@@ -254,6 +255,7 @@ def trial_spec(spec: RaceSpec, name: str, global_rows: int, micro_rows: int, ste
         arms={},
         batches={},
         batch_lr_rule="none",
+        calibration=None,
         global_rows=global_rows,
         micro_rows=micro_rows,
         budget_seconds=float(steps),
@@ -268,9 +270,11 @@ def trial_spec(spec: RaceSpec, name: str, global_rows: int, micro_rows: int, ste
 
 
 def calibrated(spec: RaceSpec, arms: Mapping[str, Row]) -> RaceSpec:
-    """The race with what was found, for arms of which something was."""
+    """The race with what was found, for arms of which something was, and what it was found for."""
     found = {name: ArmBatch(arm["global_rows"], arm["micro_rows"]) for name, arm in arms.items() if arm["micro_rows"]}
-    return replace(spec, batches={**spec.batches, **found})
+    changed = replace(spec, batches={**spec.batches, **found})
+    device = device_of(next(iter(arms.values()))["asked"]["device"])
+    return replace(changed, calibration=Calibrated(device, {name: fingerprint(changed, name) for name in found}))
 
 
 def notes(settings: Settings, arms: Mapping[str, Row]) -> list[str]:

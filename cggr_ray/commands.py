@@ -15,6 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
+from cggr_ray.calibrated import check_calibration
 from cggr_ray.codec import nearest, to_plain
 from cggr_ray.data.dataset import AnySource, is_prepared, prepare
 from cggr_ray.data.sources import DATA_PRESETS
@@ -63,6 +64,9 @@ def race(
         show_plan(spec, trials)
         return
     check(spec, executor, address, folder)
+    if resume is None:
+        # What has begun goes on anywhere.
+        check_calibration(spec, pick_device(spec.device) if address is None else None)
     mirror = mirror_of(spec, folder)
     mirror.check()
     begin(folder, spec, trials)

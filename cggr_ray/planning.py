@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cggr_ray.batches import rows_of_worker
+from cggr_ray.calibrated import check_calibration
 from cggr_ray.evaluation.task import FileTask
 from cggr_ray.hub import TOKENIZER, WEIGHTS, is_cached
 from cggr_ray.models.presets import parameter_count
@@ -30,6 +31,7 @@ def check_present(spec: RaceSpec) -> None:
     elif spec.model.pretrained is not None:
         for name in spec.recipes:
             check_rates(spec.recipe(name))
+    check_calibration(spec, None)
     for task in spec.evaluation.tasks if spec.evaluation else ():
         if not isinstance(task, FileTask) or Path(task.path).is_file():
             task.check()
@@ -84,6 +86,8 @@ def _seconds(spec: RaceSpec, trials: int) -> list[str]:
         f"milestones after {at} s",
         *([f"{spec.workers} workers a trial, which share the rows of a step"] if spec.workers > 1 else []),
     ]
+    if spec.calibration:
+        found.append(f"micro-batches calibrated on {spec.calibration.device['name']}")
     if spec.evaluation:
         tasks = ", ".join(f"{task.name} (at most {task.seconds:g} s)" for task in spec.evaluation.tasks)
         found.append(f"asked at every milestone: {tasks}")

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from cggr_ray.batches import (
     ArmBatch,
     BatchLrRule,
+    Calibrated,
     check_micro_batches,
     check_workers,
     rows_of_worker,
@@ -74,12 +75,13 @@ class RaceSpec(Plain):
     budget at which the clock stops for validation; the end is always one. `step_seconds` replaces the real clock by one
     that advances so much a step: for exact reproduction, never for comparison. `tuning` is how `arms` are found.
     `batches` holds an arm's own rows a step and a micro-batch, by recipe name, and `batch_lr_rule` what an arm whose
-    rows a step are not the race's does to its learning rate. `evaluation` is what else is asked at every milestone,
-    where a checkpoint is written then. `workers` is how many processes train a trial together, each its share of every
-    step's rows, in micro-batches of `micro_rows`: the same steps, in less time. `order_by_seed`: every seed reads the
-    data in an order of its own, the same for all arms; else all seeds read one. `save_model` keeps a trial's final
-    model, an ordinary one; `save_heads` what its objective trained beside it, in heads/objective.safetensors. `mirror`
-    is the address of a folder that holds a copy of the race's, from which another machine goes on.
+    rows a step are not the race's does to its learning rate; `calibration` what they were found for. `evaluation` is
+    what else is asked at every milestone, where a checkpoint is written then. `workers` is how many processes train a
+    trial together, each its share of every step's rows, in micro-batches of `micro_rows`: the same steps, in less time.
+    `order_by_seed`: every seed reads the data in an order of its own, the same for all arms; else all seeds read one.
+    `save_model` keeps a trial's final model, an ordinary one; `save_heads` what its objective trained beside it, in
+    heads/objective.safetensors. `mirror` is the address of a folder that holds a copy of the race's, from which another
+    machine goes on.
     """
 
     name: str = "race"
@@ -97,6 +99,7 @@ class RaceSpec(Plain):
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     batches: dict[str, ArmBatch] = field(default_factory=dict)
     batch_lr_rule: BatchLrRule = "none"
+    calibration: Calibrated | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every_seconds: float = 60.0
     save_model: bool = False
@@ -134,12 +137,10 @@ class RaceSpec(Plain):
                              "accepted: a positive number of train seconds")  # fmt: skip
         if self.step_seconds is not None and not 0 < self.step_seconds < float("inf"):
             raise ValueError(f"step_seconds = {self.step_seconds}; accepted: a positive number of seconds")
-        for name in self.arms:
+        for table, name in (*(("arms", name) for name in self.arms), *(("batches", name) for name in self.batches)):
             if name not in self.recipes:
-                raise ValueError(f"arms.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
+                raise ValueError(f"{table}.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
         for name in self.batches:
-            if name not in self.recipes:
-                raise ValueError(f"batches.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
             try:
                 self.rows_of(name)
             except ValueError as error:
@@ -169,7 +170,7 @@ class RaceSpec(Plain):
         global_rows, micro_rows = self.rows_of(name)
         data = replace(self.data, seed=self.data.seed + seed) if self.order_by_seed else self.data
         rows: dict[str, Any] = {"global_rows": global_rows, "micro_rows": micro_rows, "batches": {}}
-        return replace(self, data=data, order_by_seed=False, batch_lr_rule="none", **rows)
+        return replace(self, data=data, order_by_seed=False, batch_lr_rule="none", calibration=None, **rows)
 
     def changes(self, name: str) -> dict[str, Any]:
         """The dotted values of an arm: the race's, then its own; a part that is replaced whole before its keys. Where

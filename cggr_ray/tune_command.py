@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cggr_ray.arguments import tables
+from cggr_ray.calibrated import check_calibration
 from cggr_ray.commands import (
     check,
     check_recipes,
@@ -25,6 +26,7 @@ from cggr_ray.commands import (
     run_left,
     specify,
 )
+from cggr_ray.device import pick_device
 from cggr_ray.environment import fingerprint
 from cggr_ray.files import write_whole
 from cggr_ray.mirror import mirror_of
@@ -56,6 +58,8 @@ def tune(
         spec = specify(name, changes, {})
         folder = out or new_folder(f"{spec.name}-tuning")
     check(spec, executor, address, folder)
+    if resume is None:
+        check_calibration(spec, pick_device(spec.device) if address is None and not dry_run else None)
     trials = plan_tuning(spec, folder)
     if dry_run:
         show_plan(trials[0].race, trials)

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from small_runs import TWO_ARMS
 from typer.testing import CliRunner
 
 from cggr_ray import cli
 from cggr_ray.batches import ArmBatch
+from cggr_ray.calibrated import check_calibration
 from cggr_ray.calibration import CLOSE, Calibration, Settings, calibrated, largest, notes, sizes_of, write_calibrated
+from cggr_ray.codec import to_toml
+from cggr_ray.evaluation.generated import Generated
+from cggr_ray.evaluation.suite import Evaluation
 from cggr_ray.fits import Answer
-from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
+from cggr_ray.race import RaceSpec, Trial, Tuning, load_race, plan_trials
 from cggr_ray.routing.rows import AllRows, FewerRows, HardestRows
 
 CPU = torch.device("cpu")
@@ -140,6 +145,75 @@ def test_what_is_found_is_verified_kept_and_raced(tmp_path: Path) -> None:
     assert "# random_tokens: 16 rows fit, and no more were of use" in text
     race = load_race(str(tmp_path / "calibrated.toml"))
     assert race == replace(calibrated(TWO_ARMS, arms), name="small") and race.rows_of("baseline") == (16, 2)
+    check_calibration(race, CPU)
+    assert all(trial.race.calibration is None for trial in plan_trials(race, tmp_path)), "of the race, not of a run"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> RaceSpec:
+    """A race that was calibrated here."""
+    arms = calibrate(TWO_ARMS, Memory({"baseline": 6, "random_tokens": 40}), tmp_path / "calibration.json", SETTINGS)
+    return calibrated(replace(TWO_ARMS, evaluation=Evaluation((Generated(max_new_tokens=8),))), arms)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arms": {"random_tokens": {"tokens.keep": 0.5}}},
+        {"values": {"optimizer.rest.state": {"kind": "int8_blockwise"}}},
+        {"batches": {"random_tokens": ArmBatch(32, 32)}},
+        {"data": replace(TWO_ARMS.data, row_tokens=256)},
+        {"model": replace(TWO_ARMS.model, tie_embeddings=False)},
+        {"evaluation": Evaluation((Generated(max_new_tokens=9),))},
+        {"evaluation": None},
+    ],
+    ids=str,
+)
+def test_another_race_than_was_calibrated_is_refused(changes: dict[str, Any], small: RaceSpec) -> None:
+    check_calibration(small, CPU)
+    with pytest.raises(
+        ValueError, match=r"arm '.*another than its micro-batch was calibrated with; accepted: what was"
+    ):
+        check_calibration(replace(small, **changes), None)
+    check_calibration(replace(small, calibration=None, **changes), CPU)
+
+
+def test_what_takes_no_memory_may_be_tuned_after_a_calibration(small: RaceSpec) -> None:
+    """Rates, schedules, seconds, seeds, and where the questions lie; an arm that does not race is not asked."""
+    rates = {"optimizer.lr_scale": 0.5, "optimizer.matrix.lr": 0.01, "optimizer.schedule.warmup_tokens": 500}
+    evaluation = Evaluation((Generated(max_new_tokens=8, seconds=1.0, seed=77),))
+    tuned = replace(small, budget_seconds=20.0, seeds=(3, 4), milestones=(0.5,), evaluation=evaluation)
+    check_calibration(tuned.with_arms(dict.fromkeys(small.recipes, rates)), CPU)
+    keep = {"random_tokens": {"tokens.keep": 0.5}}
+    check_calibration(replace(small, recipes=("baseline",), batches={"baseline": small.batches["baseline"]}), CPU)
+    with pytest.raises(ValueError, match="arm 'random_tokens'"):
+        check_calibration(small.with_arms(keep), CPU)
+
+
+@pytest.mark.parametrize("command", ["race", "tune"])
+def test_a_race_that_was_calibrated_elsewhere_is_refused_before_it_begins(
+    command: str, small: RaceSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning = Tuning(seconds=1.0, seed=9, values=({"optimizer.lr_scale": 0.5},))
+    file, out = tmp_path / "race.toml", tmp_path / "out"
+    file.write_text(tomli_w.dumps(to_toml(replace(small, tuning=tuning).to_plain())))
+    monkeypatch.setattr("cggr_ray.calibrated.device_info", lambda _: {"type": "cpu", "name": "another", "threads": 1})
+    monkeypatch.setattr("sys.argv", ["cggr-ray", command, str(file), "--out", str(out)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and not out.exists()
+    assert "micro-batches were calibrated on" in said and "this machine has 'another'; accepted:" in said
+    done = CliRunner().invoke(cli.app, [command, str(file), "--dry-run"], catch_exceptions=False)
+    assert done.exit_code == 0, "the plan of another machine"
+
+
+def test_a_calibrated_race_is_calibrated_again(small: RaceSpec, tmp_path: Path) -> None:
+    changed = small.with_arms({"random_tokens": {"tokens.keep": 0.5}})
+    arms = calibrate(changed, Memory({"baseline": 6, "random_tokens": 20}), tmp_path / "again.json", SETTINGS)
+    again = calibrated(changed, arms)
+    check_calibration(again, CPU)
+    assert again.calibration != small.calibration and again.rows_of("random_tokens") == (16, 16)
 
 
 def test_what_is_known_is_not_tried_again(tmp_path: Path) -> None:

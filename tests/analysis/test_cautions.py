@@ -76,6 +76,19 @@ def test_how_the_arms_were_tuned_is_said(pair_race: Path) -> None:
     assert "no arm was tuned for this race" in with_spec(pair_race, spec | {"arms": {}})
 
 
+def test_where_micro_batches_were_calibrated_is_said(pair_race: Path) -> None:
+    assert "calibrated" not in render(read_race(pair_race))
+    for trial, rows in (("baseline-0", 4), ("baseline-1", 4), ("quick-0", 16), ("quick-1", 16)):
+        edit_summary(pair_race, trial, micro_rows=rows)
+    spec = {"calibration": {"device": {"name": "Test GPU"}, "arms": {}}}
+    text = with_spec(pair_race, spec)
+    assert re.search(r"\| rows of a micro-batch, at the end +\| baseline: 4; quick: 16 +\|", text)
+    assert re.search(r"\| calibrated on +\| Test GPU +\|", text) and "need not be the largest" not in text
+    spec["calibration"]["device"] = {"name": "B200"}
+    said = "**Micro-batches were calibrated on B200, and runs were on Test GPU: there they need not be the largest"
+    assert said in with_spec(pair_race, spec)
+
+
 def test_questions_that_were_trained_on_are_told(pair_race: Path) -> None:
     seen = {"gsm8k": {"questions": 1319, "words": 13, "keys": ["4", "7", "9"]}}
     (pair_race / "overlap.json").write_text(json.dumps(seen))
