@@ -48,7 +48,7 @@ def ledger_words(race: Race) -> str:
         closure = f"**The ledgers miss the wall clock by up to {worst:.2f} %: time is unexplained.**"
     else:
         within = max(math.ceil(1000 * worst), 1) / 1000
-        closure = f"The eight ledgers add up to the wall clock within {within:.3f} % in every run."
+        closure = f"The eight ledgers add up to the wall clock within {within:.3f} % in {_every(race, len(checks))}."
     overrun = checks["overrun_steps"].max()
     late = f" Training used at most {overrun:.2f} last steps beyond the budget." if not pd.isna(overrun) else ""
     return f"{closure}{late} Seconds; the budget is the sum of the columns marked *."
@@ -73,11 +73,19 @@ def stability_words(race: Race) -> str:
 def order_words(race: Race) -> str:
     """Whether all runs read the same rows."""
     agree = order_check(race)["agree"]
+    every = _every(race, len(agree))
     if (agree == False).any():  # noqa: E712 - nullable booleans
         return "**Runs of one data seed read different rows: their losses cannot be compared as pairs.**"
     if agree.isna().any() or len(agree) == 0:
         return "Some runs could not be compared: no other run of their data seed has a mark at as many rows."
-    return "Every run read the same rows in the same order as the other runs of its data seed, at every mark compared."
+    same = "read the same rows in the same order as the other runs of its data seed, at every mark compared"
+    return f"{every.capitalize()} {same}."
+
+
+def _every(race: Race, checked: int) -> str:
+    """Of whom a check of so many runs speaks: of one that has not ended nothing is known yet."""
+    runs = len(race.runs)
+    return "every run" if checked == runs else f"every run that ended ({checked} of {runs})"
 
 
 def tuning_words(race: Race) -> str:
@@ -130,10 +138,11 @@ def caveats(race: Race) -> list[str]:
         notes.append(
             "**Runs shared a GPU with others: their speeds, and losses at equal seconds, are not comparable.**"
         )
-    short = int((race.runs.get("out_of_memory", pd.Series(dtype=float)).fillna(0) > 0).sum())
-    if short:
-        runs = "run" if short == 1 else "runs"
-        notes.append(f"{short} {runs} ran out of memory, went on with smaller micro-batches, and lost time by it.")
+    short = race.runs.loc[race.runs.get("out_of_memory", pd.Series(0, index=race.runs.index)) > 0, "trial_id"]
+    if len(short):
+        runs = "run" if len(short) == 1 else "runs"
+        words = "went on with smaller micro-batches, and lost time by it."
+        notes.append(f"{len(short)} {runs} ran out of memory ({', '.join(short)}), {words}")
     notes += calibration_caveats(race)
     resumed = race.runs.loc[race.runs["resumes"] > 0, "trial_id"] if "resumes" in race.runs.columns else ()
     if len(resumed):

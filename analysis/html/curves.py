@@ -199,7 +199,7 @@ def _shared_grid(curves: list[Curve], points: int) -> np.ndarray:
 
 
 def _histogram(race: Race, name: str) -> Chart:
-    """The last histogram of every run: the share of each bin over its middle."""
+    """The last histogram of every run: the density of each bin over its middle, as bins may have other widths."""
     unit, meaning = described(name)
     curves = []
     for trial, recipe, status in race.runs[["trial_id", "recipe", "status"]].itertuples(index=False):
@@ -207,10 +207,10 @@ def _histogram(race: Race, name: str) -> Chart:
         counts = np.array(logged[name].iloc[-1]["counts"], dtype=float) if len(logged) else np.empty(0)
         if counts.sum() > 0:
             edges = np.array(logged[name].iloc[-1]["edges"], dtype=float)
-            middles, shares = (edges[1:] + edges[:-1]) / 2, counts / counts.sum()
-            curves.append(Curve(str(trial), str(recipe), status == FINISHED, rounded(middles), rounded(shares)))
+            middles, density = (edges[1:] + edges[:-1]) / 2, counts / counts.sum() / np.diff(edges)
+            curves.append(Curve(str(trial), str(recipe), status == FINISHED, rounded(middles), rounded(density)))
     view = View(unit, tuple(curves), _means(race, curves, POINTS))
-    return Chart(name, "share", f"{meaning}; the last of every run", GROUPS[name.split("/")[0]], True, (view,))
+    return Chart(name, "density", f"{meaning}; the last of every run", GROUPS[name.split("/")[0]], True, (view,))
 
 
 def rounded(values: Iterable[float]) -> list[float]:

@@ -194,7 +194,7 @@ def test_an_injected_clock_and_lost_memory_are_said(pair_race: Path) -> None:
     assert "time is unexplained" in render(read_race(pair_race))
     text = with_spec(pair_race, {"step_seconds": 0.5})
     assert "time is unexplained" not in text
-    assert "are not those of any machine" in text and "1 run ran out of memory" in text
+    assert "are not those of any machine" in text and "1 run ran out of memory (quick-0)" in text
     assert "train seconds a run, counted as 0.5 s a step, on Test GPU" in text
     verdicts_of_all = section(text, "Verdicts")
     assert "equal time is equal steps, and speeds are not judged" in verdicts_of_all and not re.search(

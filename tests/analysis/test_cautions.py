@@ -41,6 +41,14 @@ def test_broken_fairness_is_said_aloud(pair_race: Path) -> None:
     assert "miss the wall clock by up to 20.00 %" in bad and "read different rows" in bad
 
 
+def test_a_check_speaks_of_the_runs_that_ended_alone(pair_race: Path) -> None:
+    (pair_race / "runs" / "quick-1" / "summary.json").unlink()
+    text = render(read_race(pair_race))
+    assert "within 0.001 % in every run that ended (3 of 4)." in text
+    edit_summary(pair_race, "baseline-1", order={"8": "a0", "16": "b0"}, data_seed=0)
+    assert "\n\nEvery run that ended (3 of 4) read the same rows" in render(read_race(pair_race))
+
+
 def test_runs_too_short_for_a_mark_are_not_said_to_be_alone(pair_race: Path) -> None:
     edit_summary(pair_race, "quick-0", order={})
     text = render(read_race(pair_race))

@@ -199,7 +199,7 @@ def test_many_rows_become_means_of_equal_parts(tmp_path: Path, run_writer: Write
     assert mean.y == pytest.approx([value + 0.5 for value in expected], abs=0.05) and len(mean.x) == POINTS
 
 
-def test_the_last_histogram_of_a_run_is_drawn_as_shares(
+def test_the_last_histogram_of_a_run_is_drawn_as_a_density(
     tmp_path: Path, run_writer: Writer, logged_step: RowMaker
 ) -> None:
     histograms = [{"edges": [0, 1, 3], "counts": counts} for counts in ([9, 1], [3, 1])]
@@ -207,7 +207,7 @@ def test_the_last_histogram_of_a_run_is_drawn_as_shares(
     run_writer(tmp_path, "baseline", 0, rows, {})
     chart = chart_of(charts(read_race(tmp_path)), "router/difficulty_score_dist")
     assert (chart.views[0].axis, chart.views[0].curves[0].x) == ("score", [0.5, 2])
-    assert chart.views[0].curves[0].y == [0.75, 0.25]
+    assert chart.unit == "density" and chart.views[0].curves[0].y == [0.75, 0.125], "of 1 under the curve"
 
 
 def test_a_picture_places_its_points(pair_race: Path) -> None:
