@@ -30,6 +30,8 @@ from analysis.targets import TAUS, efficiency, performance_profile, target_losse
 from cggr_ray.schema import VAL_LOSS
 
 Row = dict[Any, Any]
+# What of an efficiency is a bound where it has one.
+BOUNDED = ("speed_up", "tokens", "value")
 
 
 def verdict_table(race: Race) -> str:
@@ -58,6 +60,8 @@ def _judged(row: Row, digits: int) -> list[str]:
         middle, ends = factor(row["difference"]), interval(row["low"], row["high"], 3)
         up = 1 + row["detectable"]
         seen = NONE if math.isnan(up) else f"beyond {factor(up)} or {factor(1 / up)}"
+        if row.get("bound"):
+            middle, ends, seen = f"{row['bound']} {middle}", NONE, NONE
     else:
         middle, ends = (
             figure(row["difference"], digits, sign=True),
@@ -193,7 +197,9 @@ def factor(value: float, digits: int = 3) -> str:
 
 
 def with_interval(row: Row, name: str, digits: int = 3) -> str:
-    """A factor and its interval where there is one."""
+    """A factor and its interval where there is one; of a bound there is none."""
+    if row.get("bound") and name in BOUNDED and not pd.isna(row[name]):
+        return f"{row['bound']} {factor(row[name], digits)}"
     ends = interval(row[f"{name}_low"], row[f"{name}_high"], digits)
     return factor(row[name], digits) + ("" if ends == NONE else f" {ends}")
 

@@ -25,7 +25,7 @@ import pandas as pd
 from analysis.frames import Race
 from analysis.measures import FINISHED, comparable_runs, order_check
 from analysis.stats import ALPHA, detectable, holm, mean_interval, paired_p, which_test
-from analysis.targets import curves, speed_ups
+from analysis.targets import bound_of, curves, speed_ups
 from cggr_ray.schema import TRAIN_SECONDS, VAL_LOSS
 
 RATIO = "ratio"
@@ -165,7 +165,8 @@ def _by_run(rows: pd.DataFrame, values: pd.Series) -> dict[tuple[str, int], floa
 
 
 def claims(race: Race) -> pd.DataFrame:
-    """The rows of `judge` for a race, ordered by quantity, with `supported` as of `weighed`.
+    """The rows of `judge` for a race, ordered by quantity, with `supported` as of `weighed` and `bound`, of a speed-up,
+    as of `analysis.targets.bound_of`: a bound from the other side supports nothing.
 
     Favourable verdicts on loss or time name the controls that the arm was not shown to beat, each by a test of its own
     at 5 %: beating the baseline *and* every control needs no correction for the controls.
@@ -173,12 +174,19 @@ def claims(race: Race) -> pd.DataFrame:
     samples = differences(race)
     asked = ((recipe, quantity) for quantity in judged(race) for recipe in race.recipes)
     table = weighed(race, judge({key: samples[key] for key in asked if key in samples}))
-    words = []
+    words, bounds, supported = [], [], []
+    known = curves(race)
     for row in table.to_dict("records"):
+        bound = bound_of(known, row["recipe"], race.baseline) if row["quantity"] == TIME.name else ""
+        open_side = row["side"] != 0 and bound in ("?", "≤" if row["side"] > 0 else "≥")
+        bounds.append(bound)
+        supported.append(row["supported"] and not open_side)
+        if open_side:
+            row["verdict"] += ", not supported: a first milestone bounds it from the other side"
         for_the_arm = row["side"] > 0 and row["quantity"] != SPEED.name
         controls = unbeaten(race, row["recipe"], TIME if row["quantity"] == TIME.name else LOSS) if for_the_arm else []
         words.append("; ".join([row["verdict"], *controls]))
-    return table.assign(verdict=words) if words else table
+    return table.assign(verdict=words, bound=bounds, supported=supported) if words else table
 
 
 def judged(race: Race) -> tuple[Quantity, ...]:

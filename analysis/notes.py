@@ -19,7 +19,8 @@ RATIO_NOTE = "; for tokens/s and speed-up the geometric mean of the ratios, abov
 SPEED_NOTES = """\
  **tokens/s**: tokens read, whether or not they
   carried a gradient: faster reading is not faster learning. **speed-up to a common loss**: {baseline}'s train seconds
-  over the arm's to the lowest loss that all runs of both reached."""
+  over the arm's to the lowest loss that all runs of both reached. **≤**, **≥**, **?**: {baseline}, the arm, or both had
+  met it by a first milestone, and when is not known: a bound, without an interval."""
 
 SET_SECONDS_NOTE = """\
  The seconds of this race were set, a
@@ -89,7 +90,8 @@ and are no sample of tasks."""
 
 EFFICIENCY_NOTES = """\
 What it takes an arm to get to the lowest loss that all its runs and the baseline's reached; geometric means over pairs
-with 95 % intervals.
+with 95 % intervals. Where a run had met that loss by its first milestone, there are bounds instead: ≤ for the
+baseline's, ≥ for the arm's, ? for both.
 
 * **speed-up**, **token efficiency**: the baseline's seconds, and tokens, over the arm's.
 * **kept**: the part r of the labelled positions that carried a gradient up to there. This column and those of a kept

@@ -237,7 +237,7 @@ def verdicts(race: Race) -> list[str]:
         if row["quantity"] == LOSS.name:
             measured = f"{figure(difference, 4, (row['high'] - row['low']) / 2, sign=True)} nats/token"
         else:
-            measured = f"{figure(difference, 3)}x"
+            measured = f"{row['bound']} {figure(difference, 3)}x".lstrip()
         said = f"{row['quantity']}: {row['verdict']}" + ("" if pd.isna(difference) else f" ({measured})")
         lines[row["recipe"]] = f"{lines[row['recipe']]}; {said}" if row["recipe"] in lines else said
     lost = {recipe: lost_runs(race, recipe) for recipe in lines}

@@ -3,8 +3,8 @@
 Two recipes are timed to a loss that both reach in every pair: the highest of the best losses of their runs. Swapping
 the two leaves it as it is, so neither is favoured; the baseline's own final loss would be: whoever gets there at all
 gets there before the baseline's end. A loss met before the first milestone is dated to it, so that a ratio is too near
-to 1 rather than too far. With seconds s, tokens read N and kept positions K up to that loss, each against
-the reference's,
+to 1 rather than too far: it is a bound then, without an interval. With seconds s, tokens read N and kept positions K up
+to that loss, each against the reference's,
 
     speed-up = s_ref / s      value of a kept token v = K_ref / K      break-even = (s / K) / (s_ref / K_ref)
 
@@ -53,6 +53,10 @@ class Curve:
         """Train seconds until the loss first comes down to `goal`, interpolated; NaN if it never does."""
         return first_crossing(self.seconds, self.losses, goal)
 
+    def has_met_first(self, goal: float) -> bool:
+        """Whether the first milestone, behind the start, is at `goal` already: when the run got there is not known."""
+        return bool(self.seconds[0] > 0 and self.losses[0] <= goal)
+
     def best_at(self, fraction: float) -> float:
         """The best loss up to a part of the run's seconds, interpolated; NaN before the first milestone."""
         at = fraction * self.seconds[-1]
@@ -93,6 +97,14 @@ def common_loss(known: Curves, recipe: str, reference: str) -> float:
     return max(best, default=math.nan)
 
 
+def bound_of(known: Curves, recipe: str, reference: str) -> str:
+    """How the true ratio to the common loss lies to the one that milestones give, where a run had met that loss by its
+    first one: `≤` if one of the reference's had, `≥` if one of the recipe's had, `?` if of both; else empty."""
+    goal, seeds = common_loss(known, recipe, reference), pair_seeds(known, recipe, reference)
+    first = [any(known[name, seed].has_met_first(goal) for seed in seeds) for name in (reference, recipe)]
+    return "?" if all(first) else "≤" if first[0] else "≥" if first[1] else ""
+
+
 def speed_ups(known: Curves, recipe: str, reference: str) -> np.ndarray:
     """The logarithm of reference's seconds over recipe's to their common loss, one a pair."""
     goal = common_loss(known, recipe, reference)
@@ -107,10 +119,10 @@ def speed_ups(known: Curves, recipe: str, reference: str) -> np.ndarray:
 def efficiency(race: Race, reference: str | None = None) -> pd.DataFrame:
     """One row a recipe but the reference (the baseline): what it takes to their common loss, against the reference.
 
-    `goal` in nats/token; `speed_up`, `tokens` (the reference's over the recipe's), `value` of a kept token and its
-    `break_even`, each a geometric mean with `_low` and `_high` of its 95 % interval over `pairs`; `kept`, the part of
-    the labelled positions that was kept up to there. The last three are NaN where a run did not log what it kept, and
-    for a recipe whose tokens are none of CHOOSING.
+    `goal` in nats/token; `bound` as of `bound_of`, of the ratios but `break_even`; `speed_up`, `tokens` (the
+    reference's over the recipe's), `value` of a kept token and its `break_even`, each a geometric mean with `_low` and
+    `_high` of its 95 % interval over `pairs`; `kept`, the part of the labelled positions that was kept up to there. The
+    last three are NaN where a run did not log what it kept, and for a recipe whose tokens are none of CHOOSING.
     """
     ref = reference or race.baseline
     known = curves(race)
@@ -121,6 +133,7 @@ def efficiency(race: Race, reference: str | None = None) -> pd.DataFrame:
         own = np.array([_spent(known[recipe, seed], goal, kept) for seed in seeds]).reshape(-1, 3)
         other = np.array([_spent(known[ref, seed], goal, every) for seed in seeds]).reshape(-1, 3)
         row: dict[str, object] = {"recipe": recipe, "pairs": len(seeds), "goal": goal}
+        row["bound"] = bound_of(known, recipe, ref)
         with np.errstate(divide="ignore", invalid="ignore"):
             seconds, tokens, value = (other / own).T
             row["kept"] = float((own[:, 2] / own[:, 1]).mean()) if len(seeds) else math.nan

@@ -13,10 +13,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.findings import efficiency_table, targets_table
+from analysis.findings import efficiency_table, targets_table, verdict_table
 from analysis.frames import read_race
+from analysis.judging import LOSS, TIME, claims
+from analysis.report import verdicts
 from analysis.targets import (
     LARGEST_TAU,
+    bound_of,
     common_loss,
     curves,
     efficiency,
@@ -60,6 +63,51 @@ def straight_race(tmp_path: Path, run_writer: Writer, milestone_row: RowMaker, l
             run_writer(tmp_path, recipe, seed, rows, {"tokens_seen": 20 * rate}, parts=parts.get(recipe, every))
     (tmp_path / "race.json").write_text(json.dumps({"baseline": "baseline"}))
     return tmp_path
+
+
+@pytest.fixture
+def late_race(tmp_path: Path, run_writer: Writer, milestone_row: RowMaker) -> Path:
+    """Nobody was asked before 5 s. By then the baseline is at 3; `slow` is there at 15 s, `soon` past its end."""
+    ends = {"baseline": (3.0, 2.0), "slow": (5.0, 3.0), "soon": (1.5, 1.0)}
+    for seed in range(3):
+        for recipe, (first, last) in ends.items():
+            rows = [milestone_row(5, 5, 500, first), milestone_row(15, 15, 1500, last + seed / 1000)]
+            run_writer(tmp_path, recipe, seed, rows, {"tokens_seen": 1500}, parts={"tokens": {"kind": "all_tokens"}})
+    (tmp_path / "race.json").write_text(json.dumps({"baseline": "baseline"}))
+    return tmp_path
+
+
+def test_a_loss_met_by_the_first_milestone_bounds_the_speed_up(late_race: Path) -> None:
+    """The baseline may have been at 3.002 at any time up to 5 s, so `slow` is at most a third as fast."""
+    race = read_race(late_race)
+    known = curves(race)
+    assert [bound_of(known, name, "baseline") for name in ("slow", "soon")] == ["≤", "≥"]
+    assert bound_of(known, "baseline", "slow") == "≥" and bound_of(known, "soon", "slow") == "≥"
+    rows = {row["recipe"]: row for row in efficiency(race).to_dict("records")}
+    assert rows["slow"]["bound"] == "≤" and rows["slow"]["speed_up"] == pytest.approx(1 / 3, rel=1e-3)
+    lines = {line.split("|")[1].strip(): line for line in efficiency_table(race).splitlines()}
+    assert lines["slow"].count("≤ 0.33") == 2 and "[" not in lines["slow"] and "≥ 2.99" in lines["soon"]
+    judged = {row["recipe"]: row for row in claims(race).to_dict("records") if row["quantity"] == TIME.name}
+    assert (judged["slow"]["verdict"], judged["slow"]["bound"], judged["slow"]["supported"]) == ("slower", "≤", True)
+    shown = next(line for line in verdict_table(race).splitlines() if "speed-up" in line and "slow " in line)
+    assert "≤ 0.33" in shown and "[" not in shown and "beyond" not in shown
+    assert any("slower (≤ 0.33" in line for line in verdicts(race))
+
+
+def test_a_bound_from_the_other_side_supports_nothing(
+    tmp_path: Path, run_writer: Writer, milestone_row: RowMaker
+) -> None:
+    """Losses rise: all were at the common one, 1.95, before anybody was asked, and who was there first is not known."""
+    for seed in range(3):
+        for recipe, (first, end, last) in {"baseline": (6, 1.9, 2.5), "arm": (4, 1.95, 1.96)}.items():
+            rows = [milestone_row(5, first + seed / 100, 500, end), milestone_row(15, 15, 1500, last - seed / 1000)]
+            run_writer(tmp_path, recipe, seed, rows, {"tokens_seen": 1500})
+    (tmp_path / "race.json").write_text(json.dumps({"baseline": "baseline"}))
+    race = read_race(tmp_path)
+    row = row_of(claims(race), recipe="arm", quantity=TIME.name)
+    assert row["side"] == 1 and row["bound"] == "?" and not row["supported"]
+    assert row["verdict"] == "faster, not supported: a first milestone bounds it from the other side"
+    assert row_of(claims(race), recipe="arm", quantity=LOSS.name)["supported"]
 
 
 def test_the_common_loss_is_reached_by_both_in_every_pair(straight_race: Path) -> None:
