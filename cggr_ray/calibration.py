@@ -1,9 +1,9 @@
 """Calibration: for every arm of a race the largest micro-batch that fits, found by trying, before the clock starts.
 
 A few real steps a try (`fits`), each in a fresh process: what the peaks before let expect, until it is known what fits
-and what does not. What is found is tried again, for longer and as often as asked, with all that a run writes, and with
-generation where the race has an evaluation; if that fails, a smaller size is, unless the smallest fails too. Every try
-leaves a part of the memory free, the head-room.
+and what does not. What is found is tried again, for longer and as often as asked, with generation where the race has an
+evaluation, the first time with all that a run writes; if that fails, a smaller size is, unless the smallest fails too.
+Every try leaves a part of the memory free, the head-room.
 
 Sizes divide the rows of a step, so that all micro-batches of a step are alike. With `scale_batch` an arm's step grows
 to its micro-batch where this is the larger; a control that takes a part of a step's rows takes it of the baseline's
@@ -34,7 +34,7 @@ from cggr_ray.saying import Say
 from cggr_ray.telemetry.gpu import device_info
 from cggr_ray.telemetry.tracker import Row
 
-# The trial of a try, what it may use, and whether it is one that verifies.
+# The trial of a try, what it may use, and whether it writes what a run leaves on the disk.
 Ask = Callable[[Trial, float, bool], Answer]
 
 # The search stops when the rows that fit and the rows that do not are this close, relatively.
@@ -177,7 +177,7 @@ class Calibration:
         self.arms[name] = entry
         global_rows = self._global_rows(name)
         sizes = sizes_of(self.spec.recipe(name).rows, global_rows, self.settings.scale_batch)
-        found = largest(sizes, lambda size: self._try(entry, name, size, verifies=False), self._limit)
+        found = largest(sizes, lambda size: self._try(entry, name, size), self._limit)
         if found is not None and not self._verified(entry, name, found):
             found = self._stepped_back(entry, name, sizes, found)
         # Nothing larger was of use: memory has set no limit.
@@ -208,23 +208,24 @@ class Calibration:
         return plain
 
     def _verified(self, entry: Row, name: str, size: int) -> bool:
+        # Writing takes the same memory every time, and of a large model more seconds than the steps.
         starts = range(self.settings.starts)
-        return all(self._try(entry, name, size, verifies=True) is not None for _ in starts)
+        return all(self._try(entry, name, size, verifies=True, writes=n == 0) is not None for n in starts)
 
     def _stepped_back(self, entry: Row, name: str, sizes: Sequence[int], failed: int) -> int | None:
         """A smaller size that is verified. None where the smallest fails too: not the rows take the memory."""
-        if failed == sizes[0] or self._try(entry, name, sizes[0], verifies=True) is None:
+        if failed == sizes[0] or self._try(entry, name, sizes[0], verifies=True, writes=True) is None:
             return None
         found: int | None = failed
         while found is not None and (found == failed or not self._verified(entry, name, found)):
             found = max((size for size in sizes if size <= (1 - STEP_BACK) * found), default=None)
         return found
 
-    def _try(self, entry: Row, name: str, size: int, verifies: bool) -> float | None:
+    def _try(self, entry: Row, name: str, size: int, verifies: bool = False, writes: bool = False) -> float | None:
         """MiB at the peak, None where the rows do not fit."""
         began, global_rows = time.perf_counter(), max(self._global_rows(name), size)
         steps = self.settings.verify_steps if verifies else SEARCH_STEPS
-        row = {"micro_rows": size, "global_rows": global_rows, "steps": steps, "verifies": verifies}
+        row = {"micro_rows": size, "global_rows": global_rows, "steps": steps, "verifies": verifies, "writes": writes}
         known = next((tried for tried in self._begun if row.items() <= tried.items()), None)
         if known is not None:
             # Of a calibration that was interrupted. It has as many starts of a size as were made.
@@ -234,7 +235,7 @@ class Calibration:
         race = trial_spec(self.spec, name, global_rows, size, steps, verifies)
         trial = Trial(f"{name}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
         trial = trial.placed(self._file.parent, self._data_folder)
-        answer = self._ask(trial, self._limit, verifies)
+        answer = self._ask(trial, self._limit, writes)
         seconds = time.perf_counter() - began
         entry["tries"].append(row | answer.to_plain() | {"limit_mib": self._limit, "seconds": seconds})
         self._write()

@@ -3,11 +3,10 @@
     python -m cggr_ray.fits QUESTION.json ANSWER.json
 
 The run is a trial's own: warm-up at every level, steps over the whole schedule with the optimizer's updates, the
-validation, the largest batch of generation where the trial is asked questions; and, where it verifies, a checkpoint,
-and the model where the race keeps it: of a large model tens of gigabytes, too slow for every step of a search. The
-limit is the head-room: on a GPU the allocator of the process may use a part of the memory, on a CPU the process may
-have so many bytes of data (RLIMIT_DATA), so that an allocation beyond truly fails. Any error but want of memory ends
-the process.
+validation, the largest batch of generation where the trial is asked questions; and, where it writes, a checkpoint,
+and the model where the race keeps it: of a large model tens of gigabytes, too slow for every try. The limit is the
+head-room: on a GPU the allocator of the process may use a part of the memory, on a CPU the process may have so many
+bytes of data (RLIMIT_DATA), so that an allocation beyond truly fails. Any error but want of memory ends the process.
 """
 
 from __future__ import annotations
