@@ -13,6 +13,8 @@ SETTINGS = {
     # A report costs up to one health-check interval; the default of 2 s would show in every trial.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # The newer output of Tune names its own folder whatever `verbose` says; the older one is silent.
+    "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # A sweep hands out as many trials as may run side by side; Tune would let one at a time wait for its machine.

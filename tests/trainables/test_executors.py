@@ -18,6 +18,7 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = write_race(folder, budget=10, more="step_seconds = 0.5")
     done = cggr_ray("race", spec, "--out", folder / "race")
     assert "report:" in done.stdout and "baseline" in done.stdout
+    assert "session-" not in done.stdout, "Tune speaks of its own folder"
     return folder
 
 
