@@ -59,8 +59,7 @@ def race(
         folder = out or new_folder(spec.name)
     trials = plan_trials(spec, folder)
     if dry_run:
-        check_executor(executor, spec)
-        check_present(spec)
+        check_plan(spec, executor)
         show_plan(spec, trials)
         return
     check(spec, executor, address, folder)
@@ -170,6 +169,12 @@ def check(spec: RaceSpec, executor: str, address: str | None, folder: Path) -> N
         device = pick_device(spec.device)
         for name in spec.recipes:
             spec.recipe(name).execution.check_device(device.type)
+
+
+def check_plan(spec: RaceSpec, executor: str) -> None:
+    """The same for `--dry-run`, but for what is not here yet: the plan names it."""
+    check_executor(executor, spec)
+    check_present(spec)
 
 
 def check_executor(executor: str, spec: RaceSpec) -> None:

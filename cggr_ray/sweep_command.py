@@ -16,6 +16,7 @@ from rich.table import Table
 from cggr_ray.codec import to_plain
 from cggr_ray.commands import (
     check,
+    check_plan,
     check_recipes,
     claim,
     go_on,
@@ -28,6 +29,7 @@ from cggr_ray.commands import (
 from cggr_ray.data_checks import check_tokens
 from cggr_ray.environment import fingerprint
 from cggr_ray.mirror import mirror_of
+from cggr_ray.planning import absent
 from cggr_ray.schema import SWEEP_FILE, VAL_LOSS
 from cggr_ray.telemetry.console import RaceConsole
 
@@ -64,7 +66,10 @@ def sweep(
     else:
         spec = specify_sweep(name, race_name, changes, values, search)
         folder = out or new_folder(spec.race.name)
-    check(spec.race, executor, address, folder)
+    if dry_run:
+        check_plan(spec.race, executor)
+    else:
+        check(spec.race, executor, address, folder)
     check_sweep(spec, executor, folder)
     check_growing(growing, spec.race.device, address)
     if dry_run:
@@ -187,7 +192,7 @@ def check_growing(growing: int | None, device: str, address: str | None) -> None
 
 
 def show_sweep(spec: SweepSpec) -> None:
-    """The plan: how much there is to run, how it is searched, and what."""
+    """The plan: how much there is to run, how it is searched, what, and what is not here yet."""
     console, search = Console(), spec.search
     seconds = search.trials * spec.race.budget_seconds
     most = min(seconds, search.total_seconds or seconds)
@@ -198,6 +203,8 @@ def show_sweep(spec: SweepSpec) -> None:
         console.print(f"{name:12} {kind[1]}{said and f' ({said})'}", highlight=False, soft_wrap=True)
     for key, domain in spec.domains.items():
         console.print(f"  {key:36} {domain.in_words()}", highlight=False, soft_wrap=True)
+    for what in absent(spec.race):
+        console.print(f"not here: {what}", highlight=False, soft_wrap=True)
 
 
 def finish_sweep(spec: SweepSpec, history: History, folder: Path, console: Console, complete: bool) -> None:

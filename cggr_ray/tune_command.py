@@ -16,6 +16,7 @@ from cggr_ray.arguments import tables
 from cggr_ray.calibrated import check_calibration
 from cggr_ray.commands import (
     check,
+    check_plan,
     check_recipes,
     claim,
     go_on,
@@ -57,9 +58,12 @@ def tune(
     else:
         spec = specify(name, changes, {})
         folder = out or new_folder(f"{spec.name}-tuning")
-    check(spec, executor, address, folder)
-    if resume is None:
-        check_calibration(spec, pick_device(spec.device) if address is None and not dry_run else None)
+    if dry_run:
+        check_plan(spec, executor)
+    else:
+        check(spec, executor, address, folder)
+        if resume is None:
+            check_calibration(spec, pick_device(spec.device) if address is None else None)
     trials = plan_tuning(spec, folder)
     if dry_run:
         show_plan(trials[0].race, trials)

@@ -344,6 +344,24 @@ def test_dry_run_plans_and_takes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments", [("race", "far.toml"), ("tune", "far.toml"), ("sweep", "cggr", "--race", "far.toml")]
+)
+def test_a_plan_says_what_is_not_here_yet(
+    arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = '[data]\nval_documents = 2\n[[data.sources]]\nkind = "jsonl"\nname = "far"\npath = "far.jsonl"\n'
+    tuning = '[tuning]\nseconds = 1.0\nseed = 9\nvalues = [{ "optimizer.lr_scale" = 0.5 }]\n'
+    Path("far.toml").write_text(f'recipes = ["baseline"]\ndevice = "cpu"\n{sources}{tuning}')
+    shown = CliRunner().invoke(cli.app, [*arguments, "--dry-run"], catch_exceptions=False)
+    assert shown.exit_code == 0 and "trials" in shown.output
+    assert f"not here: data file {tmp_path / 'far.jsonl'}" in shown.output
+    said = fails(monkeypatch, capsys, *arguments)
+    assert "far.jsonl' does not exist; accepted: a .jsonl" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["far.toml"]
+
+
 def test_set_reaches_every_arm_or_one() -> None:
     values = arguments.assignments(["optimizer.matrix.lr=0.5", "cggr_loss:tokens.keep=0.5", "tag=word"])
     assert values == {"optimizer.matrix.lr": 0.5, "cggr_loss:tokens.keep": 0.5, "tag": "word"}
