@@ -17,6 +17,7 @@ from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.optimizer import Optimizer
 from cggr_ray.optim.partition import Named, partition
 from cggr_ray.optim.split import is_fused
+from cggr_ray.optim.stack import Stack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,7 +33,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     device is followed there at the next step. 16-bit parameters have float32 masters here. `c_attn` of GPT-2 is updated
     as the three projections that it holds, of queries, keys and values. Learning rates stand in `param_groups`,
     `matrix` before `rest`, for schedulers of torch; all else is in the rules. A step drops the gradients, and where one
-    is not finite it changes nothing at all. A parameter without a gradient rests.
+    is not finite it changes nothing at all. A parameter without a gradient rests; of the matrices that GaLore's
+    `full_rank` corrects, all of a shape have gradients or none has.
 
     Sources: Muon, Jordan et al. 2024 and arXiv:2502.16982; 8-bit state, arXiv:2509.23106; GaLore, arXiv:2403.03507 and
     arXiv:2504.20437; AdamW, arXiv:1711.05101.
@@ -79,7 +81,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns what `closure` does.
 
         Raises:
-            RuntimeError: the model was cast, or a weight resized, after the optimizer was made.
+            RuntimeError: the model was cast, or a weight resized, after the optimizer was made; or some matrices of a
+                shape that `full_rank` corrects have a gradient, and others have none.
         """
         loss = None
         if closure is not None:
@@ -89,6 +92,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._inner.begin_number(self._steps)
         for stack in self._inner.stacks.values():
             stack.rest_without_gradient()
+            self._check_resting(stack)
         if any(stack.learning for stack in self._inner.stacks.values()):
             rates = {group["name"]: float(group["lr"]) for group in self.param_groups}
             self.grad_norm = self._inner.update(self._steps, rates["matrix"], rates.get("rest", 0.0))
@@ -138,6 +142,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._steps = int(state_dict["state"]["steps"])
         for group, values in zip(self.param_groups, stored, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
+
+    def _check_resting(self, stack: Stack) -> None:
+        """Those drawn to learn at full rank are counted among all of a stack, so that none of it can be left out."""
+        some = 0 < len(stack.learning) < len(stack.parameters)
+        if some and not all(stack.rule.of_matrices(key) for key in stack.state):
+            resting = next(p for i, p in enumerate(stack.parameters) if i not in stack.learning)
+            raise RuntimeError(f"parameter {self._names()[id(resting)]!r} has no gradient, others of shape "
+                               f"{tuple(resting.shape)} have one, and full_rank draws among them; accepted: gradients "
+                               "for all of a shape or for none, or full_rank = 0")  # fmt: skip
 
     def _names(self) -> dict[int, str]:
         return {id(p): name for name, p in self._named}

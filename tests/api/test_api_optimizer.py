@@ -85,6 +85,33 @@ def test_what_has_no_gradient_rests(name: str) -> None:
     assert optimizer.state_dict()["state"]["steps"] == state["state"]["steps"] == 5
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("way", [0, 1])
+def test_none_of_those_that_full_rank_draws_among_can_rest_alone(way: int, frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = Two()
+    optimizer = MatrixOptimizer(model, GaLore(rank=4, refresh_every=3, smallest=8, full_rank=0.5))
+    model(torch.ones(3, 16), (0, 1)).backward()
+    optimizer.step()
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
+    rested = f"ways.{1 - way}.weight"
+    model.get_parameter(rested).requires_grad_(not frozen)
+    model(torch.ones(3, 16), (way,)).backward()
+    with pytest.raises(RuntimeError, match=rf"parameter '{rested}' has no gradient.*accepted: .*full_rank = 0"):
+        optimizer.step()
+    assert all(torch.equal(value, weights(model)[key]) for key, value in before.items())
+    after = optimizer.state_dict()["state"]
+    assert after["steps"] == 1
+    assert all(torch.equal(value, after["tensors"][key]) for key, value in state["tensors"].items())
+    # Neither learns, or both.
+    model.zero_grad()
+    optimizer.step()
+    model.requires_grad_(True)
+    model(torch.ones(3, 16), (0, 1)).backward()
+    optimizer.step()
+    assert not any(torch.equal(value, weights(model)[key]) for key, value in before.items())
+
+
 @pytest.mark.parametrize("basis", [Float32(), BOTH8])
 def test_a_basis_waits_for_the_first_gradient(basis: Float32 | Int8Blockwise) -> None:
     model = Two()
