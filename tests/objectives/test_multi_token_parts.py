@@ -10,7 +10,9 @@ import torch
 from small_models import small_model
 
 from cggr_ray.models.adapter import Adapter
+from cggr_ray.objectives.extra_heads import IndependentHeads
 from cggr_ray.objectives.multi_token import Heads, MultiToken, Sequential, SharedLogits, TrunkHeads
+from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.objectives.objective import Objective
 from cggr_ray.progress import Progress
 from cggr_ray.recipe import Recipe, load_recipe
@@ -74,6 +76,13 @@ def test_weights_are_drawn_as_the_models_from_a_seed_of_their_own(name: str, fam
 )
 def test_targets_fade_one_after_the_other(fraction: float, expected: list[float]) -> None:
     assert SharedLogits().weights_at(fraction) == pytest.approx(expected)
+
+
+def test_no_head_counts_less_than_a_hundredth_of_the_weight() -> None:
+    objective = Heads(9, 0.2).build(NextToken(), Adapter(small_model("llama")), 0)
+    assert isinstance(objective, IndependentHeads)
+    halves = [0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625, 0.003125]
+    assert objective.weights == pytest.approx([*halves, 0.002, 0.002], rel=1e-12)
 
 
 def test_the_layer_that_sees_the_next_token_counts_less_later() -> None:

@@ -120,7 +120,7 @@ def test_basis_finds_the_strongest_left_directions(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("inner", [Muon(), AdamW()])
+@pytest.mark.parametrize("inner", [Muon(), Muon(row_beta=0.9), AdamW()])
 def test_averages_are_seen_in_the_new_basis_after_a_refresh(shape, inner):
     rule = GaLore(inner, rank=24, largest_fraction=1.0)
     state = after_steps(rule, shape)
@@ -134,11 +134,13 @@ def test_averages_are_seen_in_the_new_basis_after_a_refresh(shape, inner):
     expected = new[1] @ (old[1].T @ before[name][1].double())
     torch.testing.assert_close(state[name][1].double(), expected, atol=1e-5, rtol=0)
     assert torch.equal(state[name][0], before[name][0])
+    # Averages of squares as if rows did not covary.
+    for key in {"second", "rows"} & state.keys():
+        torch.testing.assert_close(state[key][1].double(), turn.square() @ before[key][1].double(), atol=1e-6, rtol=0)
+        assert (state[key] >= 0).all() and torch.equal(state[key][0], before[key][0])
+    assert ("rows" in state) == (inner == Muon(row_beta=0.9)) and ("second" in state) == isinstance(inner, AdamW)
     if isinstance(inner, AdamW):
-        torch.testing.assert_close(
-            state["second"][1].double(), turn.square() @ before["second"][1].double(), atol=1e-6, rtol=0
-        )
-        assert (state["second"] >= 0).all() and torch.equal(state["count"], before["count"])
+        assert torch.equal(state["count"], before["count"])
 
 
 @pytest.mark.parametrize("number, period", [(1, 7), (3, 200), (30, 200), (7, 7), (10, 4), (5, 1)])
@@ -199,6 +201,15 @@ def test_scaled_update_has_the_root_mean_square_of_the_inner_muon(shape, scale):
         moved[rule] = (end - start).norm().item()
     plain, low, half = moved.values()
     assert low == pytest.approx(plain, rel=0.1) and half == pytest.approx(low / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_around_adamw_a_quarter_of_its_rate_is_taken(shape, alpha):
+    """The first direction of Adam is of ones, and a basis leaves lengths as they are."""
+    rule = GaLore(AdamW(lr=0.1), rank=16, alpha=alpha)
+    for start, end in zip(train(rule, shape, 0), train(rule, shape, 1), strict=True):
+        assert (end - start).norm().item() == pytest.approx(0.1 * 0.25 * alpha * (16 * max(shape)) ** 0.5, rel=1e-3)
 
 
 def test_sum_of_projected_micro_batches_is_the_projection_of_their_sum():

@@ -73,6 +73,18 @@ def test_the_positions_of_the_largest_loss_are_kept(keep: float, threshold: floa
     assert route.index_BK.shape[1] == math.ceil(keep * micro.tokens_BT.shape[1] - 1e-9)
 
 
+def test_a_threshold_is_reached_by_what_equals_it() -> None:
+    """The least loss of a row is 0 of its range, the largest 1."""
+    micro = packed([[3], [4]], 4, masked=0.0)
+    adapter = Adapter(small_model("llama"))
+    seen = seen_after(adapter, micro, len(adapter.layers))
+    setting = Setting(torch.device("cpu"), len(adapter.layers), adapter.head_VD.shape[1], 1000)
+    for threshold, kept in ((0.0, [3, 4]), (1.0, [1, 1])):
+        router = Collider(0.9, "upstream", threshold).build(0, setting)
+        route = router.route(seen, micro, 0.9)
+        assert route is not None and route.filled_BK.sum(1).tolist() == kept
+
+
 def test_its_plan_runs_backward_on_kept_rows() -> None:
     assert isinstance(Collider().plan_for(Adapter(small_model("llama"))), KeptRows)
 

@@ -127,6 +127,35 @@ def test_a_probe_learns_to_rank_losses() -> None:
     assert agreement_with_truth(probe) > 0.9
 
 
+def test_a_probe_follows_adamw_on_the_standardised_loss_by_hand() -> None:
+    """In float64: mean and second moment of the loss are averages that keep .99, begun with the first micro-batch."""
+    probe = Probe(layers=1, hidden=8, lr=0.01).build("loss", SETTING, seed=3)
+    into, bias, out = (torch.nn.Parameter(probe.tensors()[name].double()) for name in ("into", "bias", "out"))
+    optimizer = torch.optim.AdamW([into, bias, out], lr=0.01, weight_decay=0.0)
+    labelled, moments = (MICRO.labels_BT >= 0).flatten(), torch.zeros(2, dtype=torch.float64)
+
+    def predicted(hidden_RD: Tensor) -> Tensor:
+        x = hidden_RD.double()
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return (torch.relu(x @ into.mT + bias) @ out.mT).squeeze(-1)
+
+    for step in range(6):
+        hidden, index = hidden_of(MICRO, step), slots(MICRO, step)
+        # Losses of another size in every micro-batch.
+        losses = task_loss(hidden) * (1 + step)
+        found = scores_of(probe, seen_of(hidden)).flatten()[labelled]
+        torch.testing.assert_close(found.double(), predicted(hidden).detach()[labelled], rtol=1e-3, atol=1e-4)
+        probe.learn(MICRO, index, torch.where(labelled, losses, 0.0)[index])
+        index = index[labelled[index]]
+        nll = losses[index].double()
+        seen = torch.stack((nll.mean(), nll.square().mean()))
+        moments = seen if step == 0 else 0.99 * moments + 0.01 * seen
+        target = (nll - moments[0]) / (moments[1] - moments[0].square()).sqrt()
+        optimizer.zero_grad()
+        (predicted(hidden[index]) - target).square().mean().backward()
+        optimizer.step()
+
+
 def test_probes_of_one_seed_are_equal() -> None:
     found = [Probe(layers=1).build("loss", SETTING, seed).tensors()["into"] for seed in (0, 0, 1)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
