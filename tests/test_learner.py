@@ -23,7 +23,7 @@ from cggr_ray.data.dataset import DataSpec, prepare
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Problems
 from cggr_ray.data.store import TokenStore
-from cggr_ray.learner import Learner, StepRow
+from cggr_ray.learner import Learner, Levels, StepRow
 from cggr_ray.loop import run_race
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.presets import ModelSpec
@@ -41,6 +41,7 @@ from cggr_ray.schema import (
     TOKEN_LOSS,
     TRAIN_LOSS,
 )
+from cggr_ray.updates.schedule import Learning
 
 STEPS, SAVED = 12, 7
 CURRICULUM = {"full_until": 0.25, "target_at": 0.5}
@@ -221,6 +222,23 @@ def test_training_goes_on_exactly_where_it_was_saved(
     assert any(not torch.equal(tensor, saved[key]) for key, tensor in last.items() if key.startswith("router.")) == (
         name != "truncated"
     )
+
+
+def test_a_layer_that_learns_again_has_rested_for_as_many_steps(
+    tiny_model: PreTrainedModel, store: TokenStore, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(Recipe("x"), Adapter(copy.deepcopy(tiny_model)), 4, len(store.tokens))
+    first, layers = learner.adapter.layer_parameters(0), len(learner.adapter.layers)
+    woken: list[tuple[int, bool, int]] = []
+
+    def wake(parameters: list[Any], steps: int) -> None:
+        woken.append((at, [*map(id, parameters)] == [*map(id, first)], steps))
+
+    monkeypatch.setattr(learner.optimizer, "wake", wake)
+    for at, learns in enumerate([True, False, False, False, True, True, False, True]):
+        learning = Learning((learns, *[True] * (layers - 1)))
+        learner.step(batches[at], Progress(at, 0.1, 1.0, 9), Levels(1.0, 1.0, learning))
+    assert woken == [(4, True, 3), (7, True, 1)]
 
 
 # Whole runs

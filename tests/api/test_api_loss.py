@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cggr_ray import CGGRLoss, CGGRScorer
+from cggr_ray.api.curriculum import StepCurriculum
+from cggr_ray.routing.curriculum import DynamicThreshold
 from cggr_ray.schema import KEPT_LOSS, ROUTER_CONFIDENCE, ROUTER_ENTROPY, ROUTER_KEPT_FRACTION, TRAIN_LOSS
 
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -387,3 +389,14 @@ def test_a_batch_without_labels_leaves_the_confidence_as_it_was() -> None:
         shares.append(criterion.metrics()[ROUTER_KEPT_FRACTION])
     assert shares[3] == 0 and shares[2] > shares[0]
     assert shares[4:] == [shares[2]] * 3
+
+
+def test_the_corrected_rule_compares_with_the_confidence_at_the_end_of_the_warm_up() -> None:
+    curriculum = StepCurriculum(0.25, 2, DynamicThreshold("corrected", sensitivity=0.5, smoothing=0.0))
+    curriculum.observe(torch.tensor(0.2))
+    curriculum.step()
+    curriculum.step()
+    for confidence in (0.5, 0.8, 0.9):
+        curriculum.observe(torch.tensor(confidence))
+    # Of two calls before: .8 against .5.
+    assert curriculum.ratio() == pytest.approx(0.25 * (1 + 0.5 * (0.5 - 0.8) / 0.5), rel=1e-6)

@@ -309,3 +309,12 @@ def test_every_other_combination_trains(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in parameters)
     assert part.build(0, SETTING).levels() == (0.25, 0.4375, 0.625, 0.8125, 1.0)
     assert part.curriculum == Curriculum()
+
+
+def test_importance_has_a_floor() -> None:
+    """Of 4, .5 instead of .001, 1 and 1, two are kept: the first is certain, the others share the rest as 1 : 2 : 2."""
+    part = SelectedTokens(0.5, "loss", "importance", "inverse_probability", importance_floor=0.5, largest_weight=100.0)
+    scores, two, four = torch.tensor([[4.0, 0.001, -torch.inf, 1.0, 1.0]]), torch.tensor([2]), torch.tensor([4])
+    found = routers.choose(part, scores, two, four, torch.zeros_like(scores), torch.Generator())
+    assert found.probability_BT is not None
+    assert found.probability_BT[0].tolist() == pytest.approx([1, 0.2, 0, 0.4, 0.4], abs=1e-9)

@@ -307,6 +307,12 @@ def test_it_starts_no_earlier_than_the_first_measurement() -> None:
     assert starts(config, [0.5] * 10, losses, measured_at=4) == [False] * 9 + [True]
 
 
+@pytest.mark.parametrize("spread, expected", [(0.09, True), (0.11, False)])
+def test_losses_that_vary_are_not_steady_around_one_mean(spread: float, expected: bool) -> None:
+    losses = [1.0] * 4 + [1 + spread, 1 - spread] * 2
+    assert Stability(window=4, variation=0.1).steady(losses) is expected
+
+
 def test_it_starts_once_losses_are_steady() -> None:
     config = replace(AT_ONCE, stability=Stability(window=2, mean_change=0.02, variation=0.05))
     # Means of pairs: too short, then a change of 5 %, then steady; what comes later stops nothing.
