@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cggr_ray.data.sources import Document
+from cggr_ray.data.tokenizer import first_token
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -35,8 +36,9 @@ class Turns:
         if not (found and given and whole.startswith(asked) and behind.strip()):
             raise ValueError(f"chat = true, and the chat template of {name!r} is not one turn behind another; "
                              "accepted: chat = false")  # fmt: skip
-        # Every document begins with that token anyway.
-        self._before, self._between = before.removeprefix(tokenizer.bos_token or ""), between
+        # Documents that begin with that token have it already; of others it is a part of the turn.
+        begins = first_token(tokenizer) == tokenizer.bos_token_id
+        self._before, self._between = before.removeprefix(tokenizer.bos_token) if begins else before, between
         self._opening, self._behind, self.end = opening, behind, behind.strip()
 
     def prompt(self, text: str) -> str:

@@ -28,6 +28,11 @@ THINKS = (
     "{% for m in messages %}<turn>{{ m.role }}\n{% if m.role == 'assistant' %}(thought)\n{% endif %}{{ m.content }}"
     "</turn>\n{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
 )
+# ChatML whose turns begin and end with the tokenizer's own bos and eos, as SmolLM2's do.
+MARKED = (
+    "<bos>system\nBe kind.<eos>\n{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+)
 REWORDS = "{% for m in messages %}<turn>{{ m.content | lower }}</turn>{% endfor %}"
 
 
@@ -78,6 +83,15 @@ def test_a_question_is_asked_as_documents_begin(template: str, bos: bool) -> Non
     (found,) = prompt_tokens(tokenizer, [Question("0", "What?\n", "")], task)
     assert found == ids(tokenizer, turns(user="What?"), add_generation_prompt=True)
     assert stopping(tokenizer, task).stop == ("Q:", "</turn>")
+
+
+def test_a_first_turn_keeps_the_token_that_marks_it(tmp_path: Path) -> None:
+    """It is the tokenizer's bos, which the tokenizer does not put before a text."""
+    tokenizer, task = tokenizer_of(MARKED, adds_bos=False), Task("asked", chat=True)
+    asked = "<eos><bos>system\nBe kind.<eos>\n<bos>user\nWhat?<eos>\n<bos>assistant\n"
+    assert tokenizer.decode(prompt_tokens(tokenizer, [Question("0", "What?", "")], task)[0]) == asked
+    write_store(tmp_path, [Document("What?", "It.")], tokenizer, chat=True)
+    assert tokenizer.decode(TokenStore.open(tmp_path).tokens.tolist()) == f"{asked}It.<eos>\n<eos>"
 
 
 def test_what_is_not_asked_for_stays_plain(tmp_path: Path) -> None:
