@@ -152,7 +152,6 @@ class RowOrder:
             raise ValueError("every source has max_epochs; accepted: at least one without, to fill the budget")
         self.stores, self.weights, self.max_epochs = stores, weights, max_epochs
         self.mask_prompts, self.seed = mask_prompts, seed
-        self._lengths = [store.lengths for store in stores]
         # Of the source with the shortest documents, since rows may hold nothing else.
         mean = min(store.lengths.mean() for store in stores)
         most = max(4, int(3 * row_tokens / mean))
@@ -210,9 +209,10 @@ class RowOrder:
             document = self._document(source, draws[source])
             pieces += (new := cut(self.stores[source], source, document, self.shape.positions, self.mask_prompts))
             draws[source] += 1
-            length = int(self._lengths[source][document]) - 1
-            tokens[source] += length
-            wanted -= sum(piece.positions for piece in new) or length
+            # What is read: a piece that is all prompt, where prompts are masked, is none.
+            read = sum(piece.positions for piece in new)
+            tokens[source] += read
+            wanted -= read
         bins = best_fit([piece.positions for piece in pieces], self.shape.positions, self.shape.most_documents)
         shuffle = np.random.default_rng((self.seed, state.block, 1)).permutation(len(bins))
         rows = [[pieces[i] for i in bins[b]] for b in shuffle]

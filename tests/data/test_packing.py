@@ -153,6 +153,22 @@ def test_shares_of_tokens_follow_the_weights(make_store: MakeStore, weights: tup
     assert read[0] / sum(read) == pytest.approx(weights[0] / sum(weights), abs=0.02)
 
 
+def test_prompts_that_are_not_read_are_no_share(make_store: MakeStore) -> None:
+    """Of documents of 400 tokens with prompts of 300, masked, rows of 48 hold three pieces of nine."""
+    stores = [make_store([400] * 40, prompt_share=0.75), make_store([40] * 90, seed=1, prompt_share=0.5)]
+    order = an_order(stores, (1.0, 1.0), (None, None), mask_prompts=True)
+    read = [0, 0]
+    for row, state in walk(order):
+        ids = row.position_ids[row.position_ids >= 0]
+        first = int((ids < len(stores[0].tokens)).sum())
+        read[0] += first
+        read[1] += len(ids) - first
+        if state.block == 3 and state.row == 0:
+            break
+    assert read[0] / sum(read) == pytest.approx(0.5, abs=0.02)
+    assert state.tokens == read
+
+
 @pytest.mark.parametrize("length", [2, 3, 16, 17, 18, 33, 34, 100])
 @pytest.mark.parametrize("prompt_share", [0.0, 0.5, 1.0])
 def test_cut_covers_a_document_without_overlap(make_store: MakeStore, length: int, prompt_share: float) -> None:
