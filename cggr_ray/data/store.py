@@ -91,11 +91,16 @@ def write_store(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens. A Rust tokenizer is asked directly: masks and types cost more."""
+    """Token ids of each text, whole and without special tokens. A Rust tokenizer is asked directly: masks and types
+    cost more."""
     if not tokenizer.is_fast:
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
-    return [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    core = tokenizer.backend_tokenizer
+    # A tokenizer.json may ask for both.
+    core.no_truncation()
+    core.no_padding()
+    return [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _plain(document: Document) -> Document:

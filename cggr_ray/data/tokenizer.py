@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -71,8 +71,12 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
         return PreTrainedTokenizerFast(tokenizer_file=str(where), eos_token=END_OF_TEXT)
     repo, revision = (str(where), None) if Path(where).is_dir() else hub.parse(str(where))
     with hub.reading(f"tokenizer {str(where)!r}"):
-        hub.refuse_code(get_tokenizer_config(repo, revision=revision), f"tokenizer_config.json of {str(where)!r}")
-        tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=False)
+        config = get_tokenizer_config(repo, revision=revision)
+        hub.refuse_code(config, f"tokenizer_config.json of {str(where)!r}")
+        # Beside the model of a family whose tokenizers it knows, AutoTokenizer would split text as that family does.
+        as_written = config.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
+        kind: Any = PreTrainedTokenizerFast if as_written else AutoTokenizer
+        tokenizer = kind.from_pretrained(repo, revision=revision, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {str(where)!r} has no end-of-text token; accepted: one that sets eos_token")
     return tokenizer

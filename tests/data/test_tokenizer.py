@@ -5,8 +5,10 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from cggr_ray.data import store
 from cggr_ray.data.problems import problems
 from cggr_ray.data.tokenizer import END_OF_TEXT, SHIPPED, SHIPPED_VOCABULARY, load_tokenizer, train_bpe
 
@@ -73,6 +75,31 @@ def test_a_hugging_face_folder_is_read(tmp_path: Path, shipped: PreTrainedTokeni
     again = load_tokenizer(tmp_path)
     assert again.eos_token_id == shipped.eos_token_id
     assert [encode(again, t) for t in TEXTS[:20]] == [encode(shipped, t) for t in TEXTS[:20]]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2"])
+def test_beside_a_model_of_any_family_it_reads_as_it_did(
+    tmp_path: Path, shipped: PreTrainedTokenizerFast, family: str
+) -> None:
+    shipped.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    again, texts = load_tokenizer(tmp_path), [*TEXTS[:20], "two  spaces,\n\n  e\u0301"]
+    assert [encode(again, t) for t in texts] == [encode(shipped, t) for t in texts]
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_texts_are_encoded_whole_and_alone_whatever_the_file_asks_for(
+    tmp_path: Path, shipped: PreTrainedTokenizerFast, setting: str
+) -> None:
+    core = Tokenizer.from_str(shipped.backend_tokenizer.to_str())
+    if setting == "truncation":
+        core.enable_truncation(4)
+    else:
+        core.enable_padding()
+    core.save(str(tmp_path / "tokenizer.json"))
+    texts = ["a text of a few words", "b"]
+    expected = [shipped(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert store.encode(load_tokenizer(tmp_path / "tokenizer.json"), texts) == expected
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path, shipped: PreTrainedTokenizerFast) -> None:
