@@ -26,7 +26,7 @@ def build_learner(trial: Trial, data: PreparedData, device: torch.device, worker
         ValueError: the model, or the reference model, does not read the data's tokens; a cache with a tied head.
     """
     recipe, spec = trial.recipe, trial.race
-    vocabulary = spec.model.vocabulary(len(data.tokenizer))
+    vocabulary = spec.model.vocabulary(len(data.tokenizer), data.rows_needed)
     dtype = recipe.execution.dtype(device)
     reference = None
     if recipe.reference is not None:

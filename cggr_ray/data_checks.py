@@ -22,11 +22,11 @@ def check_tokens(spec: RaceSpec, recipes: Iterable[Recipe], data_folder: Path) -
     if not references and spec.evaluation is None and spec.model.pretrained is None and spec.model.vocab_size is None:
         return
     data = open_data(spec.data, data_folder)
-    spec.model.vocabulary(len(data.tokenizer))
+    vocabulary = spec.model.vocabulary(len(data.tokenizer), data.rows_needed)
     for reference in sorted(references):
         check_reference(reference, data)
     if spec.evaluation is not None:
-        spec.evaluation.asked(data.tokenizer, spec.model.config())
+        spec.evaluation.asked(data.tokenizer, spec.model.config(vocabulary))
 
 
 def check_caches(spec: RaceSpec, recipes: Sequence[Recipe], data_folder: Path) -> None:

@@ -118,6 +118,10 @@ class PreparedData:
         """Tokens of all training streams; stable position ids are below it."""
         return sum(len(store.tokens) for store in self.train)
 
+    def rows_needed(self) -> int:
+        """Of an embedding, for the tokens that documents have; reads them all."""
+        return 1 + max(int(store.tokens.max()) for store in (*self.train, *self.val))
+
     def order(self) -> RowOrder:
         sources, spec = self.spec.sources, self.spec
         return RowOrder(

@@ -90,14 +90,20 @@ def stopping(tokenizer: PreTrainedTokenizerBase, task: Task) -> Task:
     return replace(task, stop=(*task.stop, Turns(tokenizer).end)) if task.chat else task
 
 
-def check_lengths(config: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task) -> None:
-    """Whether a model of this configuration has the positions that a task may need.
+def check_prompts(config: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], task: Task) -> None:
+    """Whether a model of this configuration has the positions that a task may need, and reads its prompts.
 
     Raises:
-        ValueError: the longest prompt and `max_new_tokens` are more; the task and the lengths are named.
+        ValueError: the longest prompt and `max_new_tokens` are more, or a prompt has a token without a row in the
+            embedding; the task and the lengths are named.
     """
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max((len(prompt) for prompt in prompt_tokens(tokenizer, questions, task)), default=0)
+    text_config, prompts = config.get_text_config(), prompt_tokens(tokenizer, questions, task)
+    largest = max((max(prompt) for prompt in prompts), default=0)
+    if largest >= text_config.vocab_size:
+        raise ValueError(f"task {task.name!r}: a prompt has the token {tokenizer.convert_ids_to_tokens(largest)!r}; "
+                         f"accepted: the {text_config.vocab_size} tokens that the model has")  # fmt: skip
+    most = getattr(text_config, "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
     if most is not None and longest + task.max_new_tokens > most:
         raise ValueError(f"task {task.name!r}: the longest prompt has {longest} tokens, max_new_tokens = "
                          f"{task.max_new_tokens}; accepted: at most the model's {most} positions together")  # fmt: skip

@@ -45,7 +45,7 @@ def check_reference(folder: str, data: PreparedData) -> None:
     """
     check_folder(Path(folder))
     config, needed = ModelSpec(folder=folder).config_to_run(), len(data.tokenizer)
-    if config.vocab_size < needed:
+    if config.vocab_size < needed and config.vocab_size < data.rows_needed():
         raise ValueError(f"reference {folder!r} has a vocabulary of {config.vocab_size}; "
                          f"accepted: at least the {needed} tokens of the data's tokenizer")  # fmt: skip
     longest = getattr(config, "max_position_embeddings", None)

@@ -22,7 +22,7 @@ from cggr_ray.codec import Plain
 from cggr_ray.data.sources import Source
 from cggr_ray.evaluation.aime import Aime
 from cggr_ray.evaluation.estimates import Overlap
-from cggr_ray.evaluation.generate import check_lengths, fill, generate
+from cggr_ray.evaluation.generate import check_prompts, fill, generate
 from cggr_ray.evaluation.generated import Generated
 from cggr_ray.evaluation.gsm8k import Gsm8k
 from cggr_ray.evaluation.task import FileTask, Question, Sample, Task, Verdict
@@ -110,7 +110,7 @@ class Evaluation(Plain):
         """
         found: list[tuple[Task, list[Question]]] = [(task, task.load()) for task in self.tasks]
         for task, questions in found:
-            check_lengths(config, tokenizer, questions, task)
+            check_prompts(config, tokenizer, questions, task)
         return found
 
 

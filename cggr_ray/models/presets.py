@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -103,16 +103,17 @@ class ModelSpec:
         """Recipe values that this model asks for, where a race says nothing about the learning rate."""
         return {} if self.pretrained is None else dict(PRETRAINED_VALUES)
 
-    def vocabulary(self, num_tokens: int) -> int | None:
+    def vocabulary(self, num_tokens: int, rows_needed: Callable[[], int] | None = None) -> int | None:
         """The rows to give the embedding for a tokenizer of so many tokens; None leaves trained weights their own.
 
-        A preset without a size of its own takes the next multiple of 128, for the GEMMs.
+        A preset without a size of its own takes the next multiple of 128, for the GEMMs. Gemma's tokenizer has a token
+        for images of which its text models have no row: `rows_needed`, asked then, says what documents need.
 
         Raises:
-            ValueError: the model has fewer rows than the tokenizer has tokens.
+            ValueError: the model has fewer rows than the tokenizer has tokens, and than are needed.
         """
         own = self.config().vocab_size if self.pretrained else self.vocab_size
-        if own is not None and own < num_tokens:
+        if own is not None and own < num_tokens and (rows_needed is None or own < rows_needed()):
             raise ValueError(f"model {self.name!r} with a vocabulary of {own}; "
                              f"accepted: at least the tokenizer's {num_tokens}")  # fmt: skip
         return None if self.pretrained else own or -(-num_tokens // 128) * 128

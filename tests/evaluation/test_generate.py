@@ -14,7 +14,7 @@ from small_tokenizers import END, LETTERS, letters, text_of, tokens_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cggr_ray.evaluation import generate as module
-from cggr_ray.evaluation.generate import StopStrings, check_lengths, generate
+from cggr_ray.evaluation.generate import StopStrings, check_prompts, generate
 from cggr_ray.evaluation.task import Question, Sample, Task
 from cggr_ray.models.adapter import Adapter
 
@@ -214,7 +214,7 @@ def test_a_broken_model_says_something(tokenizer: Any) -> None:
 def test_a_prompt_that_does_not_fit_is_named(tokenizer: Any) -> None:
     config = CONFIGS["gpt2"]()
     asked = questions_of(["a" * 43, "b"])
-    check_lengths(config, tokenizer, asked, Asked())
+    check_prompts(config, tokenizer, asked, Asked())
     said = "task 'asked': the longest prompt has 45 tokens, max_new_tokens = 20; accepted: at most the model's 64"
     with pytest.raises(ValueError, match=said):
-        check_lengths(config, tokenizer, questions_of(["a" * 44]), Asked())
+        check_prompts(config, tokenizer, questions_of(["a" * 44]), Asked())
