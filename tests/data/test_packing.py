@@ -138,33 +138,30 @@ def test_a_limited_source_is_read_exactly_so_often(make_store: MakeStore) -> Non
     assert seen == {p: 2 for p in range(len(small.tokens)) if p not in last}
 
 
-@pytest.mark.parametrize("weights", [(3.0, 1.0), (0.2, 0.2), (1.0, 9.0)])
-def test_shares_of_tokens_follow_the_weights(make_store: MakeStore, weights: tuple[float, float]) -> None:
-    stores = [make_store(lengths_between(1, 90, 5, 20)), make_store(lengths_between(2, 90, 30, 120), seed=1)]
-    order = an_order(stores, weights, (None, None))
+def read_in_three_blocks(order: RowOrder) -> tuple[list[int], OrderState]:
+    """Positions of the first of two sources and of the second, and where the order is then."""
     read = [0, 0]
     for row, state in walk(order):
         ids = row.position_ids[row.position_ids >= 0]
-        first = int((ids < len(stores[0].tokens)).sum())
+        first = int((ids < len(order.stores[0].tokens)).sum())
         read[0] += first
         read[1] += len(ids) - first
         if state.block == 3 and state.row == 0:
             break
+    return read, state
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (0.2, 0.2), (1.0, 9.0)])
+def test_shares_of_tokens_follow_the_weights(make_store: MakeStore, weights: tuple[float, float]) -> None:
+    stores = [make_store(lengths_between(1, 90, 5, 20)), make_store(lengths_between(2, 90, 30, 120), seed=1)]
+    read, _ = read_in_three_blocks(an_order(stores, weights, (None, None)))
     assert read[0] / sum(read) == pytest.approx(weights[0] / sum(weights), abs=0.02)
 
 
 def test_prompts_that_are_not_read_are_no_share(make_store: MakeStore) -> None:
     """Of documents of 400 tokens with prompts of 300, masked, rows of 48 hold three pieces of nine."""
     stores = [make_store([400] * 40, prompt_share=0.75), make_store([40] * 90, seed=1, prompt_share=0.5)]
-    order = an_order(stores, (1.0, 1.0), (None, None), mask_prompts=True)
-    read = [0, 0]
-    for row, state in walk(order):
-        ids = row.position_ids[row.position_ids >= 0]
-        first = int((ids < len(stores[0].tokens)).sum())
-        read[0] += first
-        read[1] += len(ids) - first
-        if state.block == 3 and state.row == 0:
-            break
+    read, state = read_in_three_blocks(an_order(stores, (1.0, 1.0), (None, None), mask_prompts=True))
     assert read[0] / sum(read) == pytest.approx(0.5, abs=0.02)
     assert state.tokens == read
 
