@@ -40,7 +40,7 @@ from torch import Tensor
 from cggr_ray.optim.adamw import AdamW
 from cggr_ray.optim.muon import Muon
 from cggr_ray.optim.polar import work_dtype
-from cggr_ray.optim.rule import Rule
+from cggr_ray.optim.rule import Around
 from cggr_ray.optim.state_formats import Float32, Int8Blockwise, State, average_of
 from cggr_ray.transfer import to_device
 from cggr_ray.workers import ALONE, Workers
@@ -53,7 +53,7 @@ FULL = "full_"
 
 
 @dataclass(frozen=True)
-class GaLore(Rule):
+class GaLore(Around):
     """Low-rank projection around an inner rule, for hidden matrices.
 
     `rank` is cut to `largest_fraction` of a matrix' shorter side, beyond which the basis costs more than it saves; a
@@ -86,18 +86,6 @@ class GaLore(Rule):
             raise ValueError(f"full_rank = {self.full_rank}; accepted: a part in [0, 1)")
         if self.full_rank and not isinstance(self.rule, Muon):
             raise ValueError(f"full_rank = {self.full_rank} around {type(self.rule).__name__}; accepted: around Muon")
-
-    @property
-    def lr(self) -> float:  # type: ignore[override]
-        return self.rule.lr
-
-    @property
-    def weight_decay(self) -> float:  # type: ignore[override]
-        return self.rule.weight_decay
-
-    @property
-    def cautious(self) -> bool:  # type: ignore[override]
-        return self.rule.cautious
 
     def rank_of(self, rows: int, columns: int) -> int | None:
         """The rank of a matrix' projection, None where it is not projected."""

@@ -73,3 +73,21 @@ class Rule:
     def project(self, grad_n: Tensor, state: State, which: slice = slice(None)) -> Tensor:
         """What the rule uses of a gradient. Linear, so that the parts of several micro-batches may be added."""
         return grad_n
+
+
+class Around(Rule):
+    """A rule around another: learning rate, decay and caution are the inner one's."""
+
+    rule: Rule
+
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        return self.rule.lr
+
+    @property
+    def weight_decay(self) -> float:  # type: ignore[override]
+        return self.rule.weight_decay
+
+    @property
+    def cautious(self) -> bool:  # type: ignore[override]
+        return self.rule.cautious

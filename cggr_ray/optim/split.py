@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cggr_ray.optim.rule import Rule
+from cggr_ray.optim.rule import Around, Rule
 from cggr_ray.optim.state_formats import State
 from cggr_ray.workers import ALONE, Workers
 
@@ -32,7 +32,7 @@ def split(rule: Rule, shape: tuple[int, ...]) -> Rule:
 
 
 @dataclass(frozen=True)
-class Split(Rule):
+class Split(Around):
     """A rule for the thirds of matrices, which lie along the rows or the columns.
 
     State is the rule's own for the thirds, those of a matrix together: (n, 3, ...) for its (3 n, ...).
@@ -40,18 +40,6 @@ class Split(Rule):
 
     rule: Rule
     rows: bool
-
-    @property
-    def lr(self) -> float:  # type: ignore[override]
-        return self.rule.lr
-
-    @property
-    def weight_decay(self) -> float:  # type: ignore[override]
-        return self.rule.weight_decay
-
-    @property
-    def cautious(self) -> bool:  # type: ignore[override]
-        return self.rule.cautious
 
     def init_state(self, weights: Tensor) -> State:
         shape = self._shape(*weights.shape[1:])
