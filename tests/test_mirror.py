@@ -6,16 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_filesystem import Faulty, nothing
+from faulty_filesystem import Faulty, quick  # noqa: F401 - quick is used by every test
 from test_cli import fails
 from typer.testing import CliRunner
 
-from cggr_ray import cli, copying
+from cggr_ray import cli
 from cggr_ray.loop import run_race
 from cggr_ray.mirror import Mirror
 from cggr_ray.race import RaceSpec, Trial, Tuning, load_race
@@ -42,14 +42,6 @@ name = "mine"
 path = "train.jsonl"
 """
 SECRET = "hunter2"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(copying, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr("cggr_ray.remote.WAITS", (0.0, 0.0))
-    yield
-    Faulty.does = staticmethod(nothing)
 
 
 @pytest.fixture

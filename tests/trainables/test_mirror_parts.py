@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from faulty_filesystem import Faulty, nothing
+from faulty_filesystem import Faulty, quick  # noqa: F401 - quick is used by every test
 from simulated_sweep import BUDGET, spec_of
 
-from cggr_ray import checkpoint, copying
+from cggr_ray import checkpoint
 from cggr_ray.data.dataset import prepare
 from cggr_ray.data.sources import Problems
 from cggr_ray.mirror import Mirror
@@ -22,14 +21,6 @@ from trainables.driver import Rows
 from trainables.history import History
 from trainables.sweep import Sweep
 from trainables.worker import run
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(copying, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr("cggr_ray.remote.WAITS", (0.0, 0.0))
-    yield
-    Faulty.does = staticmethod(nothing)
 
 
 def mirror_of(folder: Path) -> Mirror:
