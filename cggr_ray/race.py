@@ -27,7 +27,7 @@ from cggr_ray.paths import race_beside, recipe_values
 from cggr_ray.progress import Budget
 from cggr_ray.recipe import Recipe, load_recipe, of_recipe
 from cggr_ray.remote import check_address
-from cggr_ray.schema import RUNS_FOLDER
+from cggr_ray.schema import DATA_FOLDER, RUNS_FOLDER
 from cggr_ray.seeds import ACCEPTED, check_seed, is_seed
 
 RACES = Path(__file__).with_name("races")
@@ -336,7 +336,7 @@ def plan_trial(spec: RaceSpec, name: str, seed: int, number: str, folder: Path) 
     if spec.rows_of(name)[0] != spec.global_rows and spec.batch_lr_rule != "none":
         values["optimizer.lr_scale"] = recipe.optimizer.lr_scale
     trial_id = f"{recipe.name.replace('/', '-')}-{number}"
-    where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / "data").resolve()
+    where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / DATA_FOLDER).resolve()
     return Trial(trial_id, recipe, seed, spec.of_arm(name, seed), str(where), str(data), values)
 
 

@@ -32,6 +32,7 @@ from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.recipe import Recipe
 from cggr_ray.saying import Say
 from cggr_ray.schema import (
+    DATA_FOLDER,
     DATA_WAIT_SECONDS,
     FRACTION,
     KIND,
@@ -178,7 +179,8 @@ def reproduce(folder: Path, out: Path, say: Say) -> Verdict:
     spec = recorded.spec
     recorded.check_device()
     beside = recorded.race_folder
-    data = beside / "data" if beside and is_prepared(spec.data, beside / "data") else out / "data"
+    there = beside and beside / DATA_FOLDER
+    data = there if there and is_prepared(spec.data, there) else out / DATA_FOLDER
     prepare(spec.data, data, say)
     for line in changes(recorded.run["versions"], fingerprint()):
         say(line)

@@ -30,7 +30,7 @@ from cggr_ray.data_checks import check_tokens
 from cggr_ray.environment import fingerprint
 from cggr_ray.mirror import mirror_of
 from cggr_ray.planning import absent
-from cggr_ray.schema import SWEEP_FILE, VAL_LOSS
+from cggr_ray.schema import DATA_FOLDER, SWEEP_FILE, VAL_LOSS
 from cggr_ray.telemetry.console import RaceConsole
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def sweep(
     with History(folder) as history, mirror:
         mirror.fetch_runs()
         prepare_data(spec.race, folder, console, mirror)
-        check_tokens(spec.race, map(spec.race.recipe, spec.race.recipes), folder / "data")
+        check_tokens(spec.race, map(spec.race.recipe, spec.race.recipes), folder / DATA_FOLDER)
         with RaceConsole(spec.race.budget_seconds, console=console) as live:
             complete = run_sweep(spec, folder, history, executor, address, growing, live.show, mirror)
         finish_sweep(spec, history, folder, console, complete)

@@ -18,6 +18,7 @@ from cggr_ray.adoption import adopt
 from cggr_ray.mirror import NO_MIRROR, Unmirrored
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.schema import (
+    DATA_FOLDER,
     GPU_MEMORY_PEAK,
     KIND,
     METRICS_FILE,
@@ -283,7 +284,7 @@ def sweep_trial(spec: SweepSpec, race: RaceSpec, values: Mapping[str, Any], tria
     name, seed = spec.recipe, race.seeds[0]
     changed = race.with_arms({name: values})
     changed.check()
-    where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / "data").resolve()
+    where, data = (folder / RUNS_FOLDER / trial_id).resolve(), (folder / DATA_FOLDER).resolve()
     return Trial(
         trial_id=trial_id,
         recipe=changed.recipe(name),
