@@ -138,19 +138,23 @@ def caveats(race: Race) -> list[str]:
         notes.append(
             "**Runs shared a GPU with others: their speeds, and losses at equal seconds, are not comparable.**"
         )
-    short = race.runs.loc[race.runs.get("out_of_memory", pd.Series(0, index=race.runs.index)) > 0, "trial_id"]
-    if len(short):
+    if short := _with_some(race, "out_of_memory"):
         runs = "run" if len(short) == 1 else "runs"
         words = "went on with smaller micro-batches, and lost time by it."
         notes.append(f"{len(short)} {runs} ran out of memory ({', '.join(short)}), {words}")
     notes += calibration_caveats(race)
-    resumed = race.runs.loc[race.runs["resumes"] > 0, "trial_id"] if "resumes" in race.runs.columns else ()
-    if len(resumed):
+    if resumed := _with_some(race, "resumes"):
         runs = "run was" if len(resumed) == 1 else "runs were"
         words = "steps after it were done again, and only the second time counts."
         notes.append(f"{len(resumed)} {runs} taken up again from a checkpoint ({', '.join(resumed)}): {words}")
     notes += moved_caveats(race)
     return notes + version_caveats(race) + data_caveats(race)
+
+
+def _with_some(race: Race, count: str) -> list[str]:
+    """Ids of the runs that have counted more than none of something."""
+    counts = race.runs.get(count, pd.Series(0, index=race.runs.index))
+    return list(race.runs.loc[counts > 0, "trial_id"])
 
 
 def device_caveats(race: Race) -> list[str]:
