@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 # No logit of a working model is as large; one of a broken model may be infinite, or no number.
 LARGEST_LOGIT = 1e6
+# Not cuDNN's: it plans for every length of the cache, some 60 ms a token that the process has not had before.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def generate(
@@ -120,7 +123,8 @@ def published(model: PreTrainedModel) -> Iterator[None]:
     config._attn_implementation, model.generation_config = "sdpa", GenerationConfig()
     model.eval()
     try:
-        yield
+        with sdpa_kernel(ATTENTION):
+            yield
     finally:
         config._attn_implementation, _, model.generation_config = before
         model.train(before[1])

@@ -182,14 +182,12 @@ class ModelSpec:
         Raises:
             ValueError: trained weights that cannot be read, that are not in safetensors, or that lack some.
         """
-        from transformers import AutoModelForCausalLM
+        from cggr_ray.models.random_weights import with_random_weights
 
         model: Any
         if self.pretrained:
             return self._load(dtype).to(device=device)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(self.config(vocab_size), dtype=torch.float32)
+        model = with_random_weights(self.config(vocab_size), seed)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return model.to(device=device)

@@ -71,6 +71,14 @@ def test_a_token_is_computed_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatc
     assert widths == [(2, 4), *[(2, 1)] * (longest - 1)] and longest == 5
 
 
+def test_attention_is_none_that_plans_for_every_length(tokenizer: Any) -> None:
+    model, cudnn = small_model("llama"), []
+    model.model.register_forward_pre_hook(lambda *_: cudnn.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    generate(model, tokenizer, questions_of(["a"]), Asked(max_new_tokens=5), 1)
+    assert cudnn and not any(cudnn) and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_samples_are_drawn_as_the_softmax_says(top_p: float, tokenizer: Any) -> None:
     """Of 4000 draws of one token the frequencies lie within four standard deviations of the probabilities."""
