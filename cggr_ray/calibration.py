@@ -29,9 +29,10 @@ from cggr_ray.codec import Plain
 from cggr_ray.environment import versions
 from cggr_ray.files import write_whole
 from cggr_ray.fits import Answer, total_mib
+from cggr_ray.footprint import activation_bytes
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.saying import Say
-from cggr_ray.telemetry.gpu import device_info
+from cggr_ray.telemetry.gpu import MIB, device_info
 from cggr_ray.telemetry.tracker import Row
 
 # The trial of a try, what it may use, and whether it writes what a run leaves on the disk.
@@ -39,6 +40,8 @@ Ask = Callable[[Trial, float, bool], Answer]
 
 # The search stops when the rows that fit and the rows that do not are this close, relatively.
 CLOSE = 0.03
+# Of what a row is expected to take, what it takes at least: a step may keep a part of its positions.
+LEAST_OF_A_ROW = 0.25
 # How much smaller the next try is where what was found fails for longer.
 STEP_BACK = 0.1
 # Rows of a micro-batch at most, where memory sets no limit.
@@ -95,7 +98,9 @@ def sizes_of(part: RowsPart, global_rows: int, grows: bool) -> list[int]:
     return found
 
 
-def largest(sizes: Sequence[int], peak: Callable[[int], float | None], limit: float) -> int | None:
+def largest(
+    sizes: Sequence[int], peak: Callable[[int], float | None], limit: float, of_a_row: float = 0.0
+) -> int | None:
     """The largest of ascending sizes that fits, or one that is close; None where the smallest does not.
 
     Larger sizes are taken to fit no better. The last one is never passed. What is tried next is where the peaks that
@@ -103,6 +108,7 @@ def largest(sizes: Sequence[int], peak: Callable[[int], float | None], limit: fl
 
     Args:
         peak: MiB of a size, None where it does not fit.
+        of_a_row: MiB that a row is expected to take; 0 where nothing is.
     """
     low, high, at, gap = -1, len(sizes), 0, 1
     known: list[tuple[int, float]] = []
@@ -115,7 +121,7 @@ def largest(sizes: Sequence[int], peak: Callable[[int], float | None], limit: fl
             known.append((sizes[at], found))
         if high - low <= 1:
             break
-        expected = _expected(known, limit)
+        expected = _expected(known, limit, of_a_row)
         if high == len(sizes):
             further = sizes[low] + gap
             at = max(low + 1, bisect_right(sizes, max(expected, further)) - 1)
@@ -128,12 +134,14 @@ def largest(sizes: Sequence[int], peak: Callable[[int], float | None], limit: fl
     return sizes[low] if low >= 0 else None
 
 
-def _expected(known: Sequence[tuple[int, float]], limit: float) -> float:
-    """The size whose peak is the limit, by the last two that fit; twice the first."""
+def _expected(known: Sequence[tuple[int, float]], limit: float, of_a_row: float) -> float:
+    """The size whose peak is the limit, by the last two that fit; after one, half of what is left is aimed at, for a row
+    may take more than was expected."""
+    size, peak = known[-1]
     if len(known) == 1:
-        return 2.0 * known[0][0]
-    (before, lower), (size, peak) = known[-2:]
-    slope = (peak - lower) / (size - before)
+        return size + (limit - peak) / (2 * of_a_row) if of_a_row else 2.0 * size
+    before, lower = known[-2]
+    slope = max((peak - lower) / (size - before), LEAST_OF_A_ROW * of_a_row)
     return size + (limit - peak) / slope if slope > 0 else float("inf")
 
 
@@ -177,7 +185,8 @@ class Calibration:
         self.arms[name] = entry
         global_rows = self._global_rows(name)
         sizes = sizes_of(self.spec.recipe(name).rows, global_rows, self.settings.scale_batch)
-        found = largest(sizes, lambda size: self._try(entry, name, size), self._limit)
+        of_a_row = activation_bytes(self.spec, 1) / MIB
+        found = largest(sizes, lambda size: self._try(entry, name, size), self._limit, of_a_row)
         if found is not None and not self._verified(entry, name, found):
             found = self._stepped_back(entry, name, sizes, found)
         # Nothing larger was of use: memory has set no limit.
@@ -222,7 +231,7 @@ class Calibration:
         return found
 
     def _try(self, entry: Row, name: str, size: int, verifies: bool = False, writes: bool = False) -> float | None:
-        """MiB at the peak, None where the rows do not fit."""
+        """MiB that a batch took, None where the rows do not fit."""
         began, global_rows = time.perf_counter(), max(self._global_rows(name), size)
         steps = self.settings.verify_steps if verifies else SEARCH_STEPS
         row = {"micro_rows": size, "global_rows": global_rows, "steps": steps, "verifies": verifies, "writes": writes}
@@ -231,7 +240,7 @@ class Calibration:
             # Of a calibration that was interrupted. It has as many starts of a size as were made.
             self._begun.remove(known)
             entry["tries"].append(known)
-            return float(known["peak_mib"]) if known["fits"] else None
+            return float(known["batch_mib"]) if known["fits"] else None
         race = trial_spec(self.spec, name, global_rows, size, steps, verifies)
         trial = Trial(f"{name}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
         trial = trial.placed(self._file.parent, self._data_folder)
@@ -241,7 +250,7 @@ class Calibration:
         self._write()
         verdict = "fit" if answer.fits else "do not fit"
         self._say(f"{name}: {size} rows {verdict}, {steps} steps, {answer.peak_mib:,.0f} MiB of {self._limit:,.0f}")
-        return answer.peak_mib if answer.fits else None
+        return answer.batch_mib if answer.fits else None
 
     def _write(self) -> None:
         write_whole(self._file, json.dumps({"name": self.spec.name, "arms": self.arms}, indent=1))

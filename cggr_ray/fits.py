@@ -15,11 +15,12 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -28,8 +29,11 @@ from cggr_ray.data.batch import Batch
 from cggr_ray.loop import Run
 from cggr_ray.out_of_memory import FAILURES, first_line, is_out_of_memory
 from cggr_ray.race import Trial
-from cggr_ray.telemetry.gpu import MIB
+from cggr_ray.telemetry.gpu import MIB, peak_bytes
 from cggr_ray.warmup import warm_up
+
+if TYPE_CHECKING:
+    from cggr_ray.optim.optimizer import StackedOptimizer
 
 # Of what a process that failed has said.
 LAST_CHARACTERS = 2000
@@ -49,11 +53,30 @@ class Question(Plain):
 @dataclass(frozen=True)
 class Answer(Plain):
     """`peak_mib`, up to where it failed: the most that the allocator held on a GPU, which is what the limit bounds; on
-    a CPU the largest resident size of the process, without what is mapped from files at the end."""
+    a CPU the largest resident size of the process, without what is mapped from files at the end. `batch_mib` of that:
+    what a step took up to its gradients, which grows with its rows where the update after them does not; a CPU cannot
+    tell them apart."""
 
     fits: bool
     peak_mib: float
+    batch_mib: float
     message: str = ""
+
+
+class Watched:
+    """An optimizer with something to do before and after every update."""
+
+    def __init__(self, optimizer: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._optimizer, self._before, self._after = optimizer, before, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self, *args: Any) -> Any:
+        self._before()
+        found = self._optimizer.step(*args)
+        self._after()
+        return found
 
 
 class SmallRun(Run):
@@ -61,13 +84,28 @@ class SmallRun(Run):
 
     def __init__(self, trial: Trial, writes: bool) -> None:
         super().__init__(trial, lambda row: None)
-        self._peak, self._writes = 0.0, writes
+        self._peak, self._batch, self._writes = 0.0, 0.0, writes
 
     def _warm_up(self) -> None:
         """Every level, also where there is nothing to compile: the fullest one is what has to fit."""
         learner, order = self.learner, self.data.order()
-        warm_up(learner, self.milestones.heldout, order, self.own_rows, self.counts.micro_rows, learner.levels())
-        self._peak = peak_mib(self.device)
+        optimizer: Any = learner.optimizer
+        learner.optimizer = cast("StackedOptimizer", Watched(optimizer, self._before_update, self._after_update))
+        try:
+            warm_up(learner, self.milestones.heldout, order, self.own_rows, self.counts.micro_rows, learner.levels())
+        finally:
+            learner.optimizer = optimizer
+        self._peak = self.peak
+
+    def _before_update(self) -> None:
+        used = peak_bytes(self.device) / MIB if self.device.type == "cuda" else self.peak
+        self._batch = max(self._batch, used)
+
+    def _after_update(self) -> None:
+        """What the update took is not what the next batch takes."""
+        if self.device.type == "cuda":
+            self._peak = self.peak
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def _smaller(self, reason: str) -> Batch:
         raise torch.OutOfMemoryError(reason)
@@ -86,8 +124,8 @@ class SmallRun(Run):
         except (*FAILURES, ImportError) as error:
             if not (is_out_of_memory(error) or any(text in str(error) for text in LIMIT_TEXTS)):
                 raise
-            return Answer(False, self.peak, first_line(error))
-        return Answer(True, self.peak)
+            return Answer(False, self.peak, self._batch, first_line(error))
+        return Answer(True, self.peak, self._batch)
 
     def _write(self) -> None:
         """A checkpoint, and the model where the race keeps it: memory is needed to write either."""

@@ -12,10 +12,13 @@ from rich.table import Column, Table
 from cggr_ray.batches import rows_of_worker
 from cggr_ray.calibrated import check_calibration
 from cggr_ray.evaluation.task import FileTask
+from cggr_ray.footprint import activation_bytes, state_bytes
 from cggr_ray.hub import TOKENIZER, WEIGHTS, is_cached
 from cggr_ray.models.presets import parameter_count
 from cggr_ray.race import RaceSpec, Trial, check_rates
 from cggr_ray.tried import untuned
+
+GIB = 1 << 30
 
 
 def check_present(spec: RaceSpec) -> None:
@@ -102,11 +105,13 @@ def _model(spec: RaceSpec, trials: Sequence[Trial]) -> list[str]:
         return []
     parameters = parameter_count(spec.model.config())
     micro_rows = max(map(micro_rows_of, trials))
-    low, high = memory_estimate(spec, micro_rows, parameters)
+    low = state_bytes(parameters)
+    high = low + activation_bytes(spec, micro_rows)
     vocabulary = "" if spec.model.pretrained else " with the preset's vocabulary"
     return [
         f"model {spec.model.name}: {parameters:,} parameters{vocabulary}",
-        f"memory a worker, estimated from shapes: {low:.3g} to {high:.3g} GiB with micro-batches of {micro_rows} rows",
+        f"memory a worker, estimated from shapes: {low / GIB:.3g} to {high / GIB:.3g} GiB with micro-batches of "
+        f"{micro_rows} rows",
     ]
 
 
@@ -114,14 +119,3 @@ def micro_rows_of(trial: Trial) -> int:
     """Rows of a micro-batch of a trial: no more than a worker has of a step."""
     rows = trial.recipe.rows.rows_per_step(trial.race.global_rows)
     return min(trial.race.micro_rows, rows_of_worker(rows, trial.race.workers))
-
-
-def memory_estimate(spec: RaceSpec, micro_rows: int, parameters: int) -> tuple[float, float]:
-    """GiB without and with all activations: bf16 weights and gradients, float32 masters and one or two moments, and
-    what one micro-batch keeps for its backward, 2 (6 D + 3 F) bytes a token and layer."""
-    config = spec.model.config()
-    state = parameters * (2 + 2 + 4 + 8)
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    per_token = 2 * (6 * config.hidden_size + 3 * inner) * config.num_hidden_layers
-    activations = micro_rows * spec.data.row_tokens * per_token
-    return state / 2**30, (state + activations) / 2**30

@@ -36,6 +36,7 @@ PEAKS: dict[str, Callable[[int, int], float]] = {
     "with a jump": lambda size, most: 1000 * size / (most + 0.5) - (200 if size < most / 2 else 0),
     "an allocator that takes what there is": lambda size, most: min(990.0, 3000 * size / (most + 0.5)),
     "of no use": lambda size, most: 500.0,
+    "even at first": lambda size, most: max(800.0, 1000 * size / (most + 0.5)),
 }
 
 
@@ -66,6 +67,22 @@ def test_peaks_that_grow_evenly_are_met_at_once(peaks: str, most: int) -> None:
 
     assert largest(range(1, 4097), peak, 1000.0) == most
     assert tried == [1, 2, most, most + 1]
+
+
+@pytest.mark.parametrize("most", [1, 4, 22, 57, 300])
+@pytest.mark.parametrize("part", [0.3, 1.0, 2.0], ids="a row takes {} of what was expected".format)
+@pytest.mark.parametrize("always", [0.0, 700.0])
+def test_what_a_row_is_expected_to_take_saves_tries(always: float, part: float, most: int) -> None:
+    tried, of_a_row = list[int](), (1000 - always) / (most + 0.5)
+
+    def peak(size: int) -> float | None:
+        tried.append(size)
+        return always + of_a_row * size if size <= most else None
+
+    found = largest(range(1, 4097), peak, 1000.0, of_a_row / part)
+    assert found is not None and 0 <= most - found <= CLOSE * most
+    # The first, half of what is expected to fit, what fits by these two, and the next.
+    assert len(tried) <= 4
 
 
 def test_sizes_divide_a_step_and_grow_where_that_is_asked() -> None:
@@ -109,7 +126,8 @@ class Memory:
         self.written.append(writes)
         name, rows = trial.recipe.name, trial.race.micro_rows
         most = self.most[name] if trial.race.budget_seconds == 2 else self.lasting.get(name, self.most[name])
-        return Answer(rows <= most, limit_mib * min(1.0, rows / (most + 0.5)), "" if rows <= most else "no memory")
+        peak = limit_mib * min(1.0, rows / (most + 0.5))
+        return Answer(rows <= most, peak, peak, "" if rows <= most else "no memory")
 
 
 def calibrate(spec: RaceSpec, memory: Memory, file: Path, settings: Settings, again: bool = False) -> dict[str, Any]:
@@ -130,12 +148,12 @@ def test_what_is_found_is_verified_kept_and_raced(tmp_path: Path) -> None:
     ]
     tries = arms["baseline"]["tries"]
     assert [(t["micro_rows"], t["steps"], t["fits"]) for t in tries] == [
-        *((size, 2, size <= 6) for size in (1, 2, 4, 8)),
+        *((size, 2, size <= 6) for size in (1, 16, 4, 8)),
         (4, 30, False),
         (1, 30, True),
         *[(2, 30, True)] * 3,
     ]
-    assert all(t["limit_mib"] == 950 and t["global_rows"] == 16 for t in tries) and tries[3]["message"] == "no memory"
+    assert all(t["limit_mib"] == 950 and t["global_rows"] == 16 for t in tries) and tries[1]["message"] == "no memory"
     # Of the starts that verify a size, the first.
     assert memory.written[: len(tries)] == [False] * 4 + [True, True, True, False, False]
     assert [t["writes"] for t in tries] == memory.written[: len(tries)]

@@ -14,6 +14,7 @@ from small_runs import STEP_SECONDS, TWELVE_STEPS, KilledError, killed_after, pr
 
 from cggr_ray.data.dataset import open_data
 from cggr_ray.loop import Run, run_race
+from cggr_ray.models.random_weights import with_random_weights
 from cggr_ray.race import RaceSpec
 from cggr_ray.recipe import recipe_names
 from cggr_ray.schema import LEDGERS
@@ -43,12 +44,7 @@ def losses(folder: Path) -> list[float]:
 def hand_written_losses(spec: RaceSpec, data_folder: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training in a page of plain PyTorch: Hugging Face forward, cross-entropy, Muon and AdamW by formula."""
     data = open_data(spec.data, data_folder)
-    torch.manual_seed(0)
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(
-        spec.model.config(spec.model.vocabulary(len(data.tokenizer))), attn_implementation="sdpa"
-    )
+    model = with_random_weights(spec.model.config(spec.model.vocabulary(len(data.tokenizer))), seed=0)
     order, state, seen, found = data.order(), data.order().start(), 0, []
     names = dict(model.named_parameters())
     matrices = [n for n in names if names[n].ndim == 2 and ".layers." in n]

@@ -118,7 +118,8 @@ def test_tries_in_processes_of_their_own_find_the_limit(data_folder: Path, tmp_p
     small = trial_of(tmp_path / "small", data_folder, micro_rows=4, budget_seconds=2.0)
     large = trial_of(tmp_path / "large", data_folder, micro_rows=32, budget_seconds=2.0)
     free = ask(large, total_mib(torch.device("cuda")) * 0.5, True)
-    assert free.fits and free.peak_mib > 0
+    assert free.fits and 0 < free.batch_mib <= free.peak_mib
     limit = 0.6 * free.peak_mib
     few, many = ask(small, limit, True), ask(large, limit, True)
     assert few.fits and few.peak_mib <= limit and not many.fits and "memory" in many.message
+    assert few.batch_mib < free.batch_mib
