@@ -135,8 +135,8 @@ def largest(
 
 
 def _expected(known: Sequence[tuple[int, float]], limit: float, of_a_row: float) -> float:
-    """The size whose peak is the limit, by the last two that fit; after one, half of what is left is aimed at, for a row
-    may take more than was expected."""
+    """The size whose peak is the limit, by the last two that fit. After one, half of what is left is aimed at, for a
+    row may take more than was expected."""
     size, peak = known[-1]
     if len(known) == 1:
         return size + (limit - peak) / (2 * of_a_row) if of_a_row else 2.0 * size
