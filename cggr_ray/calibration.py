@@ -30,6 +30,7 @@ from cggr_ray.environment import versions
 from cggr_ray.files import write_whole
 from cggr_ray.fits import Answer, total_mib
 from cggr_ray.footprint import activation_bytes
+from cggr_ray.paths import arm_name
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.saying import Say
 from cggr_ray.telemetry.gpu import MIB, device_info
@@ -178,7 +179,7 @@ class Calibration:
         if again or before.get("asked") != asked:
             before = {}
         if "micro_rows" in before:
-            self._say(f"{name}: known from {self._file}")
+            self._say(f"{arm_name(name)}: known from {self._file}")
             return before
         self._begun = list(before.get("tries", ()))
         entry: Row = {"asked": asked, "tries": []}
@@ -242,14 +243,15 @@ class Calibration:
             entry["tries"].append(known)
             return float(known["batch_mib"]) if known["fits"] else None
         race = trial_spec(self.spec, name, global_rows, size, steps, verifies)
-        trial = Trial(f"{name}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
+        trial = Trial(f"{arm_name(name)}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
         trial = trial.placed(self._file.parent, self._data_folder)
         answer = self._ask(trial, self._limit, writes)
         seconds = time.perf_counter() - began
         entry["tries"].append(row | answer.to_plain() | {"limit_mib": self._limit, "seconds": seconds})
         self._write()
         verdict = "fit" if answer.fits else "do not fit"
-        self._say(f"{name}: {size} rows {verdict}, {steps} steps, {answer.peak_mib:,.0f} MiB of {self._limit:,.0f}")
+        said = f"{arm_name(name)}: {size} rows {verdict}, {steps} steps"
+        self._say(f"{said}, {answer.peak_mib:,.0f} MiB of {self._limit:,.0f}")
         return answer.batch_mib if answer.fits else None
 
     def _write(self) -> None:
@@ -293,7 +295,7 @@ def notes(settings: Settings, arms: Mapping[str, Row]) -> list[str]:
         f"Calibrated: micro-batches that leave {settings.head_room:.0%} of the memory free, verified by "
         f"{settings.starts} x {settings.verify_steps} steps."
     ]
-    for name, arm in arms.items():
+    for name, arm in zip(map(arm_name, arms), arms.values(), strict=True):
         if arm["micro_rows"] is None:
             lines.append(f"{name}: no micro-batch fits")
             continue

@@ -23,6 +23,11 @@ def recipe_beside(folder: Path, name: Any) -> Any:
     return str((folder / name).resolve()) if isinstance(name, str) and name.endswith(".toml") else name
 
 
+def arm_name(recipe: str) -> str:
+    """What a recipe of a race is called: its name, or its file's without folder and ending."""
+    return Path(recipe).stem if recipe.endswith(".toml") else recipe
+
+
 def references_beside(folder: Path, values: Any) -> None:
     """The reference models among a recipe's dotted values."""
     beside(folder, values, "tokens.reference")
@@ -39,9 +44,11 @@ def tasks_beside(folder: Path, evaluation: Any) -> None:
 def race_beside(folder: Path, race: dict[str, Any]) -> None:
     """Everything that a race file names: recipes, model, data, tokenizer, questions, reference models."""
     race |= {key: [recipe_beside(folder, name) for name in race[key]] for key in ("recipes",) if _list(race, key)}
+    # An arm may be called by its file, as in `recipes`, or by its name, as in tables and reports.
+    called = {arm_name(recipe): recipe for recipe in _list(race, "recipes") if isinstance(recipe, str)}
     for key in ("arms", "batches"):
         if isinstance(race.get(key), dict):
-            race[key] = {recipe_beside(folder, name): value for name, value in race[key].items()}
+            race[key] = {called.get(name) or recipe_beside(folder, name): value for name, value in race[key].items()}
     beside(folder, race.get("model"), "folder")
     _if_there(folder, race.get("data"), "tokenizer")
     for source in _list(race.get("data"), "sources"):

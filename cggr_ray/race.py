@@ -23,7 +23,7 @@ from cggr_ray.codec import Plain, nearest, read_toml
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.evaluation.suite import Evaluation
 from cggr_ray.models.presets import ModelSpec
-from cggr_ray.paths import race_beside, recipe_values
+from cggr_ray.paths import arm_name, race_beside, recipe_values
 from cggr_ray.progress import Budget
 from cggr_ray.recipe import Recipe, load_recipe, of_recipe
 from cggr_ray.remote import check_address
@@ -139,7 +139,8 @@ class RaceSpec(Plain):
             raise ValueError(f"step_seconds = {self.step_seconds}; accepted: a positive number of seconds")
         for table, name in (*(("arms", name) for name in self.arms), *(("batches", name) for name in self.batches)):
             if name not in self.recipes:
-                raise ValueError(f"{table}.{name}: no such recipe in the race; {nearest(name, self.recipes)}")
+                raise ValueError(f"{table}.{name}: no such recipe in the race; "
+                                 f"{nearest(name, list(map(arm_name, self.recipes)))}")  # fmt: skip
         for name in self.batches:
             try:
                 self.rows_of(name)

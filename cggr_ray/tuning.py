@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tomli_w
 
+from cggr_ray.paths import arm_name
 from cggr_ray.race import RaceSpec, Trial, Tuning, plan_trial, refuse_doubles
 from cggr_ray.recipe import Recipe
 from cggr_ray.schema import SUMMARY_FILE, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
@@ -93,9 +94,9 @@ def notes(tuning: Tuning, best: Mapping[str, Row]) -> list[str]:
     """A line for each recipe: what was best, and where the optimum may lie beyond what was tried."""
     lines = []
     for name, row in best.items():
-        lines.append(f"{name}: val/loss {row[VAL_LOSS]:.4f} with {json.dumps(row['values'])}")
+        lines.append(f"{arm_name(name)}: val/loss {row[VAL_LOSS]:.4f} with {json.dumps(row['values'])}")
         for key, end in at_the_edge(row["values"], tuning.values).items():
-            lines.append(f"{name}: {key} = {row['values'][key]} is at the edge, the {end} value tried: "
+            lines.append(f"{arm_name(name)}: {key} = {row['values'][key]} is at the edge, the {end} value tried: "
                          "the optimum may lie beyond")  # fmt: skip
     return lines
 

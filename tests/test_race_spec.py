@@ -199,6 +199,8 @@ def test_names_of_what_lies_beside_the_race_file_are_its_paths(tmp_path: Path) -
     assert spec.recipes == ("baseline", own) and spec.recipe(own).optimizer.lr_scale == 0.5
     assert spec.rows_of(own) == (2, 2) and spec.data.tokenizer == words
     assert [getattr(source, "dataset", None) for source in spec.data.sources] == [words, "AI-MO/NuminaMath-1.5"]
+    # Or by the name that tables and reports have.
+    assert load_race(race_file(races, f'{head}{tables.replace(".toml", "")}{data}"words"')) == spec
     assert load_race(race_file(races, f'{head}{data}"shipped"')).data.tokenizer == "shipped"
 
 
@@ -213,6 +215,9 @@ def test_names_on_the_command_line_are_paths_below_the_working_directory(
     own = str(tmp_path.resolve() / "own.toml")
     spec = specify(name, {"recipes": ["own.toml"]}, {"own.toml:optimizer.lr_scale": 0.25})
     assert spec.recipes == (own,) and spec.arms == {own: {"optimizer.lr_scale": 0.25}}
+    assert specify(name, {"recipes": ["own.toml"]}, {"own:optimizer.lr_scale": 0.25}) == spec
+    with pytest.raises(ValueError, match=r"arms\.owm: no such recipe in the race; did you mean 'own'"):
+        specify(name, {"recipes": ["own.toml"]}, {"owm:optimizer.lr_scale": 0.25})
 
 
 @pytest.mark.parametrize(
