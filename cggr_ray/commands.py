@@ -25,7 +25,7 @@ from cggr_ray.environment import fingerprint
 from cggr_ray.files import aside_of, write_whole
 from cggr_ray.lock import only_writer
 from cggr_ray.mirror import Unmirrored, fetch_race, mirror_of
-from cggr_ray.paths import race_beside, recipe_beside
+from cggr_ray.paths import arm_called, race_beside, recipe_beside
 from cggr_ray.planning import check_present, show_plan
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
 from cggr_ray.recipe import Recipe, load_recipe, of_recipe
@@ -211,7 +211,10 @@ def specify(race: RaceSpec | str | None, changes: Mapping[str, Any], values: Map
     plain["values"] = dict(spec.values)
     for key, value in values.items():
         arm, colon, dotted = key.rpartition(":")
-        (plain["arms"].setdefault(recipe_beside(Path.cwd(), arm), {}) if colon else plain["values"])[dotted] = value
+        table = plain["values"]
+        if colon:
+            table = plain["arms"].setdefault(arm_called(Path.cwd(), arm, plain["recipes"]), {})
+        table[dotted] = value
     race_beside(Path.cwd(), plain)
     changed = RaceSpec.from_plain(plain)
     for recipe in changed.recipes:

@@ -5,6 +5,7 @@ What is of the wrong type is left as it is, for the codec to refuse.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,20 @@ def arm_name(recipe: str) -> str:
     return Path(recipe).stem if recipe.endswith(".toml") else recipe
 
 
+def arm_called(folder: Path, name: str, recipes: Sequence[str]) -> str:
+    """Which of a race's recipes is meant by its name or path, or by its file's name alone; what is none, as a path.
+
+    Raises:
+        ValueError: files of several recipes have this name.
+    """
+    called = sorted({recipe for recipe in recipes if arm_name(recipe) == name})
+    if name in recipes or not called:
+        return str(recipe_beside(folder, name))
+    if len(called) > 1:
+        raise ValueError(f"{name!r} is the name of {', '.join(called)}; accepted: the path of one")
+    return called[0]
+
+
 def references_beside(folder: Path, values: Any) -> None:
     """The reference models among a recipe's dotted values."""
     beside(folder, values, "tokens.reference")
@@ -42,13 +57,16 @@ def tasks_beside(folder: Path, evaluation: Any) -> None:
 
 
 def race_beside(folder: Path, race: dict[str, Any]) -> None:
-    """Everything that a race file names: recipes, model, data, tokenizer, questions, reference models."""
+    """Everything that a race file names: recipes, model, data, tokenizer, questions, reference models.
+
+    Raises:
+        ValueError: two tables of one arm, or a name of several.
+    """
     race |= {key: [recipe_beside(folder, name) for name in race[key]] for key in ("recipes",) if _list(race, key)}
-    # An arm may be called by its file, as in `recipes`, or by its name, as in tables and reports.
-    called = {arm_name(recipe): recipe for recipe in _list(race, "recipes") if isinstance(recipe, str)}
+    recipes = [recipe for recipe in _list(race, "recipes") if isinstance(recipe, str)]
     for key in ("arms", "batches"):
         if isinstance(race.get(key), dict):
-            race[key] = {called.get(name) or recipe_beside(folder, name): value for name, value in race[key].items()}
+            race[key] = _by_arm(folder, key, race[key], recipes)
     beside(folder, race.get("model"), "folder")
     _if_there(folder, race.get("data"), "tokenizer")
     for source in _list(race.get("data"), "sources"):
@@ -64,6 +82,16 @@ def recipe_values(race: dict[str, Any]) -> list[Any]:
     arms = race.get("arms")
     own = arms.values() if isinstance(arms, dict) else ()
     return [race.get("values"), *own, *_list(race.get("tuning"), "values")]
+
+
+def _by_arm(folder: Path, key: str, tables: dict[str, Any], recipes: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, table in tables.items():
+        arm = arm_called(folder, name, recipes)
+        if arm in found:
+            raise ValueError(f"{key}.{name} beside another table of {arm!r}; accepted: one table an arm")
+        found[arm] = table
+    return found
 
 
 def _if_there(folder: Path, table: Any, key: str) -> None:

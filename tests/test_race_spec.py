@@ -220,6 +220,37 @@ def test_names_on_the_command_line_are_paths_below_the_working_directory(
         specify(name, {"recipes": ["own.toml"]}, {"owm:optimizer.lr_scale": 0.25})
 
 
+def test_a_value_for_an_arm_by_its_name_leaves_its_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.toml").write_text("description = 'mine'")
+    name = race_file(tmp_path, 'recipes = ["baseline", "own.toml"]\n[arms."own.toml"]\n"optimizer.lr_scale" = 0.5')
+    own = str(tmp_path.resolve() / "own.toml")
+    spec = specify(name, {}, {"own:optimizer.clip_norm": 3.0})
+    assert spec.arms == {own: {"optimizer.lr_scale": 0.5, "optimizer.clip_norm": 3.0}}
+    monkeypatch.chdir(tmp_path)
+    both = specify(name, {}, {"own:optimizer.clip_norm": 3.0, "own.toml:optimizer.matrix.lr": 0.01})
+    assert both.arms == {own: {**spec.arms[own], "optimizer.matrix.lr": 0.01}}
+
+
+def test_a_name_means_one_arm_and_an_arm_has_one_table(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "own.toml").write_text("")
+    (tmp_path / "mine" / "own.toml").write_text("name = 'other'")
+    (tmp_path / "mine" / "baseline.toml").write_text("name = 'another'")
+    values = '"optimizer.lr_scale" = 0.5\n'
+    twice = f'recipes = ["own.toml"]\n[arms."own.toml"]\n{values}[arms.own]\n{values}'
+    with pytest.raises(
+        ValueError, match=r"arms\.own beside another table of '.*/own\.toml'; accepted: one table an arm"
+    ):
+        load_race(race_file(tmp_path, twice))
+    with pytest.raises(
+        ValueError, match=r"'own' is the name of .*/mine/own\.toml, .*/own\.toml; accepted: the path of one"
+    ):
+        load_race(race_file(tmp_path, f'recipes = ["own.toml", "mine/own.toml"]\n[arms.own]\n{values}'))
+    # A shipped recipe keeps its name, whatever a file is called.
+    shipped = load_race(race_file(tmp_path, f'recipes = ["baseline", "mine/baseline.toml"]\n[arms.baseline]\n{values}'))
+    assert shipped.arms == {"baseline": {"optimizer.lr_scale": 0.5}}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
