@@ -137,13 +137,17 @@ def largest(
 
 def _expected(known: Sequence[tuple[int, float]], limit: float, of_a_row: float) -> float:
     """The size whose peak is the limit, by the last two that fit. After one, half of what is left is aimed at, for a
-    row may take more than was expected."""
+    row may take more than was expected. Where a row took less than it is expected to take at least, the rest may not:
+    what is aimed at is no further than by that least, or than twice the last distance where this is more."""
     size, peak = known[-1]
     if len(known) == 1:
         return size + (limit - peak) / (2 * of_a_row) if of_a_row else 2.0 * size
     before, lower = known[-2]
-    slope = max((peak - lower) / (size - before), LEAST_OF_A_ROW * of_a_row)
-    return size + (limit - peak) / slope if slope > 0 else float("inf")
+    slope = (peak - lower) / (size - before)
+    further = (limit - peak) / slope if slope > 0 else float("inf")
+    if of_a_row:
+        further = min(further, max((limit - peak) / (LEAST_OF_A_ROW * of_a_row), 2.0 * (size - before)))
+    return size + further
 
 
 class Calibration:

@@ -85,6 +85,20 @@ def test_what_a_row_is_expected_to_take_saves_tries(always: float, part: float, 
     assert len(tried) <= 4
 
 
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.06, 0.2], ids="a row takes {} of what was expected".format)
+@pytest.mark.parametrize("most", [57, 300, 4096])
+def test_rows_that_take_less_than_was_expected_cost_few_tries(part: float, most: int) -> None:
+    """As where activations are computed again, or where memory sets no limit."""
+    tried = list[int]()
+
+    def peak(size: int) -> float | None:
+        tried.append(size)
+        return 500.0 + part * size if size <= most else None
+
+    found = largest(range(1, 4097), peak, 500.5 + part * most, 1.0)
+    assert found is not None and 0 <= most - found <= CLOSE * most and len(tried) <= 16
+
+
 def test_sizes_divide_a_step_and_grow_where_that_is_asked() -> None:
     assert sizes_of(AllRows(), 12, grows=False) == [1, 2, 3, 4, 6, 12]
     grown = sizes_of(AllRows(), 12, grows=True)
