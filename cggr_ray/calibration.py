@@ -185,7 +185,8 @@ class Calibration:
         if "micro_rows" in before:
             self._say(f"{arm_name(name)}: known from {self._file}")
             return before
-        self._begun = list(before.get("tries", ()))
+        # What an older version tried does not say what a batch took.
+        self._begun = [tried for tried in before.get("tries", ()) if "batch_mib" in tried]
         entry: Row = {"asked": asked, "tries": []}
         self.arms[name] = entry
         global_rows = self._global_rows(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -308,6 +309,20 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     for name, arm in found.items():
         without = [[{k: v for k, v in t.items() if k != "seconds"} for t in a["tries"]] for a in (arm, arms[name])]
         assert without[0] == without[1] and arm["micro_rows"] == arms[name]["micro_rows"]
+
+
+def test_what_an_older_version_began_is_tried_again(tmp_path: Path) -> None:
+    """Its tries had one peak, that of the whole."""
+    most, file = {"baseline": 6, "random_tokens": 40}, tmp_path / "calibration.json"
+    expected = calibrate(TWO_ARMS, whole := Memory(most), file, SETTINGS)
+    older = json.loads(file.read_text())
+    del older["arms"]["random_tokens"], older["arms"]["baseline"]["micro_rows"]
+    for tried in older["arms"]["baseline"]["tries"]:
+        del tried["batch_mib"]
+    file.write_text(json.dumps(older))
+    arms = calibrate(TWO_ARMS, again := Memory(most), file, SETTINGS)
+    assert [trial.trial_id for trial in again.asked] == [trial.trial_id for trial in whole.asked]
+    assert all(arm["micro_rows"] == expected[name]["micro_rows"] for name, arm in arms.items())
 
 
 def test_what_fails_at_every_size_is_not_tried_at_every_size(tmp_path: Path) -> None:
