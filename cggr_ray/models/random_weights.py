@@ -2,7 +2,8 @@
 
 Hugging Face draws one layer after the other from the process's generator, after PyTorch has drawn each of them. Here
 every layer has a generator of its own, seeded by the model's seed and the layer's name: its weights depend on neither
-the number of threads nor the layers before it.
+the number of threads nor the layers before it. What a model draws anew over its layers, as GPT-2 its output
+projections, is drawn in turn from one more generator.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def with_random_weights(config: PretrainedConfig, seed: int) -> PreTrainedModel:
 
     Differs from Hugging Face in which numbers are drawn, not in their distributions.
     """
-    with no_init_weights():
+    with torch.device("cpu"), no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # The innermost, where models hold others: it knows how its layers are drawn.
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -48,7 +49,7 @@ def with_random_weights(config: PretrainedConfig, seed: int) -> PreTrainedModel:
         for done in [threads.submit(_draw, owners[layer]._initialize_weights, layer, seed, name)
                      for name, layer in layers]:  # fmt: skip
             done.result()
-    with DrawsFrom(_generator(seed, "")):
+    with torch.device("cpu"), DrawsFrom(_generator(seed, "")):
         # What layers hold beside other layers, what a model draws anew over its layers, and tied weights.
         model.init_weights()
     whole: PreTrainedModel = model

@@ -62,6 +62,21 @@ def test_weights_depend_on_the_seed_and_neither_on_threads_nor_on_the_process(na
         assert weight.unique().numel() == 1 or not torch.equal(weight, other[which]), which
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_weights_are_the_same_whatever_the_caller_has_for_defaults(name: str) -> None:
+    """A device that would hold no weights, and a dtype that would round them."""
+    expected = with_random_weights(CONFIGS[name](), 7).state_dict()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = with_random_weights(CONFIGS[name](), 7).state_dict()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for which, weight in expected.items():
+        torch.testing.assert_close(found[which], weight, rtol=0, atol=0)
+
+
 def test_a_layer_is_drawn_alike_in_a_deeper_model() -> None:
     deep = dict(with_random_weights(LlamaConfig(**COMMON | {"num_hidden_layers": 5}), 7).named_parameters())
     for which, weight in with_random_weights(LlamaConfig(**COMMON), 7).named_parameters():
