@@ -53,7 +53,7 @@ class Question(Plain):
 @dataclass(frozen=True)
 class Answer(Plain):
     """`peak_mib`, up to where it failed: the most that the allocator held on a GPU, which is what the limit bounds; on
-    a CPU the largest resident size of the process, without what is mapped from files at the end. `batch_mib` of that:
+    a CPU the largest resident size of the process, without what is mapped from files. `batch_mib` of that:
     what a step took up to its gradients, which grows with its rows where the update after them does not; a CPU cannot
     tell them apart."""
 
@@ -98,7 +98,8 @@ class SmallRun(Run):
         self._peak = self.peak
 
     def _before_update(self) -> None:
-        used = peak_bytes(self.device) / MIB if self.device.type == "cuda" else self.peak
+        self._peak = self.peak
+        used = peak_bytes(self.device) / MIB if self.device.type == "cuda" else self._peak
         self._batch = max(self._batch, used)
 
     def _after_update(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,17 @@ def test_a_try_keeps_what_it_writes_in_its_own_folder(data_folder: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["try"]
     assert (tmp_path / "try" / "model" / "model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "try" / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_a_batch_took_no_more_than_the_whole(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where more of a library is mapped after it, which a resident size is said without."""
+    sizes = count(400.0, -1.0)
+    monkeypatch.setattr("cggr_ray.fits.peak_mib", lambda device: next(sizes))
+    (trial,) = plan_trials(trial_spec(replace(TWO_ARMS, recipes=("baseline",)), "baseline", 1, 1, 1, False), tmp_path)
+    answer = SmallRun(trial.placed(tmp_path / "try", data_folder), False).fits(PLENTY)
+    assert answer.fits and 0 < answer.batch_mib <= answer.peak_mib
 
 
 # Each in a process of its own
