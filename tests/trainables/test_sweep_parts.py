@@ -193,6 +193,7 @@ def test_the_best_arm_of_the_race_is_the_trial_that_was_best(
     race = load_race(str(beside))
     first, raced = map(race.recipe, race.recipes)
     assert raced.optimizer == ran.optimizer != first.optimizer
+    assert first == spec.race.recipe(race.recipes[0])
 
 
 def test_the_best_recipe_and_its_race_can_be_copied_elsewhere(tmp_path: Path) -> None:
