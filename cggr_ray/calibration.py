@@ -183,7 +183,7 @@ class Calibration:
         if again or before.get("asked") != asked:
             before = {}
         if "micro_rows" in before:
-            self._say(f"{arm_name(name)}: known from {self._file}")
+            self._say(f"{arm_name(name, self.spec.recipes)}: known from {self._file}")
             return before
         # What an older version tried does not say what a batch took.
         self._begun = [tried for tried in before.get("tries", ()) if "batch_mib" in tried]
@@ -248,14 +248,15 @@ class Calibration:
             entry["tries"].append(known)
             return float(known["batch_mib"]) if known["fits"] else None
         race = trial_spec(self.spec, name, global_rows, size, steps, verifies)
-        trial = Trial(f"{arm_name(name)}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
+        called = arm_name(name, self.spec.recipes)
+        trial = Trial(f"{called}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
         trial = trial.placed(self._file.parent, self._data_folder)
         answer = self._ask(trial, self._limit, writes)
         seconds = time.perf_counter() - began
         entry["tries"].append(row | answer.to_plain() | {"limit_mib": self._limit, "seconds": seconds})
         self._write()
         verdict = "fit" if answer.fits else "do not fit"
-        said = f"{arm_name(name)}: {size} rows {verdict}, {steps} steps"
+        said = f"{called}: {size} rows {verdict}, {steps} steps"
         self._say(f"{said}, {answer.peak_mib:,.0f} MiB of {self._limit:,.0f}")
         return answer.batch_mib if answer.fits else None
 
@@ -300,7 +301,7 @@ def notes(settings: Settings, arms: Mapping[str, Row]) -> list[str]:
         f"Calibrated: micro-batches that leave {settings.head_room:.0%} of the memory free, verified by "
         f"{settings.starts} x {settings.verify_steps} steps."
     ]
-    for name, arm in zip(map(arm_name, arms), arms.values(), strict=True):
+    for name, arm in ((arm_name(recipe, arms), arm) for recipe, arm in arms.items()):
         if arm["micro_rows"] is None:
             lines.append(f"{name}: no micro-batch fits")
             continue

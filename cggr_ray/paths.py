@@ -5,7 +5,7 @@ What is of the wrong type is left as it is, for the codec to refuse.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ def recipe_beside(folder: Path, name: Any) -> Any:
     return str((folder / name).resolve()) if isinstance(name, str) and name.endswith(".toml") else name
 
 
-def arm_name(recipe: str) -> str:
-    """What a recipe of a race is called: its name, or its file's without folder and ending."""
-    return Path(recipe).stem if recipe.endswith(".toml") else recipe
+def arm_name(recipe: str, recipes: Iterable[str]) -> str:
+    """What a recipe of a race is called: its name, or its file's without folder and ending, where no other has it."""
+    alone = [_own_name(other) for other in recipes].count(_own_name(recipe)) == 1
+    return _own_name(recipe) if alone else recipe
 
 
 def arm_called(folder: Path, name: str, recipes: Sequence[str]) -> str:
@@ -35,7 +36,7 @@ def arm_called(folder: Path, name: str, recipes: Sequence[str]) -> str:
     Raises:
         ValueError: files of several recipes have this name.
     """
-    called = sorted({recipe for recipe in recipes if arm_name(recipe) == name})
+    called = sorted({recipe for recipe in recipes if _own_name(recipe) == name})
     if name in recipes or not called:
         return str(recipe_beside(folder, name))
     if len(called) > 1:
@@ -82,6 +83,10 @@ def recipe_values(race: dict[str, Any]) -> list[Any]:
     arms = race.get("arms")
     own = arms.values() if isinstance(arms, dict) else ()
     return [race.get("values"), *own, *_list(race.get("tuning"), "values")]
+
+
+def _own_name(recipe: str) -> str:
+    return Path(recipe).stem if recipe.endswith(".toml") else recipe
 
 
 def _by_arm(folder: Path, key: str, tables: dict[str, Any], recipes: Sequence[str]) -> dict[str, Any]:

@@ -139,8 +139,8 @@ class RaceSpec(Plain):
             raise ValueError(f"step_seconds = {self.step_seconds}; accepted: a positive number of seconds")
         for table, name in (*(("arms", name) for name in self.arms), *(("batches", name) for name in self.batches)):
             if name not in self.recipes:
-                raise ValueError(f"{table}.{name}: no such recipe in the race; "
-                                 f"{nearest(name, list(map(arm_name, self.recipes)))}")  # fmt: skip
+                known = [arm_name(recipe, self.recipes) for recipe in self.recipes]
+                raise ValueError(f"{table}.{name}: no such recipe in the race; {nearest(name, known)}")
         for name in self.batches:
             try:
                 self.rows_of(name)

@@ -114,14 +114,12 @@ def finish_tuning(
     for row in rows:
         loss = "" if row[VAL_LOSS] is None else f"{row[VAL_LOSS]:.4f}"
         mark = "best" if row is best.get(row["recipe"]) else ""
-        table.add_row(arm_name(row["recipe"]), json.dumps(row["values"]), row["status"], loss, mark)
+        table.add_row(arm_name(row["recipe"], spec.recipes), json.dumps(row["values"]), row["status"], loss, mark)
     console.print(table)
     for line in notes(tuning_of(spec), best):
         console.print(line, highlight=False, soft_wrap=True)
-    if lost := [name for name in spec.recipes if name not in best]:
-        console.print(
-            f"no trial with a finite loss: {', '.join(map(arm_name, lost))}; no {TUNED_FILE} is written", soft_wrap=True
-        )
+    if lost := [arm_name(name, spec.recipes) for name in spec.recipes if name not in best]:
+        console.print(f"no trial with a finite loss: {', '.join(lost)}; no {TUNED_FILE} is written", soft_wrap=True)
     else:
         write_tuned(spec, rows, folder / TUNED_FILE)
         console.print(f"tuned race: {(folder / TUNED_FILE).resolve()}", soft_wrap=True)

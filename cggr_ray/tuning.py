@@ -93,10 +93,10 @@ def best_rows(rows: Sequence[Row]) -> dict[str, Row]:
 def notes(tuning: Tuning, best: Mapping[str, Row]) -> list[str]:
     """A line for each recipe: what was best, and where the optimum may lie beyond what was tried."""
     lines = []
-    for name, row in best.items():
-        lines.append(f"{arm_name(name)}: val/loss {row[VAL_LOSS]:.4f} with {json.dumps(row['values'])}")
+    for name, row in ((arm_name(recipe, best), row) for recipe, row in best.items()):
+        lines.append(f"{name}: val/loss {row[VAL_LOSS]:.4f} with {json.dumps(row['values'])}")
         for key, end in at_the_edge(row["values"], tuning.values).items():
-            lines.append(f"{arm_name(name)}: {key} = {row['values'][key]} is at the edge, the {end} value tried: "
+            lines.append(f"{name}: {key} = {row['values'][key]} is at the edge, the {end} value tried: "
                          "the optimum may lie beyond")  # fmt: skip
     return lines
 

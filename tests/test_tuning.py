@@ -192,6 +192,13 @@ def test_a_tuned_race_is_read_back_as_the_race_with_its_best_values(race_file: P
     assert comments[-1] == "# cggr_loss-0: diverged"
 
 
+def test_arms_of_one_name_are_told_apart() -> None:
+    """As in the race that a sweep writes: a shipped recipe, and a file that is called as it is."""
+    recipes = ("cggr_loss", "/best/cggr_loss.toml", "/mine/own.toml")
+    lines = notes(Tuning(1.0, 9, ({MATRIX: 1},)), {name: row(name, 2.0, values={MATRIX: 1}) for name in recipes})
+    assert [line.split(":")[0] for line in lines] == ["cggr_loss", "/best/cggr_loss.toml", "own"]
+
+
 def test_a_reference_among_the_values_is_relative_to_the_file(tmp_path: Path) -> None:
     text = '[tuning]\nseconds = 1\nseed = 9\nvalues = [{ "tokens.reference" = "models/r" }]\n'
     (tmp_path / "mine.toml").write_text(text)
