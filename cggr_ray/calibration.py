@@ -43,6 +43,9 @@ Ask = Callable[[Trial, float, bool], Answer]
 CLOSE = 0.03
 # Of what a row is expected to take, what it takes at least: a step may keep a part of its positions.
 LEAST_OF_A_ROW = 0.25
+# A size that does not fit and was all but expected to is missed by little, for an allocator loses some memory between
+# its blocks: what of it is tried next, one after the other, and up to which part of it the expectation counts as such.
+A_LITTLE_LESS, NEAR = (0.95, 0.9), 1.1
 # How much smaller the next try is where what was found fails for longer.
 STEP_BACK = 0.1
 # Rows of a micro-batch at most, where memory sets no limit.
@@ -105,13 +108,14 @@ def largest(
     """The largest of ascending sizes that fits, or one that is close; None where the smallest does not.
 
     Larger sizes are taken to fit no better. The last one is never passed. What is tried next is where the peaks that
-    are known would meet the limit; if they are wrong, twice as much further every time, or halfway between.
+    are known would meet the limit; if they are wrong, twice as much further every time, a little less, or halfway
+    between.
 
     Args:
         peak: MiB of a size, None where it does not fit.
         of_a_row: MiB that a row is expected to take; 0 where nothing is.
     """
-    low, high, at, gap = -1, len(sizes), 0, 1
+    low, high, at, gap, near = -1, len(sizes), 0, 1, list(A_LITTLE_LESS)
     known: list[tuple[int, float]] = []
     while True:
         found = peak(sizes[at])
@@ -130,6 +134,8 @@ def largest(
         elif sizes[high] - sizes[low] <= CLOSE * sizes[low]:
             break
         else:
+            if near and sizes[high] <= expected < NEAR * sizes[high]:
+                expected = near.pop(0) * sizes[high]
             guess = bisect_right(sizes, expected) - 1
             at = guess if low < guess < high else (low + high) // 2
     return sizes[low] if low >= 0 else None

@@ -97,7 +97,22 @@ def test_rows_that_take_less_than_was_expected_cost_few_tries(part: float, most:
         return 500.0 + part * size if size <= most else None
 
     found = largest(range(1, 4097), peak, 500.5 + part * most, 1.0)
-    assert found is not None and 0 <= most - found <= CLOSE * most and len(tried) <= 16
+    assert found is not None and 0 <= most - found <= CLOSE * most and len(tried) <= 18
+
+
+@pytest.mark.parametrize("most", [13, 57, 300])
+@pytest.mark.parametrize("lost", [0.01, 0.02, 0.04])
+def test_what_an_allocator_loses_costs_few_tries(lost: float, most: int) -> None:
+    """A batch takes less than there is, and does not fit all the same: the largest that fits is just below."""
+    tried, of_a_row = list[int](), 400.0 / most
+
+    def peak(size: int) -> float | None:
+        tried.append(size)
+        return 600 + of_a_row * size if (600 + of_a_row * size) * (1 + lost) <= 1000 else None
+
+    best = max(size for size in range(1, 400) if (600 + of_a_row * size) * (1 + lost) <= 1000)
+    found = largest(range(1, 4097), peak, 1000.0, of_a_row)
+    assert found is not None and 0 <= best - found <= CLOSE * best and len(tried) <= 8
 
 
 def test_sizes_divide_a_step_and_grow_where_that_is_asked() -> None:
