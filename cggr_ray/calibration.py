@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from cggr_ray.environment import versions
 from cggr_ray.files import write_whole
 from cggr_ray.fits import Answer, total_mib
 from cggr_ray.footprint import activation_bytes
+from cggr_ray.largest import largest
 from cggr_ray.paths import arm_name
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.saying import Say
@@ -39,13 +39,6 @@ from cggr_ray.telemetry.tracker import Row
 # The trial of a try, what it may use, and whether it writes what a run leaves on the disk.
 Ask = Callable[[Trial, float, bool], Answer]
 
-# The search stops when the rows that fit and the rows that do not are this close, relatively.
-CLOSE = 0.03
-# Of what a row is expected to take, what it takes at least: a step may keep a part of its positions.
-LEAST_OF_A_ROW = 0.25
-# A size that does not fit and was all but expected to is missed by little, for an allocator loses some memory between
-# its blocks: what of it is tried next, one after the other, and up to which part of it the expectation counts as such.
-A_LITTLE_LESS, NEAR = (0.95, 0.9), 1.1
 # How much smaller the next try is where what was found fails for longer.
 STEP_BACK = 0.1
 # Rows of a micro-batch at most, where memory sets no limit.
@@ -100,60 +93,6 @@ def sizes_of(part: RowsPart, global_rows: int, grows: bool) -> list[int]:
     if grows and rows == global_rows:
         found += [size for size in range(rows + 1, MOST_ROWS + 1) if can_be_run(part, size, size)]
     return found
-
-
-def largest(
-    sizes: Sequence[int], peak: Callable[[int], float | None], limit: float, of_a_row: float = 0.0
-) -> int | None:
-    """The largest of ascending sizes that fits, or one that is close; None where the smallest does not.
-
-    Larger sizes are taken to fit no better. The last one is never passed. What is tried next is where the peaks that
-    are known would meet the limit; if they are wrong, twice as much further every time, a little less, or halfway
-    between.
-
-    Args:
-        peak: MiB of a size, None where it does not fit.
-        of_a_row: MiB that a row is expected to take; 0 where nothing is.
-    """
-    low, high, at, gap, near = -1, len(sizes), 0, 1, list(A_LITTLE_LESS)
-    known: list[tuple[int, float]] = []
-    while True:
-        found = peak(sizes[at])
-        if found is None:
-            high = at
-        else:
-            low = at
-            known.append((sizes[at], found))
-        if high - low <= 1:
-            break
-        expected = _expected(known, limit, of_a_row)
-        if high == len(sizes):
-            further = sizes[low] + gap
-            at = max(low + 1, bisect_right(sizes, max(expected, further)) - 1)
-            gap = 1 if expected >= further else 2 * gap
-        elif sizes[high] - sizes[low] <= CLOSE * sizes[low]:
-            break
-        else:
-            if near and sizes[high] <= expected < NEAR * sizes[high]:
-                expected = near.pop(0) * sizes[high]
-            guess = bisect_right(sizes, expected) - 1
-            at = guess if low < guess < high else (low + high) // 2
-    return sizes[low] if low >= 0 else None
-
-
-def _expected(known: Sequence[tuple[int, float]], limit: float, of_a_row: float) -> float:
-    """The size whose peak is the limit, by the last two that fit. After one, half of what is left is aimed at, for a
-    row may take more than was expected. Where a row took less than it is expected to take at least, the rest may not:
-    what is aimed at is no further than by that least, or than twice the last distance where this is more."""
-    size, peak = known[-1]
-    if len(known) == 1:
-        return size + (limit - peak) / (2 * of_a_row) if of_a_row else 2.0 * size
-    before, lower = known[-2]
-    slope = (peak - lower) / (size - before)
-    further = (limit - peak) / slope if slope > 0 else float("inf")
-    if of_a_row:
-        further = min(further, max((limit - peak) / (LEAST_OF_A_ROW * of_a_row), 2.0 * (size - before)))
-    return size + further
 
 
 class Calibration:
