@@ -24,10 +24,15 @@ def recipe_beside(folder: Path, name: Any) -> Any:
     return str((folder / name).resolve()) if isinstance(name, str) and name.endswith(".toml") else name
 
 
+def own_name(recipe: str) -> str:
+    """The name of a shipped recipe, which is itself, or of a recipe's file without folder and ending."""
+    return Path(recipe).stem if recipe.endswith(".toml") else recipe
+
+
 def arm_name(recipe: str, recipes: Iterable[str]) -> str:
-    """What a recipe of a race is called: its name, or its file's without folder and ending, where no other has it."""
-    alone = [_own_name(other) for other in recipes].count(_own_name(recipe)) == 1
-    return _own_name(recipe) if alone else recipe
+    """What a recipe of a race is called: its own name where no other has it, else as it stands there."""
+    alone = [own_name(other) for other in recipes].count(own_name(recipe)) == 1
+    return own_name(recipe) if alone else recipe
 
 
 def arm_called(folder: Path, name: str, recipes: Sequence[str]) -> str:
@@ -36,7 +41,7 @@ def arm_called(folder: Path, name: str, recipes: Sequence[str]) -> str:
     Raises:
         ValueError: files of several recipes have this name.
     """
-    called = sorted({recipe for recipe in recipes if _own_name(recipe) == name})
+    called = sorted({recipe for recipe in recipes if own_name(recipe) == name})
     if name in recipes or not called:
         return str(recipe_beside(folder, name))
     if len(called) > 1:
@@ -83,10 +88,6 @@ def recipe_values(race: dict[str, Any]) -> list[Any]:
     arms = race.get("arms")
     own = arms.values() if isinstance(arms, dict) else ()
     return [race.get("values"), *own, *_list(race.get("tuning"), "values")]
-
-
-def _own_name(recipe: str) -> str:
-    return Path(recipe).stem if recipe.endswith(".toml") else recipe
 
 
 def _by_arm(folder: Path, key: str, tables: dict[str, Any], recipes: Sequence[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from cggr_ray.objectives.multi_token import MultiToken
 from cggr_ray.objectives.next_token import NextToken
 from cggr_ray.optim.galore import GaLore
 from cggr_ray.optim.optimizer import Optimizer
-from cggr_ray.paths import beside
+from cggr_ray.paths import beside, own_name
 from cggr_ray.routing.buckets import DepthBuckets
 from cggr_ray.routing.collider import Collider
 from cggr_ray.routing.rows import AllRows, FewerRows, HardestRows, RandomRows
@@ -168,7 +168,7 @@ def load_recipe(name: str) -> Recipe:
     try:
         table = read_toml(path)
         beside(path.parent, table.get("tokens"), "reference")
-        return Recipe.from_plain({"name": path.stem if name.endswith(".toml") else name} | table)
+        return Recipe.from_plain({"name": own_name(name)} | table)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
 

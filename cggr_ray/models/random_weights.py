@@ -42,7 +42,7 @@ def with_random_weights(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     # The innermost, where models hold others: it knows how its layers are drawn.
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     owners = {layer: owner for owner in models for layer in owner.modules()}
-    layers = [(name, layer) for name, layer in model.named_modules() if not any(True for _ in layer.children())]
+    layers = [(name, layer) for name, layer in model.named_modules() if not list(layer.children())]
     # A thread that begins the largest one last would be waited for.
     layers.sort(key=lambda named: -sum(parameter.numel() for parameter in named[1].parameters()))
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
