@@ -1,9 +1,9 @@
 """Calibration: for every arm of a race the largest micro-batch that fits, found by trying, before the clock starts.
 
 A few real steps a try (`fits`), each in a fresh process: what the peaks before let expect, until it is known what fits
-and what does not. What is found is tried again, for longer and as often as asked, with generation where the race has an
-evaluation, the first time with all that a run writes; if that fails, a smaller size is, unless the smallest fails too.
-Every try leaves a part of the memory free, the head-room.
+and what does not; the baseline's rows first. What is found is tried again, for longer and as often as asked, with
+generation where the race has an evaluation, the first time with all that a run writes; if that fails, a smaller size
+is, unless the smallest fails too. Every try leaves a part of the memory free, the head-room.
 
 Sizes divide the rows of a step, so that all micro-batches of a step are alike. With `scale_batch` an arm's step grows
 to its micro-batch where this is the larger; a control that takes a part of a step's rows takes it of the baseline's
@@ -35,16 +35,15 @@ from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.saying import Say
 from cggr_ray.telemetry.gpu import MIB, device_info
 from cggr_ray.telemetry.tracker import Row
+from cggr_ray.warmup import STEPS_PER_GRAPH
 
-# The trial of a try, what it may use, and whether it writes what a run leaves on the disk.
-Ask = Callable[[Trial, float, bool], Answer]
+# The trial of a try, what it may use, whether it verifies, and whether it writes what a run leaves on the disk.
+Ask = Callable[[Trial, float, bool, bool], Answer]
 
 # How much smaller the next try is where what was found fails for longer.
 STEP_BACK = 0.1
 # Rows of a micro-batch at most, where memory sets no limit.
 MOST_ROWS = 4096
-# Of a try: the first makes the optimizer's state, the second finds it there.
-SEARCH_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,8 @@ class Calibration:
         global_rows = self._global_rows(name)
         sizes = sizes_of(self.spec.recipe(name).rows, global_rows, self.settings.scale_batch)
         of_a_row = activation_bytes(self.spec, 1) / MIB
-        found = largest(sizes, lambda size: self._try(entry, name, size), self._limit, of_a_row)
+        first = self.arms[self.spec.recipes[0]].get("micro_rows") or 1
+        found = largest(sizes, lambda size: self._try(entry, name, size), self._limit, of_a_row, first)
         if found is not None and not self._verified(entry, name, found):
             found = self._stepped_back(entry, name, sizes, found)
         # Nothing larger was of use: memory has set no limit.
@@ -184,7 +184,7 @@ class Calibration:
     def _try(self, entry: Row, name: str, size: int, verifies: bool = False, writes: bool = False) -> float | None:
         """MiB that a batch took, None where the rows do not fit."""
         began, global_rows = time.perf_counter(), max(self._global_rows(name), size)
-        steps = self.settings.verify_steps if verifies else SEARCH_STEPS
+        steps = self.settings.verify_steps if verifies else STEPS_PER_GRAPH
         row = {"micro_rows": size, "global_rows": global_rows, "steps": steps, "verifies": verifies, "writes": writes}
         known = next((tried for tried in self._begun if row.items() <= tried.items()), None)
         if known is not None:
@@ -196,7 +196,7 @@ class Calibration:
         called = arm_name(name, self.spec.recipes)
         trial = Trial(f"{called}, {size} rows", self.spec.recipe(name), race.seeds[0], race, "", "")
         trial = trial.placed(self._file.parent, self._data_folder)
-        answer = self._ask(trial, self._limit, writes)
+        answer = self._ask(trial, self._limit, verifies, writes)
         seconds = time.perf_counter() - began
         entry["tries"].append(row | answer.to_plain() | {"limit_mib": self._limit, "seconds": seconds})
         self._write()

@@ -40,7 +40,7 @@ FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
 OBJECTIVE = "objective.safetensors"
 KEPT = 2
 # Of what state.json holds: another one with every change of it.
-FORMAT = 1
+FORMAT = 2
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,12 @@
 
     python -m cggr_ray.fits QUESTION.json ANSWER.json
 
-The run is a trial's own: warm-up at every level, steps over the whole schedule with the optimizer's updates, the
-validation, the largest batch of generation where the trial is asked questions; and, where it writes, a checkpoint,
-and the model where the race keeps it: of a large model tens of gigabytes, too slow for every try. The limit is the
-head-room: on a GPU the allocator of the process may use a part of the memory, on a CPU the process may have so many
-bytes of data (RLIMIT_DATA), so that an allocation beyond truly fails. Any error but want of memory ends the process.
+The run is a trial's own. A try that searches warms up at the fullest level alone. One that verifies does so at every
+level, takes steps over the whole schedule, and generates the largest batch where the trial is asked questions; and,
+where it writes, a checkpoint, and the model where the race keeps it: of a large model tens of gigabytes, too slow for
+every try. The limit is the head-room: on a GPU the allocator of the process may use a part of the memory, on a CPU the
+process may have so many bytes of data (RLIMIT_DATA), so that an allocation beyond truly fails. Any error but want of
+memory ends the process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 
 from cggr_ray.codec import Plain
 from cggr_ray.data.batch import Batch
+from cggr_ray.learner import Levels
 from cggr_ray.loop import Run
 from cggr_ray.out_of_memory import FAILURES, first_line, is_out_of_memory
 from cggr_ray.race import Trial
@@ -43,10 +45,12 @@ LIMIT_TEXTS = ("can't start new thread", "failed to map segment from shared obje
 
 @dataclass(frozen=True)
 class Question(Plain):
-    """`limit_mib` is what the process may use, `writes` whether it ends with what a run leaves on the disk."""
+    """`limit_mib` is what the process may use, `verifies` whether it does all that a run does, but for what that leaves
+    on the disk, and `writes` whether that too."""
 
     trial: Trial
     limit_mib: float
+    verifies: bool
     writes: bool
 
 
@@ -82,17 +86,18 @@ class Watched:
 class SmallRun(Run):
     """A run that ends where a real one would go on with smaller micro-batches."""
 
-    def __init__(self, trial: Trial, writes: bool) -> None:
+    def __init__(self, trial: Trial, verifies: bool, writes: bool) -> None:
         super().__init__(trial, lambda row: None)
-        self._peak, self._batch, self._writes = 0.0, 0.0, writes
+        self._peak, self._batch, self._verifies, self._writes = 0.0, 0.0, verifies, writes
 
     def _warm_up(self) -> None:
-        """Every level, also where there is nothing to compile: the fullest one is what has to fit."""
-        learner, order = self.learner, self.data.order()
+        """Also at levels where there is nothing to compile."""
+        learner, order, levels = self.learner, self.data.order(), self.learner.levels()
+        levels = levels if self._verifies else fullest(levels)
         optimizer: Any = learner.optimizer
         learner.optimizer = cast("StackedOptimizer", Watched(optimizer, self._before_update, self._after_update))
         try:
-            warm_up(learner, self.milestones.heldout, order, self.own_rows, self.counts.micro_rows, learner.levels())
+            warm_up(learner, self.milestones.heldout, order, self.own_rows, self.counts.micro_rows, levels)
         finally:
             learner.optimizer = optimizer
         self._peak = self.peak
@@ -117,7 +122,8 @@ class SmallRun(Run):
             with limit(self.device, limit_mib):
                 self.prepare()
                 with self.loader:
-                    self._train()
+                    if self._verifies:
+                        self._train()
                     if self.milestones.suite is not None:
                         self.milestones.suite.fill(self.learner.adapter.model)
                     if self._writes:
@@ -138,6 +144,16 @@ class SmallRun(Run):
     @property
     def peak(self) -> float:
         return max(self._peak, peak_mib(self.device))
+
+
+def fullest(levels: Sequence[Levels]) -> list[Levels]:
+    """Those at which most rows, positions and layers learn."""
+
+    def learning(level: Levels) -> tuple[float, float, int]:
+        return level.rows, level.tokens, sum(level.layers.active)
+
+    most = max(map(learning, levels))
+    return [level for level in levels if learning(level) == most]
 
 
 def peak_mib(device: torch.device) -> float:
@@ -169,7 +185,7 @@ def limit(device: torch.device, limit_mib: float) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def ask(trial: Trial, limit_mib: float, writes: bool) -> Answer:
+def ask(trial: Trial, limit_mib: float, verifies: bool, writes: bool) -> Answer:
     """The answer of a fresh process.
 
     Raises:
@@ -179,7 +195,7 @@ def ask(trial: Trial, limit_mib: float, writes: bool) -> Answer:
     with TemporaryDirectory(dir=trial.folder) as name:
         folder = Path(name)
         question, answer = folder / "question.json", folder / "answer.json"
-        asked = Question(trial.placed(folder / "run", Path(trial.data_folder)), limit_mib, writes)
+        asked = Question(trial.placed(folder / "run", Path(trial.data_folder)), limit_mib, verifies, writes)
         question.write_text(json.dumps(asked.to_plain()))
         command = [sys.executable, "-m", "cggr_ray.fits", str(question), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,7 +208,7 @@ def ask(trial: Trial, limit_mib: float, writes: bool) -> Answer:
 def main(question: str, answer: str) -> None:
     asked = Question.from_plain(json.loads(Path(question).read_text()))
     # What it imports comes before the limit: without it not even an answer could be given.
-    run = SmallRun(asked.trial, asked.writes)
+    run = SmallRun(asked.trial, asked.verifies, asked.writes)
     Path(answer).write_text(json.dumps(run.fits(asked.limit_mib).to_plain()))
 
 

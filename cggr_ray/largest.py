@@ -15,7 +15,7 @@ A_LITTLE_LESS, NEAR = (0.95, 0.9), 1.1
 
 
 def largest(
-    sizes: Sequence[int], peak: Callable[[int], float | None], limit: float, of_a_row: float = 0.0
+    sizes: Sequence[int], peak: Callable[[int], float | None], limit: float, of_a_row: float = 0.0, first: int = 1
 ) -> int | None:
     """The largest of ascending sizes that fits, or one that is close; None where the smallest does not.
 
@@ -25,9 +25,10 @@ def largest(
 
     Args:
         peak: MiB of a size, None where it does not fit.
-        of_a_row: MiB that a row is expected to take; 0 where nothing is.
+        of_a_row: MiB that a row is expected to take; 0 where nothing is. first: near which the search begins.
     """
-    low, high, at, gap, near = -1, len(sizes), 0, 1, list(A_LITTLE_LESS)
+    low, high, gap, near = -1, len(sizes), 1, list(A_LITTLE_LESS)
+    at = max(0, bisect_right(sizes, first) - 1)
     known: list[tuple[int, float]] = []
     while True:
         found = peak(sizes[at])
@@ -38,6 +39,9 @@ def largest(
             known.append((sizes[at], found))
         if high - low <= 1:
             break
+        if not known:
+            at = 0
+            continue
         expected = _expected(known, limit, of_a_row)
         if high == len(sizes):
             further = sizes[low] + gap

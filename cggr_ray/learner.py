@@ -152,24 +152,29 @@ class Learner:
         """All combinations of what a step may run at; each is a graph of its own."""
         return [Levels(*level) for level in product(self.rows.levels(), self.router.levels(), self.updates.reachable())]
 
-    def step(
-        self, batch: Batch, progress: Progress, levels: Levels | None = None, smaller: Smaller | None = None
-    ) -> StepRow:
+    def step(self, batch: Batch, progress: Progress, smaller: Smaller | None = None) -> StepRow:
         """One optimizer update. Queues work on the device and returns; nothing is read back.
 
         Where memory runs out before the update, nothing of the step is left behind. With `smaller` it is then repeated;
         all workers repeat it where one of them has to.
 
-        Args:
-            levels: what to run at instead of what the parts say; only warm-up asks for it.
         Raises:
             torch.OutOfMemoryError: memory ran out, and there is no `smaller`.
             LostStepError: memory ran out where a step cannot be repeated.
         """
-        levels = levels or Levels(self.rows.ratio(progress), self.router.ratio(progress), self.updates.begin(progress))
+        levels = Levels(self.rows.ratio(progress), self.router.ratio(progress), self.updates.begin(progress))
+        with no_way_back("the beginning of a step"):
+            self._wake(levels.layers.active)
+        return self._step(batch, progress, levels, smaller)
+
+    def rehearse(self, batch: Batch, number: int, levels: Levels) -> None:
+        """A step at `levels`, in the optimizer's rehearsal: layers that have rested do not wake."""
+        self.adapter.set_active_layers(levels.layers.active)
+        self._step(batch, Progress(number, 0.0, 1.0, 1), levels, None)
+
+    def _step(self, batch: Batch, progress: Progress, levels: Levels, smaller: Smaller | None) -> StepRow:
         learning = levels.layers
         with no_way_back("the beginning of a step"):
-            self._wake(learning.active)
             self.optimizer.begin(progress)
             self.objective.begin(progress)
         while True:
@@ -268,6 +273,7 @@ class Learner:
             "router": self.router.state_dict(),
             "updates": self.updates.state_dict(),
             "rested": [*self._rested],
+            "waiting": self.optimizer.waiting(),
             "cache": None if cache is None else [cache.hits, cache.misses],
         }
 
@@ -275,6 +281,7 @@ class Learner:
         self.router.load_state_dict(state["router"])
         self.updates.load_state_dict(state["updates"])
         self._rested = [*state["rested"]]
+        self.optimizer.wait(state["waiting"])
         if self.adapter.cache is not None:
             self.adapter.cache.hits, self.adapter.cache.misses = state["cache"]
 

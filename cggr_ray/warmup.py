@@ -1,4 +1,4 @@
-"""Warm-up: every graph that a run can reach is compiled off the clock, then all state is put back as it was."""
+"""Warm-up: every graph that a run can reach is compiled off the clock; afterwards all state is as it was."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from cggr_ray.data.packing import RowOrder
 from cggr_ray.evaluation.heldout import HeldOut
 from cggr_ray.learner import Learner, Levels
 from cggr_ray.out_of_memory import FAILURES, LostStepError, first_line, is_out_of_memory
-from cggr_ray.progress import Progress
 
 STEPS_PER_GRAPH = 2
 
@@ -25,33 +24,29 @@ def warm_up(
     micro_rows: int,
     levels: Sequence[Levels] | None = None,
 ) -> None:
-    """Steps at everything that the parts can ask a step to run at, or at `levels`, and one validation. Weights and
-    state are restored, also where memory runs out.
+    """Steps at everything that the parts can ask a step to run at, or at `levels`, and a part of a validation. They
+    change neither weights nor the optimizer's state; the rest is restored, also where memory runs out.
 
     Without a compiler one level is enough: there is nothing to compile, only allocations to touch.
     """
     device = learner.adapter.device
-    weights = {name: p.detach().to("cpu", copy=True) for name, p in learner.named_parameters()}
-    tensors = {name: t.to("cpu", copy=True) for name, t in learner.optimizer.state_dict().items()}
     routing = {name: t.to("cpu", copy=True) for name, t in learner.router.tensors().items()}
     host = learner.state_dict()
     levels = levels or (learner.levels() if device.type == "cuda" else learner.levels()[:1])
     try:
         batch = first_batch(order, rows, min(rows, micro_rows), device)
-        for level in levels:
-            for step in range(STEPS_PER_GRAPH):
-                learner.step(batch, Progress(step, 0.0, 1.0, 1), level)
-        heldout.evaluate(learner.adapter)
+        with learner.optimizer.rehearsal():
+            for level in levels:
+                for step in range(STEPS_PER_GRAPH):
+                    learner.rehearse(batch, step, level)
+        heldout.rehearse(learner.adapter)
     finally:
         # Gradients of a step that did not end, first of all: they may be what fills the memory.
         learner.rewind()
         with torch.no_grad():
-            for name, parameter in learner.named_parameters():
-                parameter.copy_(weights[name])
             for name, tensor in learner.router.tensors().items():
                 tensor.copy_(routing[name])
         learner.adapter.forget()
-        learner.optimizer.load_state_dict(tensors)
         learner.load_state_dict(host)
 
 

@@ -63,11 +63,11 @@ class Memory:
     def __init__(self, most: dict[str, int], lasting: dict[str, int] | None = None) -> None:
         self.most, self.lasting, self.asked, self.written = most, lasting or {}, list[Trial](), list[bool]()
 
-    def __call__(self, trial: Trial, limit_mib: float, writes: bool) -> Answer:
+    def __call__(self, trial: Trial, limit_mib: float, verifies: bool, writes: bool) -> Answer:
         self.asked.append(trial)
         self.written.append(writes)
         name, rows = trial.recipe.name, trial.race.micro_rows
-        most = self.most[name] if trial.race.budget_seconds == 2 else self.lasting.get(name, self.most[name])
+        most = self.most[name] if not verifies else self.lasting.get(name, self.most[name])
         peak = limit_mib * min(1.0, rows / (most + 0.5))
         return Answer(rows <= most, peak, peak, "" if rows <= most else "no memory")
 
@@ -219,10 +219,10 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
     for _ in range(len(whole.asked)):
         memory = Memory(most, lasting)
 
-        def stops(trial: Trial, limit_mib: float, writes: bool, memory: Memory = memory) -> Answer:
+        def stops(trial: Trial, limit_mib: float, verifies: bool, writes: bool, memory: Memory = memory) -> Answer:
             if len(memory.asked) == 3:
                 raise StoppedError
-            return memory(trial, limit_mib, writes)
+            return memory(trial, limit_mib, verifies, writes)
 
         calibration = Calibration(TWO_ARMS, SETTINGS, CPU, tmp_path / "parts.json", tmp_path, stops, lambda text: None)
         try:

@@ -21,7 +21,7 @@ PEAKS: dict[str, Callable[[int, int], float]] = {
 
 
 def searched(
-    sizes: Sequence[int], peak: Callable[[int], float | None], limit: float, of_a_row: float = 0.0
+    sizes: Sequence[int], peak: Callable[[int], float | None], limit: float, of_a_row: float = 0.0, first: int = 1
 ) -> tuple[int | None, list[int]]:
     """What is found, and what was tried for it."""
     tried: list[int] = []
@@ -30,7 +30,7 @@ def searched(
         tried.append(size)
         return peak(size)
 
-    return largest(sizes, noted, limit, of_a_row), tried
+    return largest(sizes, noted, limit, of_a_row, first), tried
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 5, 8, 13, 31, 60, 64, 99])
@@ -86,3 +86,20 @@ def test_what_an_allocator_loses_costs_few_tries(lost: float, most: int) -> None
     best = max(size for size in range(1, 400) if peak(size) is not None)
     found, tried = searched(ROWS, peak, 1000.0, of_a_row)
     assert found is not None and 0 <= best - found <= CLOSE * best and len(tried) <= 8
+
+
+@pytest.mark.parametrize("first", [1, 2, 15, 31, 40, 5000])
+@pytest.mark.parametrize("most", [0, 1, 3, 15, 31, 60])
+@pytest.mark.parametrize("sizes", [range(1, 65), (4, 8, 12, 24, 60), (3,)])
+def test_a_search_may_begin_anywhere(sizes: range | tuple[int, ...], most: int, first: int) -> None:
+    for peak in PEAKS.values():
+        found, tried = searched(sizes, lambda n, peak=peak: peak(n, most) if n <= most else None, 1000.0, 0.0, first)
+        best = max((size for size in sizes if size <= most), default=None)
+        assert found == best or (found is not None and best is not None and 0 <= best - found <= CLOSE * best)
+        assert tried[0] == max((size for size in sizes if size <= first), default=sizes[0])
+        assert len(tried) == len(set(tried)) <= 2 * len(sizes).bit_length() + 2
+
+
+def test_what_fits_as_many_as_another_arm_is_told_by_two_tries() -> None:
+    found, tried = searched(ROWS, lambda n: 48_000 + 1_600.0 * n if n <= 15 else None, 73_000.0, 1_600.0, 15)
+    assert (found, tried) == (15, [15, 16])

@@ -23,7 +23,7 @@ from cggr_ray.data.dataset import DataSpec, prepare
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Problems
 from cggr_ray.data.store import TokenStore
-from cggr_ray.learner import Learner, Levels, StepRow
+from cggr_ray.learner import Learner, StepRow
 from cggr_ray.loop import run_race
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.presets import ModelSpec
@@ -237,7 +237,8 @@ def test_a_layer_that_learns_again_has_rested_for_as_many_steps(
     monkeypatch.setattr(learner.optimizer, "wake", wake)
     for at, learns in enumerate([True, False, False, False, True, True, False, True]):
         learning = Learning((learns, *[True] * (layers - 1)))
-        learner.step(batches[at], Progress(at, 0.1, 1.0, 9), Levels(1.0, 1.0, learning))
+        monkeypatch.setattr(learner.updates, "begin", lambda progress, learning=learning: learning)
+        learner.step(batches[at], Progress(at, 0.1, 1.0, 9))
     assert woken == [(4, True, 3), (7, True, 1)]
 
 

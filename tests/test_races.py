@@ -17,11 +17,13 @@ from cggr_ray.evaluation.aime import Aime
 from cggr_ray.evaluation.gsm8k import Gsm8k
 from cggr_ray.planning import absent
 from cggr_ray.race import RACES, check_rates, load_race, plan_trials
+from cggr_ray.routing.scorers import Setting
 
 FILES = sorted((Path(__file__).parents[1] / "races").glob("*.toml"))
 SHIPPED = [*map(str, FILES), *(path.stem for path in RACES.glob("*.toml"))]
 REAL = str(next(path for path in FILES if path.stem == "numina_gemma"))
 SHORT = str(next(path for path in FILES if path.stem == "h100_short"))
+GEMMA_BATCH = str(next(path for path in FILES if path.stem == "gemma_batch"))
 SMOKE = str(next(path for path in FILES if path.stem == "cpu_smoke"))
 
 
@@ -93,6 +95,15 @@ def test_the_short_race_has_its_arms_and_its_caps() -> None:
     assert spec.evaluation is not None and sum(task.seconds for task in spec.evaluation.tasks) <= 60
     _, said = plan(SHORT)
     assert "1,560,381,440 parameters" in said and "GiB" in said and "asked at every milestone: generated" in said
+
+
+def test_the_memory_of_a_quarter_is_that_of_a_quarter() -> None:
+    """A curriculum, also one that nobody wrote, begins with full steps, which need all the memory."""
+    race = load_race(GEMMA_BATCH)
+    setting = Setting(torch.device("cpu"), 34, 2560, 1)
+    routers = {name: race.recipe(name).tokens.build(0, setting) for name in race.recipes}
+    levels = {name: router.levels() for name, router in routers.items()}
+    assert levels[race.recipes[1]] == (0.25,) and max(levels["cggr_seed"]) == max(levels["baseline"]) == 1
 
 
 def test_the_smoke_race_needs_nothing() -> None:

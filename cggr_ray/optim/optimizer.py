@@ -8,7 +8,8 @@ master copy here; a float32 model is its own master.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -122,6 +123,8 @@ class StackedOptimizer:
         whole = [one for one in matrix if one[0] not in fused]
         threefold = [one for one in matrix if one[0] in fused]
         self._matrix_rate, self._rest_rate = (torch.zeros((), device=device) for _ in range(2))
+        # 0 in a rehearsal, whose updates change nothing.
+        self._moves = torch.ones((), device=device)
         self.stacks: dict[str, Stack] = {}
         self._rates = dict[str, Tensor]()
         for group, rule, members, rate in (
@@ -200,7 +203,7 @@ class StackedOptimizer:
         gradients = {name: stack.gradient() for name, stack in learning.items()}
         norm = self._norm(learning, gradients)
         clip = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        finite = norm.isfinite().float()
+        finite = norm.isfinite() * self._moves
         for name, stack in learning.items():
             gradient, rate = gradients.pop(name), self._rates[name]
             for part, rows in stack.pieces():
@@ -218,6 +221,20 @@ class StackedOptimizer:
         self.normed = tuple(i for i in self._model_order if i in place)
         self.norms = torch.stack([norms[place[i]] for i in self.normed])
         return torch.linalg.vector_norm(self.norms)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Inside, steps run as ever and change nothing: they take their gradients for ones that are not finite. What
+        those change, of projected matrices, is put back."""
+        projecting = [stack for stack in self.stacks.values() if stack.rule.projects(stack.state)]
+        before = [(value, value.to("cpu", copy=True)) for stack in projecting for value in stack.state.values()]
+        self._moves.zero_()
+        try:
+            yield
+        finally:
+            self._moves.fill_(1.0)
+            for value, was in before:
+                value.copy_(was)
 
     def accumulate(self) -> None:
         """Adds the gradients of one micro-batch of several to the float32 sums that `step` will use."""

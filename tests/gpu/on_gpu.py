@@ -123,8 +123,8 @@ def batches_of(order: RowOrder, count: int, micro_rows: int = ROWS) -> list[Batc
 class NoHeldOut:
     """For a warm-up without a validation set."""
 
-    def evaluate(self, adapter: Adapter) -> dict[str, float]:
-        return {}
+    def rehearse(self, adapter: Adapter) -> None:
+        """Nothing to compile."""
 
 
 def warmed(learner: Learner, levels: Sequence[Levels], order: RowOrder, micro_rows: int) -> Learner:

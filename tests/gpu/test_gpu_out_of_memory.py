@@ -117,9 +117,9 @@ def test_a_run_that_is_capped_from_the_start_ends_with_what_fits(data_folder: Pa
 def test_tries_in_processes_of_their_own_find_the_limit(data_folder: Path, tmp_path: Path) -> None:
     small = trial_of(tmp_path / "small", data_folder, micro_rows=4, budget_seconds=2.0)
     large = trial_of(tmp_path / "large", data_folder, micro_rows=32, budget_seconds=2.0)
-    free = ask(large, total_mib(torch.device("cuda")) * 0.5, True)
+    free = ask(large, total_mib(torch.device("cuda")) * 0.5, True, True)
     assert free.fits and 0 < free.batch_mib <= free.peak_mib
     limit = 0.6 * free.peak_mib
-    few, many = ask(small, limit, True), ask(large, limit, True)
+    few, many = ask(small, limit, True, True), ask(large, limit, True, True)
     assert few.fits and few.peak_mib <= limit and not many.fits and "memory" in many.message
     assert few.batch_mib < free.batch_mib

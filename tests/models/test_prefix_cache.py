@@ -192,7 +192,7 @@ def test_a_warm_up_leaves_nothing_kept(
     monkeypatch.setattr(PrefixCache, "_read", lambda cache, ids: taken.append(ids) or read(cache, ids))
 
     class Held:
-        def evaluate(self, adapter: Adapter) -> None:
+        def rehearse(self, adapter: Adapter) -> None:
             """Nothing to compile here."""
 
     store, losses = make_store([20, 11, 32, 7, 30], vocabulary=96), []

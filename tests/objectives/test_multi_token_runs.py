@@ -168,13 +168,13 @@ def test_an_exported_model_is_an_ordinary_one(
 @pytest.mark.parametrize("name", FORMS)
 def test_a_warm_up_leaves_no_trace(name: str, tiny_model: PreTrainedModel, order: RowOrder) -> None:
     class Held:
-        def evaluate(self, adapter: Adapter) -> None:
+        def rehearse(self, adapter: Adapter) -> None:
             """Nothing to compile here."""
 
     learner = learner_of(name, tiny_model)
     before, steps = everything(learner), []
-    step = learner.step
-    learner.step = lambda *args: steps.append(step(*args))  # type: ignore[assignment, method-assign, func-returns-value]
+    rehearse = learner.rehearse
+    learner.rehearse = lambda *args: steps.append(rehearse(*args))  # type: ignore[method-assign, func-returns-value]
     warm_up(learner, Held(), order, 4, 2)  # type: ignore[arg-type]
     assert steps and same(everything(learner), before)
 

@@ -69,7 +69,7 @@ def test_a_checkpoint_of_another_version_in_the_mirror_is_refused_before_anythin
     with History(folder, lambda: 0.0) as history:
         history.drawn({"optimizer.matrix.lr": 0.001})
     save(disk, 5, format=checkpoint.FORMAT + 1)
-    with History(folder, lambda: 0.0) as history, pytest.raises(ValueError, match=r"format = 2; accepted: 1"):
+    with History(folder, lambda: 0.0) as history, pytest.raises(ValueError, match=r"format = 3; accepted: 2"):
         Sweep(spec_of(scheduler="none"), folder, history, mirror_of(tmp_path))
 
 

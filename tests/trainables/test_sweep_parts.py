@@ -360,7 +360,7 @@ def test_a_trial_that_another_version_began_is_refused_before_it_is_begun_and_en
     checkpoint.seal(saved)
     with History(tmp_path) as history:
         trial = history.drawn({"optimizer.matrix.lr": 0.002})
-        with pytest.raises(ValueError, match="format = 2; accepted: 1, this version's"):
+        with pytest.raises(ValueError, match="format = 3; accepted: 2, this version's"):
             Sweep(sweep_of({}, {}), tmp_path, history)
         assert not trial.ended and saved.is_dir()
 
