@@ -64,6 +64,17 @@ def test_the_smallest_p_of_six_pairs_is_that_of_two_signs_in_sixty_four() -> Non
     assert paired_p([0.5, 0.1, 0.3, 0.2, 0.9, 0.4]) == pytest.approx(2 / 64)
 
 
+def test_ties_of_scores_count_although_they_are_rounded() -> None:
+    """Right answers of 1319 in seven pairs: whole numbers know no rounding."""
+    own, other = [427, 916, 798, 1010, 914, 965, 447], [426, 915, 797, 1008, 912, 966, 442]
+    gains = np.subtract(own, other)
+    sums = [abs(int(np.dot(gains, signs))) for signs in itertools.product((1, -1), repeat=7)]
+    expected = np.mean([found >= gains.sum() for found in sums])
+    assert expected == 10 / 128 and sign_flip_p(np.divide(own, 1319) - np.divide(other, 1319)) == expected
+    even = np.array([0.31, 0.42, 0.53, 0.64, 0.75, 0.86]) - [0.30, 0.43, 0.52, 0.65, 0.74, 0.87]
+    assert sign_flip_p(even) == 1
+
+
 def test_more_pairs_than_can_be_enumerated_are_drawn() -> None:
     differences = np.random.default_rng(3).normal(0.35, 1, 30)
     assert sign_flip_p(differences) == sign_flip_p(differences)
@@ -115,7 +126,7 @@ def test_detectable_is_in_the_unit_of_the_differences() -> None:
     assert detectable(differences) == pytest.approx(expected)
     assert detectable(1000 * np.array(differences)) == pytest.approx(1000 * expected)
     assert detectable([0.1, 0.4]) == pytest.approx(np.std([0.1, 0.4], ddof=1) * detectable_effect(2))
-    for sample in ([0.2, 0.2], [0.2], [0.2, math.nan]):
+    for sample in ([0.2, 0.2], [0.31 - 0.30, 0.41 - 0.40], [0.2], [0.2, math.nan]):
         assert math.isnan(detectable(sample))
     assert detectable(differences, alpha=0.01) > detectable(differences)
 
