@@ -101,7 +101,7 @@ def _family(samples: Samples, gates: Gates) -> list[dict[str, object]]:
         row: dict[str, object] = {"recipe": recipe, "quantity": quantity.name, "unit": quantity.unit}
         row |= {"pairs": len(sample), "difference": middle, "low": low, "high": high, "p": p, "p_holm": corrected}
         row |= {"test": which_test(len(sample), comparisons), "detectable": seen, "side": side}
-        rows.append(row | {"verdict": _words(quantity, sample, side, alone=abs(mean) > half)})
+        rows.append(row | {"verdict": _words(quantity, sample, side, alone=p <= ALPHA)})
     return rows
 
 
@@ -259,13 +259,13 @@ def is_control(kinds: Mapping[str, str]) -> bool:
 
 
 def part_kinds(race: Race, recipe: str) -> dict[str, str]:
-    """The kinds of a recipe's rows, tokens and updates as its first run describes them; empty for old runs."""
+    """The kinds of a recipe's rows, tokens and updates as its first run that says so has them; empty for old runs."""
     runs = race.runs[race.runs["recipe"] == recipe]
     kinds: dict[str, str] = {}
     for part in NEUTRAL:
-        described: Any = runs[f"parts/{part}"].iloc[0] if f"parts/{part}" in runs.columns else None
-        if isinstance(described, dict):
-            kinds[part] = str(described["kind"])
+        said: list[Any] = [own for own in runs.get(f"parts/{part}", ()) if isinstance(own, dict)]
+        if said:
+            kinds[part] = str(said[0]["kind"])
     return kinds
 
 

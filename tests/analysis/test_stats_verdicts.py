@@ -61,6 +61,14 @@ def test_a_difference_that_the_correction_takes_away_is_said_to_be_one_alone() -
     assert row_of(judge({("arm0", LOSS): weak}), "arm0", LOSS)["verdict"] == "worse"
 
 
+def test_what_is_no_difference_alone_is_not_said_to_be_one() -> None:
+    """Of 64 ways to give signs four are as far from 0, though Student's interval leaves 0 out."""
+    sample = -np.array([1.0, 1.1, 0.9, 1.2, 0.8, -0.01])
+    assert stats.ttest_1samp(sample, 0).pvalue < 0.05
+    row = one(LOSS, *sample)
+    assert row["p"] == 4 / 64 and row["verdict"] == "no difference that 6 seeds could show"
+
+
 def test_ratios_are_shown_as_factors() -> None:
     sample = np.log([0.95, 0.96, 0.94])
     row = one(SPEED, *sample)
@@ -166,6 +174,17 @@ def test_fewer_rows_control_every_method_and_chance_its_own_part(better_race: Pa
     race = read_race(better_race)
     assert controls_of(race, "arm") == ["chance", "less"] and controls_of(race, "suffix") == ["less"]
     assert controls_of(race, "baseline") == [] and controls_of(race, "less") == []
+
+
+def test_a_control_whose_first_run_could_not_say_what_it_was_is_one(better_race: Path) -> None:
+    folder = better_race / "runs" / "chance-0"
+    for file in ("run.json", "summary.json", "metrics.jsonl"):
+        (folder / file).unlink()
+    failure = {"trial_id": "chance-0", "recipe": "chance", "seed": 0, "message": "out of memory"}
+    (folder / "failure.json").write_text(json.dumps(failure))
+    race = read_race(better_race)
+    assert controls_of(race, "arm") == ["chance"]
+    assert row_of(claims(race), "arm", LOSS)["verdict"] == "better; not shown to beat the control chance"
 
 
 def test_a_win_without_the_runs_that_diverged_is_not_supported(better_race: Path, run_writer: Writer) -> None:
