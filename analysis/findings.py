@@ -106,14 +106,12 @@ def targets_table(race: Race) -> str:
 
 
 def _target_cell(row: Row, is_baseline: bool) -> str:
+    ratio = with_interval(row, "speed_up")
     censored = row["reached"] < row["seeds"] or not row["seeds"]
     if censored:
-        bound = f", ≤ {factor(row['speed_up'])}" if row["is_bound"] else ""
-        return f"{row['reached']} of {row['seeds']}{bound}"
-    if is_baseline:
-        return figure(row["seconds"], 1, row["seconds_half_width"])
-    ratio = with_interval(row, "speed_up")
-    return figure(row["seconds"], 1, row["seconds_half_width"]) + ("" if ratio == NONE else f"; {ratio}")
+        return f"{row['reached']} of {row['seeds']}" + (f", {ratio}" if row["bound"] else "")
+    seconds = f"{row['seconds_bound']} {figure(row['seconds'], 1, row['seconds_half_width'])}".lstrip()
+    return seconds if is_baseline or ratio == NONE else f"{seconds}; {ratio}"
 
 
 def profile_table(race: Race) -> str:

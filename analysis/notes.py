@@ -46,8 +46,9 @@ COLUMN_NOTES = """\
   Where the learning rate decays with the budget, a run that ends there has decayed and is held against runs that have
   not: this favours whoever reads slowest.
 * **time to baseline's final loss**: train seconds until the run first gets to the final val loss of the baseline run of
-  its seed, interpolated between milestones; "reached by k of n" if some pairs never got there. Whoever gets there does
-  so within the baseline's time: no speed-up can be read off it.
+  its seed, interpolated between milestones, and at most those of its first one if it was there by then; "reached by k
+  of n" if some pairs never got there. Whoever gets there does so within the baseline's time: no speed-up can be read
+  off it.
 * **tokens seen, tokens/s**: tokens read from the stream, padding left out, whether or not they carried a gradient;
   per train second. **epochs**: how often the training documents were read. **steps**: optimizer updates.
 * **peak memory**: most allocated on the device in training and validation, pools of CUDA graphs included; of the runs
@@ -80,7 +81,9 @@ TARGET_NOTES = """\
 Targets are losses that the slowest baseline run had reached at {fractions} % of its seconds. Cells: mean train
 seconds, then the speed-up against the baseline with its 95 % interval (geometric mean over pairs). "k of n": only k of
 n runs got there; the others would have taken longer than they ran, so the speed-up, with their whole time in its place,
-is at most (≤) what is shown. Intervals are each cell's own, not corrected.
+is at most (≤) what is shown. A target met by a first milestone is dated to it, here and in the profile: the seconds are
+at most (≤) what is shown, and the speed-up is at least that (≥), at most if it was the baseline's, and either (?) if
+both. Intervals are each cell's own, not corrected; a bound has none.
 
 The profile counts, over all targets and seeds, how often a recipe was within a factor of the fastest recipe's time
 (arXiv:2306.07179); area is that below the share from 1x to 4x, 1.00 for a recipe that is always the fastest. Seeds are

@@ -15,7 +15,7 @@ so that speed-up = v / break-even: a kept token must be worth what it costs. A s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,15 @@ def bound_of(known: Curves, recipe: str, reference: str) -> str:
     """How the true ratio to the common loss lies to the one that milestones give, where a run had met that loss by its
     first one: `≤` if one of the reference's had, `≥` if one of the recipe's had, `?` if of both; else empty."""
     goal, seeds = common_loss(known, recipe, reference), pair_seeds(known, recipe, reference)
-    first = [any(known[name, seed].has_met_first(goal) for seed in seeds) for name in (reference, recipe)]
-    return "?" if all(first) else "≤" if first[0] else "≥" if first[1] else ""
+    return _bound(*(_some_met_first(known, name, seeds, goal) for name in (reference, recipe)))
+
+
+def _bound(at_most: bool, at_least: bool) -> str:
+    return "?" if at_most and at_least else "≤" if at_most else "≥" if at_least else ""
+
+
+def _some_met_first(known: Curves, recipe: str, seeds: Iterable[int], goal: float) -> bool:
+    return any(known[recipe, seed].has_met_first(goal) for seed in seeds)
 
 
 def speed_ups(known: Curves, recipe: str, reference: str) -> np.ndarray:
@@ -156,10 +163,10 @@ def target_losses(race: Race) -> list[float]:
     """What the slowest of the baseline's runs had reached at TARGET_FRACTIONS of its seconds, highest first.
 
     Best losses so far, interpolated between milestones, so that every baseline run reaches every target. Empty without
-    a finished baseline; fractions before the first milestone are left out, and so are losses twice.
+    a finished baseline; fractions before the first milestone of one of its runs are left out, and so are losses twice.
     """
     own = [curve for (recipe, _), curve in curves(race).items() if recipe == race.baseline]
-    found = [max(curve.best_at(fraction) for curve in own) for fraction in TARGET_FRACTIONS if own]
+    found = [float(np.max([curve.best_at(fraction) for curve in own])) for fraction in TARGET_FRACTIONS if own]
     return sorted({loss for loss in found if not math.isnan(loss)}, reverse=True)
 
 
@@ -167,7 +174,9 @@ def target_times(race: Race) -> pd.DataFrame:
     """One row a recipe and target: `seconds` with `_half_width` over `seeds`, and the speed-up with `_low` and `_high`.
 
     `reached` counts the seeds that got there. A run that did not would have taken longer than it ran: `seconds` is NaN
-    then, and the speed-up, with the run's whole time in its place, no more than a bound (`is_bound`) without interval.
+    then, and the speed-up, with the run's whole time in its place, no more than a `bound` without interval. So it is
+    where a run had met the target by its first milestone (`bound_of`), and `seconds` of such are at most what is shown
+    (`seconds_bound`), without a half width.
     """
     known = curves(race)
     rows = []
@@ -179,12 +188,16 @@ def target_times(race: Race) -> pd.DataFrame:
             row: dict[str, object] = {"recipe": recipe, "target": goal, "seeds": len(own)}
             row["reached"] = int(np.isfinite(times).sum())
             row["seconds"], row["seconds_half_width"] = mean_interval(times)
+            row["seconds_bound"] = "≤" if _some_met_first(known, recipe, own, goal) else ""
+            if row["seconds_bound"]:
+                row["seconds_half_width"] = math.nan
             spent = [_at_least(known[recipe, seed], goal) for seed in pairs]
-            row["is_bound"] = any(not reached for _, reached in spent)
+            too_long = any(not reached for _, reached in spent) or _some_met_first(known, race.baseline, pairs, goal)
+            row["bound"] = _bound(too_long, _some_met_first(known, recipe, pairs, goal))
             base = [known[race.baseline, seed].seconds_to(goal) for seed in pairs]
             ratios = [ref / mine if mine else math.nan for (mine, _), ref in zip(spent, base, strict=True)]
             row["speed_up"], low, high = geometric_interval(np.array(ratios))
-            row["speed_up_low"], row["speed_up_high"] = (math.nan, math.nan) if row["is_bound"] else (low, high)
+            row["speed_up_low"], row["speed_up_high"] = (math.nan, math.nan) if row["bound"] else (low, high)
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -175,17 +175,51 @@ def test_every_baseline_run_reaches_every_target(straight_race: Path) -> None:
     assert (own["reached"] == 2).all() and (own["speed_up"] == 1).all()
     first = row_of(table, recipe="quick", target=target_losses(race)[0])
     assert first["seconds"] == pytest.approx(0.76 / 3 * 20)
-    assert first["speed_up"] == pytest.approx(math.sqrt(7.6 * 8) / first["seconds"]) and not first["is_bound"]
+    assert first["speed_up"] == pytest.approx(math.sqrt(7.6 * 8) / first["seconds"]) and not first["bound"]
 
 
 def test_a_target_that_was_not_reached_is_censored_and_said_so(straight_race: Path) -> None:
     race = read_race(straight_race)
     last = row_of(target_times(race), recipe="half", target=min(target_losses(race)))
-    assert last["reached"] == 0 and last["is_bound"] and math.isnan(last["seconds"])
+    assert last["reached"] == 0 and last["bound"] == "≤" and math.isnan(last["seconds"])
     # The baselines need 85 % of 19 and 20 s; half needs more than its 20 s.
     assert last["speed_up"] == pytest.approx(0.85 * math.sqrt(19 * 20) / 20) and math.isnan(last["speed_up_low"])
     (line,) = [line for line in targets_table(race).splitlines() if "| half" in line]
     assert line.strip("| ").split("|")[-1].strip() == "0 of 2, ≤ 0.828x"
+
+
+def test_a_target_met_by_the_first_milestone_is_a_bound(
+    tmp_path: Path, run_writer: Writer, milestone_row: RowMaker
+) -> None:
+    """Losses fall by 0.1 and 0.3 a second from 4, first measured at 5 s: the true speed-up to any target is 3."""
+    for seed in range(3):
+        for recipe, fall in (("baseline", 0.1), ("quick", 0.3)):
+            rows = [milestone_row(at, at, 100 * at, 4 - fall * at + seed / 1000) for at in (5, 10, 20)]
+            run_writer(tmp_path, recipe, seed, rows, {})
+    race = read_race(tmp_path)
+    table = target_times(race)
+    # 3.202 after 8 s of the slowest baseline; `quick` was at 2.5 by 5 s.
+    first = row_of(table, recipe="quick", target=target_losses(race)[0])
+    assert first["bound"] == "≥" and first["speed_up"] == pytest.approx(8 / 5, rel=0.01) and first["speed_up"] < 3
+    assert (first["seconds"], first["seconds_bound"]) == (5, "≤") and first["seconds"] > 0.8 / 0.3
+    last = row_of(table, recipe="quick", target=target_losses(race)[-1])
+    assert not last["bound"] and not last["seconds_bound"] and last["speed_up"] == pytest.approx(3, rel=0.01)
+    assert last["speed_up_low"] < 3.01 and last["speed_up_high"] > 2.99
+    (line,) = [line for line in targets_table(race).splitlines() if "| quick" in line]
+    cells = [cell.strip() for cell in line.strip("| ").split("|")]
+    assert cells[1].startswith("≤ 5.0; ≥ 1.5") and "[" not in cells[1] and "±" not in cells[1] and "[" in cells[-1]
+
+
+def test_a_fraction_before_a_baseline_s_first_milestone_is_no_target(
+    tmp_path: Path, run_writer: Writer, milestone_row: RowMaker
+) -> None:
+    """At 8 s, 0.4 of the time, one run is at 3.2; the other, first measured a step later, never gets there."""
+    for seed, (first, start) in enumerate(((8, 4.0), (9, 5.5))):
+        rows = [milestone_row(at, at, 100 * at, start - at / 10) for at in (first, 20)]
+        run_writer(tmp_path, "baseline", seed, rows, {})
+    race = read_race(tmp_path)
+    assert target_losses(race) == pytest.approx([5.5 - 2 * part for part in (0.55, 0.7, 0.85)])
+    assert (target_times(race)["reached"] == 2).all()
 
 
 def test_a_profile_against_a_count_by_hand() -> None:
