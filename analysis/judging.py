@@ -8,7 +8,7 @@ it is corrected over the arms alone and claimed only where the final loss is, to
 speed: the final loss is judged alone, and needs no correction for what was not asked.
 
 A verdict is withdrawn where its figures would flatter: runs that diverged or failed are missing from them, or the runs
-of a pair read other rows or ran on another device, or runs shared a GPU.
+of a pair read other rows, had another budget or ran on another device, or shared a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.frames import Race
-from analysis.measures import FINISHED, comparable_runs, order_check
+from analysis.measures import FINISHED, comparable_runs, finished_runs, order_check
 from analysis.stats import ALPHA, detectable, holm, mean_interval, paired_p, which_test
 from analysis.targets import bound_of, curves, speed_ups
 from cggr_ray.schema import TRAIN_SECONDS, VAL_LOSS
@@ -222,9 +222,12 @@ def objections(race: Race, checks: pd.DataFrame, recipe: str, side: int) -> list
     found = [f"{lost} of {flattered}, left out"] if lost else []
     if _read_other_rows(checks, (recipe, race.baseline)):
         found.append("the runs of a pair read other rows")
-    if _other_devices(race, recipe):
+    pairs = _paired_runs(race, recipe)
+    if _other_budgets(pairs):
+        found.append("the runs of a pair had other budgets")
+    if _other_devices(pairs):
         found.append("the runs of a pair had other devices")
-    if _shared_a_gpu(race, recipe):
+    if _shared_a_gpu(pairs):
         found.append("runs shared a GPU with others")
     return found
 
@@ -282,18 +285,28 @@ def _read_other_rows(checks: pd.DataFrame, recipes: tuple[str, str]) -> bool:
     return any(ids & set(others) for others in own["disagrees_with"])
 
 
-def _other_devices(race: Race, recipe: str) -> bool:
-    if "device/name" not in race.runs.columns:
+def _paired_runs(race: Race, recipe: str) -> pd.DataFrame:
+    """The finished runs of the recipe and the baseline whose seed the other finished too."""
+    runs = finished_runs(race)
+    both = runs[runs["recipe"].isin((recipe, race.baseline))]
+    return both[both.duplicated("seed", keep=False)]
+
+
+def _other_budgets(pairs: pd.DataFrame) -> bool:
+    """Then the ends of their curves are at no equal time. One race has one; a folder of several may not."""
+    return "budget_seconds" in pairs.columns and bool((pairs.groupby("seed")["budget_seconds"].nunique() > 1).any())
+
+
+def _other_devices(pairs: pd.DataFrame) -> bool:
+    if "device/name" not in pairs.columns:
         return False
-    pairs = race.runs[race.runs["recipe"].isin((recipe, race.baseline))]
     used = devices(pairs).groupby(pairs["seed"]).agg(lambda sets: len(set().union(*sets)))
     return bool((used > 1).any())
 
 
-def _shared_a_gpu(race: Race, recipe: str) -> bool:
+def _shared_a_gpu(pairs: pd.DataFrame) -> bool:
     """A share of a GPU is as fast as the others on it let it be: its speed and its losses in time are theirs too."""
-    shares = race.runs.get("gpus_per_trial", pd.Series(1.0, index=race.runs.index))
-    return bool((shares[race.runs["recipe"].isin((recipe, race.baseline))] < 1).any())
+    return "gpus_per_trial" in pairs.columns and bool((pairs["gpus_per_trial"] < 1).any())
 
 
 def devices(runs: pd.DataFrame) -> pd.Series:

@@ -193,7 +193,8 @@ def target_times(race: Race) -> pd.DataFrame:
                 row["seconds_half_width"] = math.nan
             spent = [_at_least(known[recipe, seed], goal) for seed in pairs]
             too_long = any(not reached for _, reached in spent) or _some_met_first(known, race.baseline, pairs, goal)
-            row["bound"] = _bound(too_long, _some_met_first(known, recipe, pairs, goal))
+            at_least = _some_met_first(known, recipe, pairs, goal)
+            row["bound"] = "" if recipe == race.baseline else _bound(too_long, at_least)
             base = [known[race.baseline, seed].seconds_to(goal) for seed in pairs]
             ratios = [ref / mine if mine else math.nan for (mine, _), ref in zip(spent, base, strict=True)]
             row["speed_up"], low, high = geometric_interval(np.array(ratios))

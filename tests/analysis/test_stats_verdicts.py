@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 from simulated import simulated_race
+from written_rows import edit_summary
 
 from analysis.frames import Race, read_race
 from analysis.judging import LOSS, SPEED, TIME, Quantity, claims, controls_of, differences, judge
@@ -232,6 +233,23 @@ def test_a_difference_between_other_rows_or_devices_is_not_supported(better_race
     assert row_of(table, "chance", LOSS)["supported"]
     devices = {"device/name": ["Test GPU", "Another"] * 4 + ["Test GPU"]}
     assert "had other devices" in row_of(claims(changed(race, **devices)), "arm", LOSS)["verdict"]
+
+
+def test_runs_of_other_budgets_support_no_claim(better_race: Path) -> None:
+    """Two races in one folder: an arm with twice the time ends lower, and that says nothing."""
+    for folder in better_race.glob("runs/arm-*"):
+        edit_summary(better_race, folder.name, budget_seconds=40.0, train_seconds=40.0)
+    table = claims(read_race(better_race))
+    row = row_of(table, "arm", LOSS)
+    assert "not supported: the runs of a pair had other budgets" in row["verdict"] and not row["supported"]
+    assert row_of(table, "chance", LOSS)["supported"]
+
+
+def test_a_run_that_has_not_ended_is_in_no_pair(better_race: Path, run_writer: Writer, milestone_row: RowMaker) -> None:
+    run_writer(better_race, "baseline", 3, [], device={"name": "Another"}, gpus_per_trial=0.5)
+    run_writer(better_race, "arm", 3, [milestone_row(20, 20, 20, 1.5)], {}, device={"name": "Test GPU"})
+    row = row_of(claims(read_race(better_race)), "arm", LOSS)
+    assert row["pairs"] == 3 and row["supported"] and "pair" not in row["verdict"]
 
 
 def test_runs_that_shared_a_gpu_support_no_claim(better_race: Path) -> None:
