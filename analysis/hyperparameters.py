@@ -35,14 +35,19 @@ CHOICES = 8
 COLUMNS = ("hyperparameter", "importance", "chance", "correlation", "best_values")
 
 
-# A report asks for it three times.
-@lru_cache(maxsize=1)
 def importance(sweep: Sweep) -> pd.DataFrame:
     """One row a hyperparameter that was varied, the most important first; empty below ten trials with a loss.
 
-    `importance` is its share of all of them, which sum to 1; `chance` what 95 % of shuffles of the losses stay below,
-    in the same unit; `correlation` Spearman's with the loss, NaN for a choice; `best_values` what the best trials have.
+    `importance` is its share of all of them, which sum to 1, or 0 where none is more than shuffles give on average;
+    `chance` what 95 % of shuffles of the losses stay below, in the same unit; `correlation` Spearman's with the loss,
+    NaN for a choice; `best_values` what the best trials have.
     """
+    return _found(sweep).copy()
+
+
+# A report asks for it three times.
+@lru_cache(maxsize=1)
+def _found(sweep: Sweep) -> pd.DataFrame:
     trials = sweep.trials[np.isfinite(sweep.trials[VAL_LOSS].astype(float))]
     names = [name for name in sweep.hyperparameters if trials[VALUES + name].nunique() > 1]
     if len(trials) < FEWEST_TRIALS or not names:

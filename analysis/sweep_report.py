@@ -24,6 +24,9 @@ BEST_NOTE = (
     "Trials that used their whole budget, the lowest loss first; all read the same data with the same seed. The lowest "
     "of many losses is partly luck: race it against the defaults with other seeds before believing it."
 )
+UNFINISHED_NOTE = (
+    "No trial with a loss has used its whole budget: these are the lowest last losses, after train seconds that differ."
+)
 IMPORTANCE_NOTE = f"""\
 PED-ANOVA (arXiv:2304.10255, by Optuna): how differently the values of the best {100 * BEST_SHARE:.0f} % of trials (at
 least {FEWEST_BEST}, here {{best}} of {{trials}}) are spread from those of all, less what shuffled losses give on
@@ -48,7 +51,7 @@ def render_sweep(sweep: Sweep) -> str:
     settings = json.dumps({"search": sweep.spec.get("search"), "race": sweep.spec.get("spec")}, indent=2)
     sections = [
         (f"# Sweep {sweep.spec.get('name', sweep.folder.resolve().name)}", headline(sweep)),
-        ("## Best trials", f"{best_table(sweep)}\n\n{BEST_NOTE}"),
+        ("## Best trials", f"{best_table(sweep)}\n\n{_best_note(sweep)}"),
         ("## Which hyperparameters matter", _importance_section(sweep)),
         ("## Loss against the budget", _budget_section(sweep)),
         ("## Timeline", _image(TIMELINE_PLOT)),
@@ -73,7 +76,8 @@ def headline(sweep: Sweep) -> str:
     ends = ", ".join(f"{number} {str(status).replace('_', ' ')}" for status, number in counts.items())
     budget = NONE if sweep.budget_seconds is None else plain(sweep.budget_seconds)
     best = best_trials(sweep, 1)
-    found = f" Best: {best['trial_id'].iloc[0]}, {figure(best[VAL_LOSS].iloc[0], 4)} nats/token." if len(best) else ""
+    rows = zip(best["trial_id"], best["status"], best[VAL_LOSS], strict=True)
+    found = "".join(f" Best: {trial} ({status}), {figure(loss, 4)} nats/token." for trial, status, loss in rows)
     what = f"{sweep.spec.get('recipe', NONE)}, space {sweep.spec.get('space', NONE)}"
     return f"{what}: {_count(len(sweep.trials))} ({ends}), {budget} train seconds each.{found}"
 
@@ -83,6 +87,10 @@ def best_trials(sweep: Sweep, most: int = MOST_BEST) -> pd.DataFrame:
     known = sweep.trials.dropna(subset=[VAL_LOSS])
     finished = known[known["status"] == FINISHED]
     return (finished if len(finished) else known).sort_values(VAL_LOSS, kind="stable").head(most)
+
+
+def _best_note(sweep: Sweep) -> str:
+    return BEST_NOTE if (best_trials(sweep, 1)["status"] == FINISHED).any() else UNFINISHED_NOTE
 
 
 def best_table(sweep: Sweep, style: str = MARKDOWN) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from sweep_folders import drawn, ended, planted, write_sweep
 
@@ -44,6 +45,15 @@ def test_what_decides_the_loss_comes_first(tmp_path: Path, cause: str, loss: Cal
     assert table.index[0] == cause and table["importance"].iloc[0] > table["chance"].iloc[0]
     assert table["importance"].sum() == pytest.approx(1) and table["importance"].is_monotonic_decreasing
     assert set(table.index) == {"x", "rate", "name", "part.kind", "part.depth"}  # not what never differed
+
+
+def test_a_caller_s_table_is_its_own(tmp_path: Path) -> None:
+    sweep = read_sweep(swept(tmp_path / "sweep", lambda values: float(values["x"]), trials=20))
+    table = importance(sweep)
+    first = table.copy()
+    table.insert(0, "sweep", "mine")
+    table["importance"] = 0.0
+    pd.testing.assert_frame_equal(importance(sweep), first)
 
 
 def test_a_field_of_one_choice_alone_can_matter(tmp_path: Path) -> None:

@@ -70,8 +70,12 @@ def test_the_best_are_finished_ones_where_there_are_any(tmp_path: Path) -> None:
     events += [result(0, 5.0, 1.0), result(1, 20.0, 3.0), ended(0, "stopped", 1.0, 5.0)]
     going = write_sweep(tmp_path / "going", events)
     assert best_trials(read_sweep(going))["trial_id"].tolist() == ["t0000", "t0001"]
+    words = render_sweep(read_sweep(going))
+    assert "Best: t0000 (stopped), 1.0000 nats/token." in words
+    assert "Trials that used their whole budget" not in words and "No trial with a loss has used its whole" in words
     over = write_sweep(tmp_path / "over", [*events, ended(1, "finished", 3.0, 20.0)])
     assert best_trials(read_sweep(over))["trial_id"].tolist() == ["t0001"]
+    assert "Trials that used their whole budget" in render_sweep(read_sweep(over))
 
 
 def test_shared_gpus_and_taken_weights_are_cautioned_against(tmp_path: Path) -> None:
