@@ -291,6 +291,23 @@ def test_under_autocast_hidden_states_and_head_agree() -> None:
     assert head.grad.dtype == torch.float32 and head.grad.any() and hidden.grad.any()
 
 
+def test_second_derivatives_are_those_of_torch_s_loss_or_refused() -> None:
+    _, targets = batch()
+    leaf, head = torch.randn(3, 14, 8, requires_grad=True), torch.randn(17, 8)
+
+    def penalty(loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gradient of the square of a gradient."""
+        (slope,) = torch.autograd.grad(loss_of(leaf.tanh()), leaf, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), leaf)[0]
+
+    expected = penalty(lambda hidden: F.cross_entropy((hidden @ head.mT).flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(penalty(lambda hidden: plain(1.0)(hidden @ head.mT, targets)), expected)
+    for ratio in (1.0, 0.3):
+        with pytest.raises(RuntimeError, match="create_graph = True; accepted: False"):
+            penalty(lambda hidden, ratio=ratio: plain(ratio).from_hidden(hidden, head, targets))
+        plain(ratio).from_hidden(leaf.tanh(), head, targets).backward()
+
+
 @pytest.mark.parametrize("form", ["logits", "hidden"])
 def test_a_loop_learns(form: str) -> None:
     model = small_model("llama")

@@ -75,6 +75,9 @@ class _SelectedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # The slopes are constants: what depends on them would be missing in a derivative of these gradients.
+            raise RuntimeError("create_graph = True; accepted: False, these gradients cannot be differentiated again")
         # The factor that comes from above goes to the smaller operand: the head's gradient is the largest of all.
         if ctx.whole:
             hidden_KD, head_VD, slope = ctx.saved_tensors
@@ -115,6 +118,9 @@ def selected_cross_entropy(
         labels: next tokens (K,), or several targets a row (K, J); -100 for what counts for nothing.
         weights: float32, in the shape of `labels`.
         smoothing: share of the first target's weight that all tokens get alike. bonus: factor of the entropy.
+
+    Raises:
+        RuntimeError: in a backward pass with `create_graph = True`.
     """
     if labels.ndim == 1 and (smoothing or bonus):
         columns = labels.unsqueeze(1), weights.unsqueeze(1)
