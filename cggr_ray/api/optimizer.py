@@ -81,14 +81,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns what `closure` does.
 
         Raises:
-            RuntimeError: the model was cast, or a weight resized, after the optimizer was made; or some matrices of a
-                shape that `full_rank` corrects have a gradient, and others have none.
+            RuntimeError: the model was cast, or a weight resized, after the optimizer was made; a gradient is sparse;
+                or some matrices of a shape that `full_rank` corrects have a gradient, and others have none.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._look_at_weights()
+        self._check_gradients()
         self._inner.begin_number(self._steps)
         for stack in self._inner.stacks.values():
             stack.rest_without_gradient()
@@ -132,8 +133,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Goes on as the optimizer that was saved, whether or not either model was compiled or wrapped for DDP.
 
         Raises:
-            ValueError: the state is that of other parameters or other rules.
+            ValueError: the state is that of another kind of optimizer, of other parameters or of other rules.
         """
+        if "tensors" not in state_dict["state"]:
+            raise ValueError("state of another kind of optimizer; accepted: that of a MatrixOptimizer")
         mine, stored = self.state_dict()["param_groups"], state_dict["param_groups"]
         if [group["params"] for group in mine] != [[*map(bare, group["params"])] for group in stored]:
             raise ValueError("state of an optimizer of other parameters; accepted: that of the same model")
@@ -142,6 +145,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._steps = int(state_dict["state"]["steps"])
         for group, values in zip(self.param_groups, stored, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
+
+    def _check_gradients(self) -> None:
+        for name, p in self._named:
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise RuntimeError(f"gradient of {name!r} with layout {p.grad.layout}; accepted: dense ones, as of "
+                                   "nn.Embedding without sparse=True")  # fmt: skip
 
     def _check_resting(self, stack: Stack) -> None:
         """Those drawn to learn at full rank are counted among all of a stack, so that none of it can be left out."""

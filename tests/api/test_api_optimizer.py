@@ -262,6 +262,21 @@ def test_parameters_of_one_shape_keep_their_dtypes(state: Float32 | Int8Blockwis
         torch.testing.assert_close(p.detach().float(), theirs.detach(), rtol=tolerance, atol=1e-6, msg=name)
 
 
+def test_a_sparse_gradient_is_named_and_changes_nothing() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Embedding(6, 4, sparse=True)])
+    optimizer = MatrixOptimizer(model)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
+    model[0](model[1](torch.arange(3))).sum().backward()
+    with pytest.raises(RuntimeError, match=r"gradient of '1\.weight' with layout torch\.sparse_coo; accepted: dense"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    after = optimizer.state_dict()["state"]
+    assert after["steps"] == 0 and all(torch.equal(value, after["tensors"][k]) for k, value in state["tensors"].items())
+    model[1].weight.grad = model[1].weight.grad.to_dense()
+    optimizer.step()
+    assert not torch.equal(before["1.weight"], weights(model)["1.weight"])
+
+
 def test_mistakes_are_named() -> None:
     model = model_of()
     with pytest.raises(ValueError, match="model of type generator; accepted: the nn"):
@@ -287,6 +302,10 @@ def test_mistakes_are_named() -> None:
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     with pytest.raises(ValueError, match="state of an optimizer of other parameters; accepted: that of the same model"):
         optimizer.load_state_dict(MatrixOptimizer(Two()).state_dict())
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, range(1))
+    with pytest.raises(ValueError, match="state of another kind of optimizer; accepted: that of a MatrixOptimizer"):
+        optimizer.load_state_dict(adamw.state_dict())
     with pytest.raises(ValueError, match="optimizer state without"):
         optimizer.load_state_dict(MatrixOptimizer(model_of(), Muon(state=BOTH8, row_beta=0.9)).state_dict())
     model.to(torch.bfloat16)
