@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from cggr_ray import AdamW, GaLore, Int8Blockwise, MatrixOptimizer, Muon
 from cggr_ray.optim.state_formats import Float32
 
+pytestmark = pytest.mark.usefixtures("small_tensors_in_8_bits")
+
 
 def test_with_adamw_everywhere_it_is_torch_s_with_its_schedulers() -> None:
     ours, theirs = model_of(), model_of()

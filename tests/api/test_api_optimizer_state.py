@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from cggr_ray import AdamW, MatrixOptimizer, Muon
 
+pytestmark = pytest.mark.usefixtures("small_tensors_in_8_bits")
+
 
 def test_accelerate_prepares_saves_and_loads_it(tmp_path: Path) -> None:
     model = model_of()
@@ -44,6 +46,8 @@ def test_what_is_saved_goes_on_to_the_bit(name: str, dtype: torch.dtype, model_f
     whole = train(model, optimizer, range(5, 9), scheduler.step)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
+    kept = {value.dtype for value in saved["optimizer"]["state"]["tensors"].values()}
+    assert ({torch.int8, torch.uint8} & kept != set()) == name.endswith("8bit")
     again = model_of(seed=1, dtype=dtype)
     other = MatrixOptimizer(again, *RULES[name]())
     later = torch.optim.lr_scheduler.ExponentialLR(other, 0.9)
