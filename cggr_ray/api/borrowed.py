@@ -7,7 +7,7 @@ evaluates as before. The adapter follows the model from device to device.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,8 +34,7 @@ class Borrowed:
     def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
         if not hasattr(getattr(model, "config", None), "get_text_config"):
             raise ValueError(f"{type(model).__name__}; accepted: a causal LM of transformers")
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise ValueError("gradient checkpointing of the model's own; accepted: gradient_checkpointing=True here")
+        check_checkpointing(model.modules())
         self.model, self._checkpointing = model, gradient_checkpointing
         self._adapter = self._adapt()
         check_parameters(self._adapter)
@@ -54,9 +53,11 @@ class Borrowed:
         """To run a forward in. Without autocast: everything is in the dtype of the weights.
 
         Raises:
-            ValueError: layers, or modules inside them, were put in, out or in place of others since.
+            ValueError: layers, or modules inside them, were put in, out or in place of others since, or the model
+                checkpoints its layers itself since.
         """
         adapter = self.adapter
+        check_checkpointing([adapter.family.body, *adapter.layers])
         if not self._layers.are(adapter.family.layers):
             raise ValueError("layers that are not those it was made of, as adapters in them or fewer layers; accepted: "
                              "a model that is changed first and wrapped then")  # fmt: skip
@@ -106,6 +107,13 @@ class Modules:
         """Whether these are the layers, and hold what they did."""
         # Modules have no equality but that of being the same.
         return self._layers == list(layers) and all(list(table.values()) == held for table, held in self._tables)
+
+
+@torch.compiler.disable
+def check_checkpointing(modules: Iterable[nn.Module]) -> None:
+    """Layers that recompute themselves would do so outside of what they ran in, with another attention."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        raise ValueError("gradient checkpointing of the model's own; accepted: gradient_checkpointing=True here")
 
 
 def check_parameters(adapter: Adapter) -> None:

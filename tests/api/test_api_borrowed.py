@@ -94,6 +94,23 @@ def test_layers_that_are_changed_afterwards_are_named(kind: type, change: Callab
     assert copied(**inputs).isfinite()
 
 
+@pytest.mark.parametrize("kind", [CGGRModel, CGGRWrapper])
+def test_a_model_that_begins_to_checkpoint_its_layers_is_named(kind: type) -> None:
+    model, inputs = small_model("llama"), batch()
+    model.set_attn_implementation("eager")
+    wrapped = kind(model)
+    expected = wrapped(**inputs).item()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(
+        ValueError, match="gradient checkpointing of the model's own; accepted: gradient_checkpointing=T"
+    ):
+        wrapped(**inputs).backward()
+    model.gradient_checkpointing_disable()
+    assert wrapped(**inputs).item() == expected
+    model.gradient_checkpointing_enable()
+    assert wrapped.eval()(**inputs).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 def mistakes() -> list[tuple[Callable[[], Any], str]]:
     llama, gpt2 = small_model("llama"), small_model("gpt2")
     foreign = AutoModelForCausalLM.from_config(
