@@ -129,7 +129,7 @@ class CGGRModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -147,8 +147,8 @@ class CGGRModel(nn.Module):
             others: the model's own, in eval mode or without labels.
 
         Raises:
-            ValueError: shapes, dtypes or values that make no batch; `others` in a training call; no labels in train
-                mode where outputs are for `transformers.Trainer`.
+            ValueError: shapes, dtypes or values that make no batch; `others` in a training call, or no `input_ids`; no
+                labels in train mode where outputs are for `transformers.Trainer`.
         """
         if self.training and self.return_dict and labels is None:
             raise ValueError("no labels in train mode with return_dict=True; accepted: labels with every call, which "
@@ -158,8 +158,8 @@ class CGGRModel(nn.Module):
             given = others | {name: value for name, value in options.items() if value is not None}
             masks = {"attention_mask": attention_mask, "position_ids": position_ids}
             return self.model(input_ids=input_ids, labels=labels, **masks, **given)
-        refuse(others)
-        micro = self.borrowed.micro_batch(input_ids, attention_mask, labels, position_ids)
+        tokens = tokens_alone(input_ids, others)
+        micro = self.borrowed.micro_batch(tokens, attention_mask, labels, position_ids)
         with self.borrowed.running() as adapter:
             loss = self._loss(adapter, micro, self.curriculum.ratio())
         loss = of_step(loss, micro, num_items_in_batch)
@@ -203,11 +203,12 @@ class CGGRModel(nn.Module):
         return self._plan[1]
 
 
-def refuse(others: dict[str, Any]) -> None:
-    """Raises ValueError for what a model takes and a training call on it does not."""
-    if others:
-        raise ValueError(f"{', '.join(others)} with labels in train mode; accepted: input_ids, attention_mask, labels, "
-                         "position_ids, num_items_in_batch, return_dict")  # fmt: skip
+def tokens_alone(input_ids: Tensor | None, others: dict[str, Any]) -> Tensor:
+    """`input_ids`; raises ValueError without them, or for what a model takes and a training call on it does not."""
+    if others or input_ids is None:
+        raise ValueError(f"{', '.join(others) or 'no input_ids'} with labels in train mode; accepted: input_ids, "
+                         "attention_mask, labels, position_ids, num_items_in_batch, return_dict")  # fmt: skip
+    return input_ids
 
 
 def mean_loss(planned: Planned, micro: MicroBatch) -> Tensor:

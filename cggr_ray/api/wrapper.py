@@ -20,7 +20,7 @@ from cggr_ray.api.borrowed import Borrowed
 from cggr_ray.api.curriculum import StepCount
 from cggr_ray.api.hooks import GatedLayers, find_layers
 from cggr_ray.api.loss import NEEDS_NO_LABELS
-from cggr_ray.api.model import as_output, copy_tied, mean_loss, of_step, refuse
+from cggr_ray.api.model import as_output, copy_tied, mean_loss, of_step, tokens_alone
 from cggr_ray.api.selection import check_name, on_host, score_name, seen_by
 from cggr_ray.data.batch import IGNORE
 from cggr_ray.kernels.logit_stats.op import logit_stats
@@ -172,7 +172,7 @@ class CGGRWrapper(nn.Module):
         self,
         borrowed: Borrowed,
         last: int,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -181,8 +181,7 @@ class CGGRWrapper(nn.Module):
         **others: Any,
     ) -> Any:
         assert labels is not None
-        refuse(others)
-        micro = borrowed.micro_batch(input_ids, attention_mask, labels, position_ids)
+        micro = borrowed.micro_batch(tokens_alone(input_ids, others), attention_mask, labels, position_ids)
 
         @torch.no_grad()
         def decide(seen: Seen | None) -> TokenRoute:

@@ -160,6 +160,8 @@ def test_a_call_on_the_model_takes_what_the_model_takes(training: bool) -> None:
     for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(ours, theirs)
     assert isinstance(cggr(tokens(), labels=labels, return_dict=False), tuple)
+    embedded = model.get_input_embeddings()(tokens())
+    assert torch.equal(cggr(inputs_embeds=embedded, labels=labels).logits, expected.logits)
 
 
 class Around(nn.Module):
@@ -181,7 +183,7 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
     biased.lm_head = nn.Linear(32, VOCABULARY)
     body, classifier = LlamaModel(CONFIGS["llama"]()), LlamaForSequenceClassification(CONFIGS["llama"]())
     ids, logits = tokens(), torch.zeros(ROWS, WIDTH, VOCABULARY)
-    wrapper, meta = CGGRWrapper(llama), ids.to("meta")
+    wrapper, meta, embedded = CGGRWrapper(llama), ids.to("meta"), torch.zeros(ROWS, WIDTH, 32)
     return [
         (lambda: CGGRModel(body), "LlamaModel; accepted: a causal LM"),
         (lambda: create_truncated_router(body), "LlamaModel; accepted: a causal LM"),
@@ -191,6 +193,12 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
         (lambda: selecting(llama)(ids, labels=ids.float()), "labels of torch.float32; accepted: whole numbers"),
         (lambda: selecting(llama)(ids, labels=ids, token_type_ids=ids), "token_type_ids with labels in train mode"),
         (lambda: wrapper(input_ids=ids, labels=ids, token_type_ids=ids), "token_type_ids with labels in train mode"),
+        (
+            lambda: wrapper(inputs_embeds=embedded, labels=ids),
+            "inputs_embeds with labels in train mode; accepted: input",
+        ),
+        (lambda: selecting(llama)(inputs_embeds=embedded, labels=ids), "inputs_embeds with labels in train mode"),
+        (lambda: selecting(llama)(labels=ids), "no input_ids with labels in train mode; accepted: input_ids"),
         (lambda: selecting(llama, return_dict=True)(ids), "no labels in train mode with return_dict=True; accepted"),
         (lambda: CGGRLoss()(logits, ids.float()), "targets of torch.float32; accepted: whole numbers"),
         (lambda: CGGRLoss()(logits, ids.to("meta")), "targets on 'meta'; accepted: 'cpu', as logits"),
@@ -200,9 +208,9 @@ def mistakes() -> list[tuple[Callable[[], Any], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("number", range(17))
 def test_mistakes_are_named(number: int) -> None:
     call, message = mistakes()[number]
     with pytest.raises(ValueError, match=message):
         call()
-    assert len(mistakes()) == 14
+    assert len(mistakes()) == 17
