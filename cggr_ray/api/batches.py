@@ -71,7 +71,7 @@ def prepare(
 
 def shifted(labels_BT: Tensor, real_BT: Tensor, positions_BT: Tensor) -> Tensor:
     """The label of each position: that of the next token, where it belongs to the same document."""
-    labels = torch.where(real_BT & (positions_BT > 0) & (labels_BT >= 0), labels_BT, IGNORE)
+    labels = torch.where(real_BT & (positions_BT > 0) & (labels_BT >= 0), labels_BT.long(), IGNORE)
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 

@@ -44,7 +44,8 @@ class CGGRModel(nn.Module):
 
     Args:
         model: llama, mistral, qwen2, qwen3, gemma3 or gpt2 of transformers, without dropout. Its attention is replaced
-            inside these calls alone.
+            inside these calls alone, and kept rows run from its weights: no hook or other `forward` of a module inside
+            a layer is called for them.
         router: None decides by the model's own scores, which are exact. `create_truncated_router(model, 4)` decides by
             its first layers: less exact, and the layers above keep activations of kept positions only.
         mode: `token`; or `sequence`: whole rows by their mean score, ceil(ratio B) of them, and full training on those.

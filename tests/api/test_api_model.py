@@ -329,6 +329,13 @@ def test_a_scaled_loss_in_fp16_is_as_exact_as_plain_pytorch(
         assert error < 1e-2 and error <= 1.5 * usual
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_are_whole_numbers_of_any_type(dtype: torch.dtype) -> None:
+    model, inputs = small_model("llama"), batch()["input_ids"]
+    for cggr in (keep_all(model), selecting(model)):
+        assert torch.equal(cggr(inputs, labels=inputs.to(dtype)), cggr(inputs, labels=inputs))
+
+
 def test_without_a_label_the_loss_is_zero() -> None:
     model = small_model("llama")
     for cggr in (keep_all(model), selecting(model), selecting(model, mode="sequence")):
