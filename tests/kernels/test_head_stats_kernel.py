@@ -198,6 +198,14 @@ def test_a_nan_in_the_hidden_states_shows(found_on):
         assert found[2, [0, 1, 2, 3, 4, 5]].isnan().all() and found[0].isfinite().all()
 
 
+def test_logits_without_end_have_no_statistics(found_on):
+    hidden, head, _ = random_case(4, 16, 40)
+    head[:, 3] = head[:, 3].abs()
+    hidden[0, 3], hidden[2, 3] = -torch.inf, torch.inf
+    for found in found_on(hidden, head, torch.tensor([7, 3, 5, 9])):
+        assert found[[0, 2], FINITE].isnan().all() and found[[1, 3]].isfinite().all()
+
+
 def test_operands_that_are_not_contiguous(found_on):
     g = torch.Generator().manual_seed(5)
     wide, tall = torch.randn(12, 60, generator=g), torch.randn(20, 50, generator=g)

@@ -96,6 +96,15 @@ def test_a_nan_shows(found_of):
     assert found[2, FINITE].isnan().all() and found[[0, 3]].isfinite().all()
 
 
+def test_a_row_without_a_distribution_is_nan(found_of):
+    """Nothing can come, or a logit has no end: no statistic of such a row is a number, whatever its label."""
+    logits, labels = random_case(6, 70)
+    logits[0], logits[2, 5], logits[3, 69] = -torch.inf, torch.inf, torch.inf
+    labels[:] = torch.tensor([7, 3, 5, 7, 3, -100])
+    found = found_of(logits, labels)
+    assert found[[0, 2, 3], FINITE].isnan().all() and found[[1, 4]].isfinite().all()
+
+
 def test_strided_rows_and_columns(found_of):
     wide, labels = random_case(12, 97)
     for logits in (wide[::2, 11:80], wide[:6, 3:75:2]):

@@ -241,7 +241,9 @@ def head_stats_merge_kernel(parts, labels, stats, correct, num_rows, splits, VOC
     entropy = tl.log(total) - (scale * (s1 + fall * s0) + e_y * fall_y) / total
     margin = (1 - tl.exp2((second - top) * LOG2E)) / total
     gnorm = scale * tl.sqrt(s0 * s0 + s2) / total
-    known = (y >= 0) & (y < VOCAB)
+    labelled = (y >= 0) & (y < VOCAB)
+    # No logit above the floor, or one without end: what was summed is no distribution.
+    known = labelled & (top > FLOOR) & (top < float("inf"))
     nan = float("nan")
     out = stats + rows
     size = num_rows.to(tl.int64)
@@ -251,7 +253,7 @@ def head_stats_merge_kernel(parts, labels, stats, correct, num_rows, splits, VOC
     tl.store(out + 3 * size, tl.where(known, margin, nan), mask=live)
     tl.store(out + 4 * size, tl.where(known, gnorm, nan), mask=live)
     tl.store(out + 5 * size, tl.where(known, top + tl.log(total), nan), mask=live)
-    tl.store(correct + rows, known & (z_y > b) & (z_y >= m), mask=live)
+    tl.store(correct + rows, labelled & (z_y > b) & (z_y >= m), mask=live)
 
 
 def launch_head_stats(
