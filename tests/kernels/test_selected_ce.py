@@ -157,6 +157,19 @@ def test_bf16_is_no_worse_than_eager(shape, rows_a_chunk, monkeypatch):
         assert error <= 1.05 * accepted + 1e-4
 
 
+def test_under_autocast_chunks_add_up_in_float32(monkeypatch):
+    set_chunk(monkeypatch, 1, 31, element_bytes=2)
+    hidden, head, labels, weights = problem(2000, 8, 31, seed=3)
+    # Parts of one sign: each is small beside the sum of those before it.
+    hidden, head = hidden.abs().bfloat16(), head.bfloat16()
+    exact = truth(hidden, head, labels, weights)[3]
+    head = head.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = selected_cross_entropy(hidden, head, labels, weights)
+    total.backward()
+    assert (head.grad.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
 @pytest.mark.parametrize("rows_a_chunk", ROWS_A_CHUNK)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_position_nll(shape, rows_a_chunk, monkeypatch):

@@ -97,7 +97,9 @@ def _accumulate(total: Tensor | None, slope_KV: Tensor, hidden_KD: Tensor) -> Te
     if slope_KV.is_cuda and slope_KV.dtype != torch.float32:
         part = torch.mm(slope_KV.mT, hidden_KD, out_dtype=torch.float32)
     else:
-        part = torch.mm(slope_KV.float().mT, hidden_KD.float())
+        # Autocast would round the part to 16 bits, and the sum with it.
+        with torch.autocast(slope_KV.device.type, enabled=False):
+            part = torch.mm(slope_KV.float().mT, hidden_KD.float())
     return part if total is None else total.add_(part)
 
 
