@@ -75,14 +75,16 @@ def build(p: Problem, device: str = "cpu") -> Inputs:
             first.append(row * length + length)
             last.append(row * length + length - 1)
 
-    def fused(n: int, *heads: int) -> list[Tensor]:
-        """Neighbours in the columns of one matrix, as one GEMM would leave them."""
-        whole = torch.randn(n, sum(heads) * p.width, generator=g).to(p.dtype).to(device)
-        parts = whole.split([h * p.width for h in heads], dim=1)
-        return [x.unflatten(1, (-1, p.width)) if p.fused else x.unflatten(1, (-1, p.width)).clone() for x in parts]
+    def pair(n: int, heads: int) -> list[Tensor]:
+        """Two of n rows, contiguous, or `fused`: one as the first columns of a wider matrix, one head by head."""
+        whole = torch.randn(n, 2 * heads * p.width, generator=g).to(p.dtype).to(device)
+        one, other = (x.unflatten(1, (-1, p.width)).clone() for x in whole.chunk(2, dim=1))
+        if not p.fused:
+            return [one, other]
+        return [F.pad(one, (0, 0, 0, 1))[:, :-1], other.transpose(0, 1).contiguous().transpose(0, 1)]
 
-    q, dout = fused(len(index), p.heads, p.heads)
-    k, v = fused(p.rows * length, p.groups, p.groups)
+    q, dout = pair(len(index), p.heads)
+    k, v = pair(p.rows * length, p.groups)
     whole = [torch.tensor(x, dtype=torch.int32, device=device) for x in (index, first, last)]
     return Inputs(q, k, v, dout, *whole)
 
@@ -135,6 +137,8 @@ def found(p: Problem, x: Inputs, use: ModuleType, const: bool = False, cut: tupl
     # An empty query brings whatever a forward over all positions left for the position that it points at.
     empty = x.first > x.last
     given = out.masked_fill(empty[:, None, None], 3.0), lse.masked_fill(empty, -7.0)
+    if p.fused:
+        given = given[0], given[1].T.contiguous().T
     rows = use.prepare(x.dout, *given, spans)
     dq = use.query_gradient(x.dout, x.q, x.k, x.v, rows, spans, p.scale, p.softcap, **how)
     k, v = x.k, x.v
@@ -177,6 +181,7 @@ CASES = {
     "width 24, 4 heads a group": (Problem(kept=9, documents=(33,), heads=8, groups=2, width=24), (16, 32)),
     "width 64": (Problem(kept=18, documents=(35,), width=64), (32, 16)),
     "width 80, views": (Problem(kept=18, documents=(9, 31), width=80, fused=True, window=25), (16, 16)),
+    "2 heads a group, tiles in twos, views": (Problem(kept=52, documents=(52,), fused=True), (16, 16)),
     "3 heads a group, views": (Problem(kept=12, documents=(33,), heads=6, groups=2, width=16, fused=True), (16, 32)),
 }
 
