@@ -57,6 +57,7 @@ def micro_of(lengths: list[list[int]], width: int, seed: int = 0) -> MicroBatch:
 
 PACKED = micro_of([[5, 11, 3], [21], [1, 1, 18]], width=21)
 ODD = micro_of([[17]], width=17, seed=3)
+LABELLED_TO_THE_END = micro_of([[17]], width=17, seed=0)
 
 
 def route_of(micro: MicroBatch, keep: list[list[int]], slots: int) -> TokenRoute:
@@ -79,6 +80,7 @@ ROUTES: dict[str, tuple[MicroBatch, TokenRoute]] = {
     "one position": (ODD, route_of(ODD, [[13]], 1)),
     "the first position": (ODD, route_of(ODD, [[0]], 2)),
     "a row with nothing kept": (PACKED, route_of(PACKED, [[], [3, 7], [20]], 2)),
+    "empty slots at a labelled position": (LABELLED_TO_THE_END, route_of(LABELLED_TO_THE_END, [[3, 9]], 4)),
     "everything": (PACKED, route_of(PACKED, [list(range(21))] * 3, 21)),
     "every label": (PACKED, route_of(PACKED, labelled_of(PACKED), 21)),
 }
@@ -368,7 +370,13 @@ def skip_by_hand(model: PreTrainedModel, micro: MicroBatch, route: TokenRoute, e
     return total / micro.labelled
 
 
-SKIPS = ["packed rows, empty slots", "one position", "a row with nothing kept", "everything"]
+SKIPS = [
+    "packed rows, empty slots",
+    "one position",
+    "a row with nothing kept",
+    "empty slots at a labelled position",
+    "everything",
+]
 
 
 @pytest.mark.parametrize(
