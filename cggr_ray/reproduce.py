@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from cggr_ray.schema import (
     ORDER_ROWS,
     PROGRESS_FILE,
     RACE_FILE,
+    ROUTER_KEPT_FRACTION,
     RUN_FILE,
     SAMPLES_PER_SEC,
     STEP,
@@ -207,7 +209,8 @@ def reproduce(folder: Path, out: Path, say: Say) -> Verdict:
 
 def compare(recorded: Recorded, summary: Row, rows: Rows) -> Verdict:
     """Bit for bit: every recorded row, the marks of the data order, the totals."""
-    found = [*_different_rows(recorded.rows, rows), *_different("summary", recorded.summary, summary, TOTALS)]
+    again = averaged(rows, steps_of_rows(recorded.folder))
+    found = [*_different_rows(recorded.rows, again), *_different("summary", recorded.summary, summary, TOTALS)]
     marks = recorded.summary["order"]
     found += _different("order of the data", marks, summary["order"], marks.keys() & summary["order"].keys())
     steps, milestones = (sum(kind == k for kind, _ in recorded.rows) for k in ("step", "milestone"))
@@ -248,6 +251,27 @@ def read_by_step(folder: Path) -> Rows:
     """Surviving step rows and milestones of a run's metrics.jsonl by kind and step."""
     rows, _ = surviving_rows(read_rows(folder / METRICS_FILE))
     return {(row[KIND], row[STEP]): row for row in rows if row[KIND] in ("step", "milestone")}
+
+
+def steps_of_rows(folder: Path) -> dict[int, range]:
+    """By the step of a run's row, the steps that it is of: those since the row before, or since the run went on."""
+    found, last = dict[int, range](), 0
+    for row in read_rows(folder / METRICS_FILE):
+        if row[KIND] == "step":
+            found[row[STEP]] = range(last + 1, row[STEP] + 1)
+        if row[KIND] in ("step", "resumed"):
+            last = row[STEP]
+    return found
+
+
+def averaged(rows: Rows, steps: Mapping[int, range]) -> Rows:
+    """The rows of a replay, which has one a step, with the mean of what a recorded row has the mean of."""
+    found = dict(rows)
+    for last, own in steps.items():
+        kept = [rows["step", step][ROUTER_KEPT_FRACTION] for step in own if ("step", step) in rows]
+        if len(kept) == len(own):
+            found["step", last] = rows["step", last] | {ROUTER_KEPT_FRACTION: fmean(kept)}
+    return found
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -110,6 +110,25 @@ def test_a_replay_has_every_step_and_every_fraction(run: Path, again: Path) -> N
         assert after[key].get("train/loss_kept_positions") == before[key].get("train/loss_kept_positions"), key
 
 
+def test_a_run_with_fewer_rows_than_steps_is_reproduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between two rows, while the kept part of the positions falls."""
+    monkeypatch.setattr("cggr_ray.recorder.ROWS", 12)
+    trial = trial_in(tmp_path / "race", step_seconds=0.03, milestones=(0.5,))
+    prepare(trial.race.data, Path(trial.data_folder))
+    with pytest.raises(KilledError):
+        run_race(trial, killed_after(0.55))
+    run_race(trial)
+    verdict = reproduce(Path(trial.folder), tmp_path / "again", print)
+    before, after = read_by_step(Path(trial.folder)), read_by_step(tmp_path / "again")
+    steps = [step for kind, step in before if kind == "step"]
+    assert 5 < len(steps) < 20 and len(after) > 40 and verdict.agrees, verdict.lines
+    kept = "router/kept_fraction"
+    assert any(before["step", step][kept] != after["step", step][kept] for step in steps)
+    other = after | {("step", steps[-1] - 1): after["step", steps[-1] - 1] | {kept: 0.5}}
+    recorded = read_recorded(Path(trial.folder))
+    assert not compare(recorded, recorded.summary, other).agrees
+
+
 ALONE = """
 import os, sys
 from pathlib import Path
