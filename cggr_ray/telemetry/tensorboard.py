@@ -8,15 +8,20 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from cggr_ray.schema import HISTOGRAMS, STEP
+from cggr_ray.schema import HISTOGRAMS, KIND, STEP
 from cggr_ray.telemetry.tracker import Row, scalars
 
 
 class TensorBoardTracker:
     def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._folder = str(folder / "tensorboard")
+        self._writer = SummaryWriter(self._folder)
 
     def log(self, row: Row) -> None:
+        if row[KIND] == "resumed":
+            # What an earlier process wrote of later steps is taken back: they come again.
+            self._writer.close()
+            self._writer = SummaryWriter(self._folder, purge_step=row[STEP] + 1)
         for name, value in scalars(row).items():
             if isinstance(value, int | float) and name != STEP:
                 self._writer.add_scalar(name, value, row[STEP])

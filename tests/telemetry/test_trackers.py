@@ -100,6 +100,21 @@ def test_tensorboard_files_can_be_read_back(tmp_path: Path) -> None:
     assert [e.value for e in events.Scalars("updates/relevance/01")] == [0.25, 0.5, 0.75]
 
 
+def test_tensorboard_has_every_step_once_after_a_process_was_killed(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for rows in (ROWS, [{"kind": "resumed", "step": 1}, *ROWS[1:]]):
+        _, tracker = open_trackers(tmp_path, RUN, "off", "p", tensorboard=True)
+        for row in rows:
+            tracker.log(row)
+        tracker.finish({})
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    for name in ("train/tokens_per_sec", "updates/relevance/00"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3]
+    assert [event.step for event in events.Histograms("train/token_loss_dist")] == [1, 2, 3]
+
+
 def with_wandb(folder: Path, script: str, **environment: str) -> str:
     """Runs a script with a W&B client of its own, without any of this machine's credentials; returns what it prints."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(folder)}
