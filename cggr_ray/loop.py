@@ -193,6 +193,7 @@ class Run:
         """What a milestone says that found no memory."""
         self._say(text)
         self.recorder.milestone_out_of_memory(self._position(), text)
+        self._flush()
 
     def _restore(self, folder: Path) -> Row:
         """Everything that a checkpoint holds; the ledgers of this process are added to those of the earlier ones."""
@@ -261,11 +262,14 @@ class Run:
         self.counts.out_of_memory += 1
         self._say(f"out of memory, micro-batches of {after} rows from here on: {reason}")
         self.recorder.out_of_memory(self._position(), after, reason)
-        # At once: the run may end before its rows are due, for want of the same memory.
-        with self.clock.ledger("reporting"):
-            self.recorder.flush()
+        self._flush()
         self.milestones.resize(after)
         return self.loader.smaller(after)
+
+    def _flush(self) -> None:
+        """Rows at once, where the run may end before they are due, for want of the memory that they speak of."""
+        with self.clock.ledger("reporting"):
+            self.recorder.flush()
 
     def _land(self, all_steps: bool) -> None:
         """Takes in finished steps: rows for the recorder, the count of bad gradients, measurements for the parts."""

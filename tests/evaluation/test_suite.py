@@ -275,6 +275,22 @@ def test_milestones_that_find_no_memory_ask_fewer_rows_at_once(
         assert found["eval/generated/accuracy"] == wanted["eval/generated/accuracy"]
 
 
+def test_what_a_milestone_tried_before_it_found_no_memory_is_in_the_log(
+    spec: RaceSpec, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(adapter: Any, micro: Any) -> Any:
+        raise torch.OutOfMemoryError(f"no memory for {len(micro.tokens_BT)} held-out rows")
+
+    monkeypatch.setattr(heldout, "summed_nll", full)
+    monkeypatch.setattr(heldout.HeldOut, "rehearse", lambda *_: None)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for 1 held-out rows"):
+        run(spec, tmp_path, data_folder)
+    (event,) = rows_of(tmp_path, "out_of_memory")
+    assert event["step"] == 4
+    assert event["message"] == "out of memory, 1 rows at once from here on: no memory for 2 held-out rows"
+    assert len(rows_of(tmp_path, "step")) == 4
+
+
 def test_one_row_that_finds_no_memory_ends_it() -> None:
     def attempt(rows: int) -> None:
         tried.append(rows)
