@@ -24,7 +24,7 @@ import torch
 
 from cggr_ray.batches import ArmBatch, Calibrated, RowsPart, can_be_run
 from cggr_ray.calibrated import device_of, fingerprint
-from cggr_ray.codec import Plain
+from cggr_ray.codec import Plain, read_json
 from cggr_ray.environment import versions
 from cggr_ray.files import write_whole
 from cggr_ray.fits import Answer, total_mib
@@ -116,7 +116,7 @@ class Calibration:
         self.spec, self.settings, self._file, self._data_folder = spec, settings, file, data_folder
         self._ask, self._say = ask, say
         self._limit, self._device = settings.limit_mib(device), device_info(device)
-        known = json.loads(file.read_text()) if file.is_file() else {}
+        known = read_json(file) if file.is_file() else {}
         self.arms: dict[str, Row] = known.get("arms", {})
         self._begun: list[Row] = []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import tomllib
@@ -30,7 +31,27 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not TOML, or not UTF-8.
     """
-    return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{error}; accepted: TOML in UTF-8") from None
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object of a file, which has these keys.
+
+    Raises:
+        ValueError: it is not JSON, holds anything else, or lacks a key; with the file.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); accepted: one object") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a {type(value).__name__}; accepted: one object")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{path}: no {missing[0]!r}; accepted: an object with {', '.join(keys)}")
+    return value
 
 
 def kind_of(cls: type) -> str:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from cggr_ray.calibrated import check_calibration
-from cggr_ray.codec import nearest, to_plain
+from cggr_ray.codec import nearest, read_json, to_plain
 from cggr_ray.data.dataset import AnySource, is_prepared, prepare
 from cggr_ray.data.sources import DATA_PRESETS
 from cggr_ray.data_checks import check_tokens
@@ -269,7 +269,7 @@ def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
 
 def check_recipes(folder: Path, parts: Mapping[str, Any], file: str) -> None:
     """Raises ValueError where what is in a folder began with another recipe: the file of one may have been edited."""
-    known = json.loads((folder / file).read_text()).get("parts", {})
+    known = read_json(folder / file).get("parts", {})
     for name, recipe in ((name, Recipe.from_plain(plain)) for name, plain in parts.items()):
         began = Recipe.from_plain(known[name]) if name in known else recipe
         if replace(began, description=recipe.description) != recipe:
@@ -300,7 +300,7 @@ def read_spec(folder: Path, file: str = RACE_FILE) -> RaceSpec:
     """The specification of the race, or of the tuning's race, in a folder."""
     if not (folder / file).is_file():
         raise ValueError(f"{str(folder)!r} holds no {Path(file).stem}; accepted: a folder with {file}")
-    return RaceSpec.from_plain(json.loads((folder / file).read_text())["spec"])
+    return RaceSpec.from_plain(read_json(folder / file, "spec")["spec"])
 
 
 def reproduce(run: Path, out: Path | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from cggr_ray.codec import from_plain, read_toml, to_plain
+from cggr_ray.codec import from_plain, read_json, read_toml, to_plain
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.tokenizer import load_tokenizer
 from cggr_ray.device import pick_device
@@ -71,7 +71,7 @@ def evaluate_model(run: Path, folder: Path, spec: Evaluation, device: torch.devi
     tokenizer, source = load_tokenizer(folder), ModelSpec(folder=str(folder))
     model = source.build(None, 0, device, source.config().dtype)
     found = Suite(spec, tokenizer, model.config, run, say).run(model, folder.name)
-    add_row(run / EVALUATION_FOLDER / LATE_FILE, json.loads((folder / MILESTONE_FILE).read_text()) | found)
+    add_row(run / EVALUATION_FOLDER / LATE_FILE, read_json(folder / MILESTONE_FILE) | found)
     return found
 
 
@@ -121,7 +121,7 @@ def specified(run: Path, tasks: Path | None, rows: int | None) -> Evaluation:
 
 def own_race(run: Path) -> dict[str, Any]:
     """The race of a run as plain data, empty where the run does not say."""
-    spec: dict[str, Any] = json.loads((run / RUN_FILE).read_text()).get("spec", {})
+    spec: dict[str, Any] = read_json(run / RUN_FILE).get("spec", {})
     return spec
 
 

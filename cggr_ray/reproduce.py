@@ -13,7 +13,6 @@ Tasks of an evaluation are left out: how many questions they get through depends
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from analysis.frames import read_rows, surviving_rows
 from analysis.measures import mean_interval
 from cggr_ray.clock import ReplayClock, ReplayOverError
+from cggr_ray.codec import read_json
 from cggr_ray.data.dataset import is_prepared, prepare
 from cggr_ray.environment import fingerprint
 from cggr_ray.loop import run_race
@@ -241,7 +241,7 @@ def seed_losses(recorded: Recorded) -> list[float]:
     """Final validation losses of the finished runs of the recipe in the run's race; empty without a race."""
     found = []
     for path in recorded.race_folder.glob(f"runs/*/{SUMMARY_FILE}") if recorded.race_folder else ():
-        summary = json.loads(path.read_text())
+        summary = read_json(path)
         if summary["recipe"] == recorded.run["recipe"] and summary["status"] == "finished":
             found.append(float(summary[VAL_LOSS]))
     return found
@@ -298,5 +298,4 @@ def _different(where: str, before: Row, after: Row, names: Iterable[str]) -> Ite
 def _object(path: Path) -> Row:
     if not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist; accepted: the folder of a run that has ended")
-    value: Row = json.loads(path.read_text())
-    return value
+    return read_json(path)

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cggr_ray.codec import to_plain
+from cggr_ray.codec import read_json, to_plain
 from cggr_ray.commands import (
     check,
     check_plan,
@@ -131,9 +131,9 @@ def read_sweep(folder: Path) -> SweepSpec:
 
     if not (folder / SWEEP_FILE).is_file():
         raise ValueError(f"{str(folder)!r} holds no sweep; accepted: a folder with {SWEEP_FILE}")
-    record = json.loads((folder / SWEEP_FILE).read_text())
-    known = {key: record[key] for key in ("space", "recipe", "domains", "search")}
-    return SweepSpec.from_plain({**known, "race": record["spec"]})
+    keys = ("space", "recipe", "domains", "search")
+    record = read_json(folder / SWEEP_FILE, *keys, "spec")
+    return SweepSpec.from_plain({key: record[key] for key in keys} | {"race": record["spec"]})
 
 
 def begin_sweep(spec: SweepSpec, folder: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tomli_w
 
+from cggr_ray.codec import read_json
 from cggr_ray.paths import arm_name
 from cggr_ray.race import RaceSpec, Trial, Tuning, plan_trial, refuse_doubles
 from cggr_ray.recipe import Recipe
@@ -74,7 +75,7 @@ def tuning_rows(spec: RaceSpec, trials: Sequence[Trial]) -> list[Row]:
     rows = []
     for (name, values), trial in zip(tried, trials, strict=True):
         file = Path(trial.folder) / SUMMARY_FILE
-        summary = json.loads(file.read_text()) if file.is_file() else {"status": "failed"}
+        summary = read_json(file) if file.is_file() else {"status": "failed"}
         row = {"trial_id": trial.trial_id, "recipe": name, "values": values, "status": summary["status"]}
         rows.append(row | {key: summary.get(key) for key in (VAL_LOSS, TRAIN_SECONDS, TOKENS_SEEN)})
     return rows

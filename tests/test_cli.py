@@ -240,6 +240,52 @@ def test_a_folder_that_is_not_a_race_is_left_alone(
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"name": "mine", "sp', "not JSON (Unterminated string starting at: line 1 column 18 (char 17)); accepted"),
+        ("[]", "a list; accepted: one object"),
+        ("{}", "'; accepted: an object with "),
+    ],
+)
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        (["race", "--resume", "mine"], "race.json"),
+        (["race", "cpu", "--out", "mine"], "race.json"),
+        (["tune", "--resume", "mine"], "tuning.json"),
+        (["sweep", "--resume", "mine"], "sweep.json"),
+        (["race", "cpu", "--out", "mine"], "data/ready.json"),
+    ],
+)
+def test_a_record_that_is_none_is_named(
+    arguments: list[str],
+    file: str,
+    content: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = Path("mine") / file
+    record.parent.mkdir(parents=True)
+    record.write_text(content)
+    error = fails(monkeypatch, capsys, *arguments)
+    assert error.startswith(f"error: {record}: ") and said in error
+    assert record.read_text() == content and [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / record]
+
+
+@pytest.mark.parametrize("command", [["race"], ["recipe", "check"], ["sweep"]])
+def test_a_file_that_is_no_toml_says_what_is_accepted(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for content, said in ((b'name = "min', "(at end of document)"), ("a = 1".encode("utf-16"), "invalid start byte")):
+        (tmp_path / "mine.toml").write_bytes(content)
+        error = fails(monkeypatch, capsys, *command, tmp_path / "mine.toml")
+        assert error.startswith("error: mine.toml: ") and error.endswith(f"{said}; accepted: TOML in UTF-8")
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("race", "cpu"),

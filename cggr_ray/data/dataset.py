@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cggr_ray.codec import to_plain
+from cggr_ray.codec import read_json, to_plain
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.data.sources import Document, HuggingFace, Jsonl, Parquet, Problems, existing
 from cggr_ray.data.store import TokenStore, held_out, write_store
@@ -172,7 +172,7 @@ def is_prepared(spec: DataSpec, folder: Path) -> bool:
     ready = folder / READY
     if not ready.is_file():
         return False
-    kept: dict[str, Any] = json.loads(ready.read_text())["spec"]
+    kept: dict[str, Any] = read_json(ready, "spec")["spec"]
     return kept | {"seed": spec.seed} == _plain(spec)
 
 

@@ -5,7 +5,6 @@ Shapes: a weight is (O, I), out by in; R rows of hidden states, N positions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cggr_ray.codec import from_plain, nearest
+from cggr_ray.codec import from_plain, nearest, read_json
 from cggr_ray.data.batch import MicroBatch
 from cggr_ray.data.dataset import READY, DataSpec, PreparedData, open_data
 from cggr_ray.data.loader import micro_batches
@@ -215,7 +214,7 @@ def put(matrices: Sequence[Matrix], weights: Sequence[Tensor]) -> None:
 
 def open_prepared(folder: Path) -> PreparedData:
     """The prepared data of a race, by the specification in its own ready file."""
-    return open_data(from_plain(DataSpec, json.loads((folder / READY).read_text())["spec"], "data"), folder)
+    return open_data(from_plain(DataSpec, read_json(folder / READY, "spec")["spec"], "data"), folder)
 
 
 def calibration_rows(data: PreparedData, rows: int, micro_rows: int, device: torch.device) -> list[MicroBatch]:
