@@ -61,12 +61,19 @@ def _cached(name: str, file: str) -> Path | None:
 
 
 @contextmanager
-def reading(what: str, folder: str = "a local folder, in safetensors") -> Iterator[None]:
-    """Raises ValueError where the hub, or a folder, does not give what is read inside; a full disk is left as it is."""
+def reading(what: str, folder: str = "a local folder, in safetensors", *errors: type[Exception]) -> Iterator[None]:
+    """Raises ValueError where the hub, or a folder, does not give what is read inside; a full disk is left as it is.
+
+    Args:
+        errors: what the library that reads raises, beside what all do.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    unreadable: tuple[type[Exception], ...] = (OSError, ValueError, StrictDataclassError, *errors)
     try:
         yield
-    except OSError as error:
-        if error.errno in FULL:
+    except unreadable as error:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{what} cannot be read: {said.strip()}; accepted: a name on the Hugging Face hub that can "

@@ -9,6 +9,7 @@ import json
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,7 +63,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Source:
-    """What all sources share: a name for val/loss/<name>, a share of the tokens, and a limit on epochs."""
+    """What all sources share: a name for val/loss/<name> and a folder, a share of the tokens, a limit on epochs."""
 
     IS_PART: ClassVar[bool] = True
 
@@ -71,6 +72,8 @@ class Source:
     max_epochs: int | None = None
 
     def __post_init__(self) -> None:
+        if not {"", ".", ".."}.isdisjoint(self.name.split("/")):
+            raise ValueError(f"name = {self.name!r} of a source; accepted: that of a folder in the race's data")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight = {self.weight} of source {self.name!r}; accepted: a positive, finite number")
         if self.max_epochs is not None and self.max_epochs < 1:
@@ -148,12 +151,15 @@ class Parquet(Source):
         path = existing(self.path)
         try:
             table = parquet.ParquetFile(path)
-        except ArrowInvalid as error:
-            raise ValueError(f"{path}: {error}; accepted: a Parquet file") from None
-        chosen = self.columns.resolve(table.schema_arrow.names, str(path))
-        for batch in table.iter_batches(columns=[name for name in chosen if name]):
-            for row in batch.to_pylist():
-                yield document(row, chosen, str(path))
+            chosen = self.columns.resolve(table.schema_arrow.names, str(path))
+            for batch in table.iter_batches(columns=[name for name in chosen if name]):
+                for row in batch.to_pylist():
+                    yield document(row, chosen, str(path))
+        except (ArrowInvalid, OSError) as error:
+            # What Arrow says of broken pages has no number of the system's.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"{path}: {str(error).splitlines()[0]}; accepted: a Parquet file") from None
 
 
 @dataclass(frozen=True)
@@ -169,17 +175,24 @@ class HuggingFace(Source):
     max_documents: int | None = None
     columns: Columns = Columns()
 
-    def documents(self) -> Iterator[Document]:
-        from datasets import load_dataset
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"max_documents = {self.max_documents} of source {self.name!r}; accepted: at least 1")
 
-        with reading(f"dataset {self.dataset!r}", "a local folder"):
-            rows = load_dataset(self.dataset, split=self.split, streaming=self.streaming)
+    def documents(self) -> Iterator[Document]:
         chosen: tuple[str | None, str] | None = None
-        for number, row in enumerate(rows):
-            if self.max_documents is not None and number >= self.max_documents:
-                return
+        for number, row in enumerate(islice(self._rows(), self.max_documents)):
             chosen = chosen or self.columns.resolve(list(row), self.dataset)
             yield document(row, chosen, f"{self.dataset} row {number}")
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        # Of a dataset that is a script, it is a RuntimeError that says so.
+        with reading(f"dataset {self.dataset!r}", "a local folder", DatasetsError, RuntimeError):
+            yield from load_dataset(self.dataset, split=self.split, streaming=self.streaming)
 
 
 # `--data NAME` on the command line: sources by a short name.

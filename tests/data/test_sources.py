@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def test_a_file_that_is_no_parquet_is_a_value_error(tmp_path: Path) -> None:
             next(Parquet(path=str(path)).documents())
 
 
+def test_broken_pages_of_a_parquet_file_are_a_value_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    write_parquet(path, [{"question": f"What is {n}?", "answer": str(n)} for n in range(400)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60] + bytes(340) + whole[400:])
+    with pytest.raises(ValueError, match=r"x\.parquet: .*; accepted: a Parquet file"):
+        list(Parquet(path=str(path)).documents())
+
+
 def test_files_as_other_systems_write_them(tmp_path: Path) -> None:
     """A mark of the byte order, and lines that end with two characters."""
     path = tmp_path / "a.jsonl"
@@ -134,6 +144,7 @@ def test_files_as_other_systems_write_them(tmp_path: Path) -> None:
         ({"count": 0}, "count = 0 "),
         ({"levels": (1, 9)}, r"levels = \[1, 9\] of source 'problems'; accepted: some of \[1, 2, 3, 4, 5\]"),
         ({"levels": ()}, r"levels = \[\]"),
+        *(({"name": name}, f"name = '{name}' of a source; accepted: ") for name in ("", "..", "../mine", "/mine", "a/")),
     ],
 )
 def test_generated_problems_that_cannot_be_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -168,6 +179,29 @@ def test_a_local_dataset_folder_is_read_with_datasets(
     wrong = HuggingFace(dataset=str(tmp_path), streaming=streaming, columns=Columns("problem", "id"))
     with pytest.raises(ValueError, match=r"row 0: column 'id' is int"):
         next(wrong.documents())
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_a_dataset_of_no_documents_is_refused_at_once(most: int) -> None:
+    with pytest.raises(ValueError, match=rf"max_documents = {most} of source 'hf'; accepted: at least 1"):
+        HuggingFace(max_documents=most)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_folder_that_cannot_be_read_is_one_line(tmp_path: Path, hub_offline: None, streaming: bool) -> None:
+    write_jsonl(tmp_path / "train.jsonl", rows("problem", "solution"))
+    source = HuggingFace(dataset=str(tmp_path), streaming=streaming)
+    said = r"^dataset '.*' cannot be read: .*; accepted: .* or a local folder$"
+    with pytest.raises(ValueError, match=said):
+        next(replace(source, split="tset").documents())
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"problem": \n')
+    with pytest.raises(ValueError, match=said):
+        list(source.documents())
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / f"{tmp_path.name}.py").write_text("")
+    with pytest.raises(ValueError, match=said):
+        next(source.documents())
 
 
 @pytest.mark.parametrize(
