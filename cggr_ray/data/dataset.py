@@ -22,7 +22,6 @@ from cggr_ray.data.store import TokenStore, held_out, write_store
 from cggr_ray.data.tokenizer import (
     SHIPPED,
     SMALLEST_VOCABULARY,
-    existing_tokenizer,
     is_file_name,
     load_tokenizer,
     train_bpe,
@@ -85,7 +84,9 @@ class DataSpec:
 
     def check(self) -> None:
         """Looks at every local file, before anything is started."""
-        existing_tokenizer(self.tokenizer)
+        own = self.tokenizer not in ("shipped", "train")
+        if own and (is_file_name(self.tokenizer) or Path(self.tokenizer).is_dir()):
+            load_tokenizer(self.tokenizer)
         for source in self.sources:
             if isinstance(source, Jsonl | Parquet):
                 existing(source.path)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cggr_ray import hub
+from cggr_ray.codec import read_json
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -52,9 +53,15 @@ def is_file_name(where: str | Path) -> bool:
 
 
 def existing_tokenizer(where: str | Path) -> None:
-    """Raises ValueError where a tokenizer is a file that is not there."""
+    """Raises ValueError where a tokenizer is a file that is not there, or its files are no JSON, which `tokenizers` says
+    by an exception without a type or a name."""
     if is_file_name(where) and not Path(where).is_file():
         raise ValueError(f"tokenizer file {str(where)!r} does not exist; accepted: a tokenizer.json, a folder, a name")
+    own = Path(where) if is_file_name(where) else Path(where) / "tokenizer.json"
+    if own.is_file():
+        read_json(own, "model")
+    if (config := Path(where) / "tokenizer_config.json").is_file():
+        read_json(config)
 
 
 def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
@@ -66,13 +73,14 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    existing_tokenizer(where)
     if is_file_name(where):
-        existing_tokenizer(where)
         return PreTrainedTokenizerFast(tokenizer_file=str(where), eos_token=END_OF_TEXT)
     repo, revision = (str(where), None) if Path(where).is_dir() else hub.parse(str(where))
     with hub.reading(f"tokenizer {str(where)!r}"):
         config = get_tokenizer_config(repo, revision=revision)
-        hub.refuse_code(config, f"tokenizer_config.json of {str(where)!r}")
+    hub.refuse_code(config, f"tokenizer_config.json of {str(where)!r}")
+    with hub.reading(f"tokenizer {str(where)!r}"):
         # Beside the model of a family whose tokenizers it knows, AutoTokenizer would split text as that family does.
         as_written = config.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
         kind: Any = PreTrainedTokenizerFast if as_written else AutoTokenizer

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cggr_ray.data import store
+from cggr_ray.data.dataset import DataSpec
 from cggr_ray.data.problems import problems
 from cggr_ray.data.tokenizer import END_OF_TEXT, SHIPPED, SHIPPED_VOCABULARY, load_tokenizer, train_bpe
 
@@ -114,3 +115,35 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path, shipped: PreTrain
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.json"):
         load_tokenizer(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", SHIPPED.read_text()[:500], "tokenizer.json: not JSON"),
+        ("tokenizer.json", "[]", "tokenizer.json: a list; accepted: one object"),
+        ("tokenizer.json", '{"a": 1}', "tokenizer.json: no 'model'; accepted: an object with model"),
+        ("tokenizer_config.json", '{"eos_token": ', "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: a list; accepted: one object"),
+    ],
+)
+def test_files_that_are_none_of_a_tokenizer_are_named_before_anything_begins(
+    tmp_path: Path, shipped: PreTrainedTokenizerFast, name: str, content: str, said: str
+) -> None:
+    shipped.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    for where in (tmp_path, tmp_path / name)[: 1 + (name == "tokenizer.json")]:
+        with pytest.raises(ValueError, match=said):
+            DataSpec(tokenizer=str(where)).check()
+
+
+def test_a_folder_without_a_tokenizer_is_named_before_anything_begins(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^tokenizer '.*' cannot be read: .*; accepted: a name on the Hugging Face hub"):
+        DataSpec(tokenizer=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize("tokenizer", ["shipped", "train"])
+def test_a_word_is_no_folder(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / tokenizer).mkdir()
+    DataSpec(tokenizer=tokenizer).check()
