@@ -58,7 +58,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cggr_ray.hub": ("huggingface_hub", "cggr_ray.files"),
     "cggr_ray.kernels": ("torch", "triton", "cggr_ray.kernels", "cggr_ray.compiling"),
     "cggr_ray.models": (
-        *("torch", "numpy", "transformers", "cggr_ray.models", "cggr_ray.data.batch", "cggr_ray.hub"),
+        *("torch", "numpy", "safetensors", "transformers", "cggr_ray.models", "cggr_ray.data.batch", "cggr_ray.hub"),
         *BELOW_METHODS,
     ),
     "cggr_ray.routing": ("torch", "numpy", *BELOW_METHODS, *METHODS),

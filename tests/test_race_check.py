@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cggr_ray.commands import check
 from cggr_ray.models.presets import ModelSpec
@@ -73,7 +74,7 @@ DROPS_NOTHING = {"model_type": "gpt2", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "e
 
 def model_folder(folder: Path, config: dict[str, Any]) -> ModelSpec:
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").touch()
+    save_file({}, folder / "model.safetensors")
     return ModelSpec(folder=str(folder))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from cggr_ray.commands import specify
 from cggr_ray.data.dataset import DataSpec, is_prepared, open_data, prepare
@@ -156,7 +157,7 @@ def test_paths_are_relative_to_the_race_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(elsewhere)
     (races / "models" / "m").mkdir(parents=True)
     (races / "models" / "m" / "config.json").write_text("{}")
-    (races / "models" / "m" / "model.safetensors").touch()
+    save_file({}, races / "models" / "m" / "model.safetensors")
     absolute = tmp_path / "c.jsonl"
     name = race_file(
         races,

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from cggr_ray.codec import nearest
+from cggr_ray.codec import nearest, read_json
 from cggr_ray.hub import HubName, check_readable, is_cached, parse, reading, refuse_code
 from cggr_ray.models.families import check_config
 
@@ -48,6 +49,8 @@ PRESETS: dict[str, Preset] = {
 }
 # Gemma 3's heads are wider than width / heads; one layer in six sees the whole document.
 GEMMA_HEAD, GEMMA_WINDOW = 256, 1024
+# Of weights in several files.
+INDEX = "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Where the text model of a checkpoint stands that reads images too: as published, and as newer versions write it.
 TEXT_OF_MULTIMODAL = {r"^(model\.)?language_model\.(model\.)?": "model."}
@@ -79,6 +82,8 @@ class ModelSpec:
             raise ValueError(f"model {self.name!r} with {', '.join(sorted(of_presets))}; accepted: with a preset alone")
         if self.pretrained is None and self.preset not in PRESETS:
             raise ValueError(f"model preset {self.preset!r}; {nearest(self.preset, PRESETS)}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"model vocab_size = {self.vocab_size}; accepted: at least the tokenizer's tokens")
         if self.hub is not None and not HUB_NAME.fullmatch(self.hub):
             raise ValueError(f"model hub {self.hub!r}; accepted: owner/name or owner/name@revision")
         if self.folder is not None and self.is_here:
@@ -164,10 +169,11 @@ class ModelSpec:
         if self.folder is not None:
             check_folder(Path(self.folder))
         repo, revision = self._repository
+        where: dict[str, Any] = {"revision": revision, "local_files_only": not ask_hub}
         with reading(f"model {self.name!r}"):
-            where: dict[str, Any] = {"revision": revision, "local_files_only": not ask_hub}
             raw, _ = PretrainedConfig.get_config_dict(repo, **where)
-            refuse_code(raw, f"config.json of {self.name!r}")
+        refuse_code(raw, f"config.json of {self.name!r}")
+        with reading(f"model {self.name!r}"):
             return AutoConfig.from_pretrained(repo, **where, trust_remote_code=False)
 
     @property
@@ -245,7 +251,8 @@ def check_folder(folder: Path) -> None:
     """Refuses what cannot be read safely, before anything is started.
 
     Raises:
-        ValueError: no such folder, no config.json, no *.safetensors, or a config that is no JSON or names code.
+        ValueError: no such folder, no config.json, no *.safetensors or not all of them, one that is not whole, or a
+            config that is no JSON or names code.
         PermissionError: this user may not read one of these.
     """
     if not (folder / "config.json").is_file():
@@ -254,6 +261,16 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"model folder {str(folder)!r} has no *.safetensors; accepted: weights in safetensors only")
     for file in weights:
         check_readable(file)
+        try:
+            safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file}: {error}; accepted: whole weights in safetensors") from None
+    if (index := folder / INDEX).is_file():
+        shards = set(read_json(index, "weight_map")["weight_map"].values())
+        if missing := sorted(shards - {file.name for file in weights}):
+            raise ValueError(
+                f"model folder {str(folder)!r} has no {missing[0]}, which {INDEX} names; accepted: all files"
+            )
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:

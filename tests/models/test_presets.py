@@ -115,6 +115,38 @@ def test_a_folder_that_is_not_safe_is_refused(folder: Path) -> None:
         ModelSpec(folder=str(folder))
 
 
+def test_weights_that_are_not_whole_are_refused(folder: Path) -> None:
+    """Half a copy, what git keeps in the place of a large file, and a file that others name."""
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"version https://git-lfs.github.com/spec/v1\nsize 9\n", b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors: .*; accepted: whole weights in safetensors"):
+            ModelSpec(folder=str(folder))
+    first = folder / "model-00001-of-00002.safetensors"
+    file.unlink()
+    first.write_bytes(whole)
+    shards = {"a": first.name, "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ValueError, match=r"has no model-00002-of-00002\.safetensors, which .*; accepted: all files"):
+        ModelSpec(folder=str(folder))
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "nobody's"}, {"model_type": "llama", "num_hidden_layers": "x"}])
+def test_a_configuration_that_transformers_refuses_is_one_line(folder: Path, config: dict[str, object]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"^model 'mine' cannot be read: .*; accepted: .* a local folder, in safetensors$"
+    ):
+        ModelSpec(folder=str(folder)).config()
+
+
+def test_a_vocabulary_has_a_token() -> None:
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=rf"model vocab_size = {size}; accepted: at least"):
+            ModelSpec(vocab_size=size)
+
+
 def test_weights_that_may_not_be_read_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers says that there is no such file."""
     weights, access = folder / "model.safetensors", os.access

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from cggr_ray import checkpoint
 from cggr_ray.commands import specify
@@ -211,7 +212,7 @@ def test_the_best_recipe_and_its_race_can_be_copied_elsewhere(tmp_path: Path) ->
 def test_the_race_of_a_best_trial_takes_several_seeds_with_trained_weights_too(tmp_path: Path) -> None:
     """As the command that a sweep prints asks for them."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 3}))
-    (tmp_path / "model.safetensors").touch()
+    save_file({}, tmp_path / "model.safetensors")
     race = RaceSpec(recipes=("baseline",), budget_seconds=8.0, model=ModelSpec(folder=str(tmp_path)))
     spec = SweepSpec("mine", "baseline", {"optimizer.lr_scale": LogUniform(1e-3, 1e-2)}, race, Search())
     best = Drawn("t0000", *({"optimizer.lr_scale": 0.005},) * 2, end={"status": "finished", "val/loss": 1.0})
