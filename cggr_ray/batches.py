@@ -55,6 +55,12 @@ class Calibrated(Plain):
     device: dict[str, Any]
     arms: dict[str, str]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.device.get("name"), str):
+            raise ValueError(
+                f"calibration.device = {self.device}; accepted: what `cggr-ray calibrate` wrote, with a name"
+            )
+
 
 def with_scaled_rate(recipe: Recipe, rule: BatchLrRule, rows: int, race_rows: int) -> Recipe:
     """The recipe at the learning rate that the rule gives an arm of so many rows in a race of so many."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from cggr_ray.commands import check, specify
 from cggr_ray.data.dataset import prepare
 from cggr_ray.data_checks import check_tokens
 from cggr_ray.device import pick_device
+from cggr_ray.files import aside_of, write_whole
 from cggr_ray.fits import ask
 from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE, DATA_FOLDER
 
@@ -28,7 +30,7 @@ def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], se
     settings.limit_mib(device)
     folder, console = out or Path("outputs") / f"{spec.name}-calibration", Console()
     check(spec, "train", None, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    begin(folder, spec.name)
     prepare(spec.data, folder / DATA_FOLDER, lambda text: console.print(text, style="dim"))
     check_tokens(spec, map(spec.recipe, spec.recipes), folder / DATA_FOLDER)
 
@@ -45,3 +47,18 @@ def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], se
         sys.exit(1)
     write_calibrated(spec, lines, arms, folder / CALIBRATED_FILE)
     say(f"calibrated race: {(folder / CALIBRATED_FILE).resolve()}")
+
+
+def begin(folder: Path, name: str) -> None:
+    """Makes a folder a calibration's own, unless it is that already.
+
+    Raises:
+        ValueError: it holds something else, which a race's data may overwrite; nothing is.
+    """
+    file = folder / CALIBRATION_FILE
+    if file.is_file():
+        return
+    if folder.exists() and set(folder.iterdir()) - {aside_of(file)}:
+        raise ValueError(f"{str(folder)!r} is not empty and holds no calibration; accepted: a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps({"name": name, "arms": {}}))

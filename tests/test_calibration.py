@@ -13,8 +13,8 @@ import torch
 from small_runs import TWO_ARMS
 from typer.testing import CliRunner
 
-from cggr_ray import cli
-from cggr_ray.batches import ArmBatch
+from cggr_ray import calibrate_command, cli
+from cggr_ray.batches import ArmBatch, Calibrated
 from cggr_ray.calibrated import check_calibration
 from cggr_ray.calibration import Calibration, Settings, calibrated, notes, sizes_of, write_calibrated
 from cggr_ray.codec import to_toml
@@ -55,6 +55,30 @@ def test_a_cpu_needs_a_limit(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = CliRunner().invoke(cli.app, ["calibrate", "cpu", "--device", "cpu", "--out", str(out)])
     assert isinstance(done.exception, ValueError) and not out.exists()
+
+
+def test_a_calibration_has_a_device() -> None:
+    with pytest.raises(
+        ValueError, match=r"calibration\.device = \{'type': 'cpu'\}; accepted: what `cggr-ray calibrate`"
+    ):
+        Calibrated({"type": "cpu"}, {})
+
+
+def test_a_calibration_that_was_interrupted_while_it_prepared_data_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, begun = tmp_path / "out", list[Path]()
+
+    def interrupted(_: object, folder: Path, __: object) -> None:
+        (folder / "half").mkdir(parents=True, exist_ok=True)
+        begun.append(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cggr_ray.calibrate_command.prepare", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_command.calibrate("cpu", out, {"device": "cpu"}, Settings(memory_mib=1.0), False)
+    assert begun == [out / "data"] * 2
 
 
 class Memory:
