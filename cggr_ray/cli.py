@@ -224,7 +224,7 @@ def evaluate(
     """
     from cggr_ray.evaluate_command import evaluate
 
-    evaluate(folder, tasks, rows, device or "auto")
+    evaluate(folder, tasks, rows, "auto" if device is None else device)
 
 
 @app.command()
@@ -241,7 +241,7 @@ def bench(
     """
     from cggr_ray.benchmarks import run_bench
 
-    run_bench(name, shapes.split(",") if shapes else None, out, repeats, device or "auto")
+    run_bench(name, arguments.words("--shapes", shapes), out, repeats, "auto" if device is None else device)
 
 
 @app.command()
@@ -288,7 +288,7 @@ def study(
         backends=arguments.words("--backends", backends),
         rounds=rounds,
     )
-    commands.study(name, values, out, device or "auto")
+    commands.study(name, values, out, "auto" if device is None else device)
 
 
 @app.command()

@@ -200,7 +200,7 @@ def finish(folder: Path, failed: Sequence[str], console: Console) -> None:
 
 def specify(race: RaceSpec | str | None, changes: Mapping[str, Any], values: Mapping[str, Any]) -> RaceSpec:
     """A race, or that of a name or file, with the command line's changes; the default depends on the device."""
-    named = race or default_race(str(changes.get("device", "auto")))
+    named = default_race(str(changes.get("device", "auto"))) if race is None else race
     spec = load_race(named) if isinstance(named, str) else named
     plain = spec.to_plain() | {key: value for key, value in changes.items() if key != "data"}
     if "data" in changes:

@@ -141,6 +141,10 @@ def race_file(folder: Path, data: str) -> Path:
         (["study", "structured-mlp", "--model", "m", "--data", "d", "--block", 0], "block = 0; accepted: at least 1"),
         (["study", "attention-backends", "--model", "m"], "unknown key 'model'; accepted: "),
         (["study", "attention-backends", "--shapes", "4x4096"], "shape '4x4096'; accepted: ROWSx"),
+        (["race", ""], "unknown race ''; accepted: cpu, gpu, or the path of a .toml file"),
+        (["sweep", "baseline", "--race", ""], "unknown race ''; accepted: "),
+        (["bench", "step", "--shapes", ""], "--shapes ''; accepted: names with commas between"),
+        (["bench", "step", "--device", ""], "device ''; accepted: auto, cpu, cuda"),
         (["bench", "step", "--shapes", "tiny-2x64"], "shape 'tiny-2x64'; accepted: model/ROWSxPOSITIONS"),
         (["bench", "step", "--shapes", "tiny/0x64"], "shape 'tiny/0x64'; accepted: model/ROWSxPOSITIONS"),
         (["bench", "step", "--repeats", 0], "--repeats 0; accepted: at least 1"),
@@ -231,12 +235,21 @@ def test_two_commands_do_not_run_trials_of_a_race_at_the_same_time(
     assert f"process {os.getpid()} on " in refused[1] and "accepted: one run at a time in a folder" in refused[1]
 
 
-def test_a_folder_that_is_not_a_race_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [(["race"], "race"), (["calibrate", "cpu", "--device", "cpu", "--memory-mib", 1], "calibration")],
+)
+def test_a_folder_that_holds_something_else_is_left_alone(
+    arguments: list[object],
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    (tmp_path / "thesis.txt").write_text("precious")
-    assert "is not empty and holds no race" in fails(monkeypatch, capsys, "race", "--out", tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "data" / "problems").mkdir(parents=True)
+    (tmp_path / "data" / "problems" / "thesis.txt").write_text("precious")
+    assert f"is not empty and holds no {what}" in fails(monkeypatch, capsys, *arguments, "--out", tmp_path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["data", "problems", "thesis.txt"]
 
 
 @pytest.mark.parametrize(
