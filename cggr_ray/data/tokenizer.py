@@ -53,8 +53,8 @@ def is_file_name(where: str | Path) -> bool:
 
 
 def existing_tokenizer(where: str | Path) -> None:
-    """Raises ValueError where a tokenizer is a file that is not there, or its files are no JSON, which `tokenizers` says
-    by an exception without a type or a name."""
+    """Raises ValueError where a tokenizer is a file that is not there, or its files are no JSON, of which `tokenizers`
+    says neither the name nor by what type of exception."""
     if is_file_name(where) and not Path(where).is_file():
         raise ValueError(f"tokenizer file {str(where)!r} does not exist; accepted: a tokenizer.json, a folder, a name")
     own = Path(where) if is_file_name(where) else Path(where) / "tokenizer.json"

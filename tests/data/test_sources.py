@@ -144,7 +144,10 @@ def test_files_as_other_systems_write_them(tmp_path: Path) -> None:
         ({"count": 0}, "count = 0 "),
         ({"levels": (1, 9)}, r"levels = \[1, 9\] of source 'problems'; accepted: some of \[1, 2, 3, 4, 5\]"),
         ({"levels": ()}, r"levels = \[\]"),
-        *(({"name": name}, f"name = '{name}' of a source; accepted: ") for name in ("", "..", "../mine", "/mine", "a/")),
+        *(
+            ({"name": name}, f"name = '{name}' of a source; accepted: ")
+            for name in ("", "..", "../mine", "/mine", "a/")
+        ),
     ],
 )
 def test_generated_problems_that_cannot_be_are_refused_at_once(settings: dict[str, Any], message: str) -> None:

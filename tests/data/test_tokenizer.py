@@ -138,7 +138,9 @@ def test_files_that_are_none_of_a_tokenizer_are_named_before_anything_begins(
 
 
 def test_a_folder_without_a_tokenizer_is_named_before_anything_begins(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^tokenizer '.*' cannot be read: .*; accepted: a name on the Hugging Face hub"):
+    with pytest.raises(
+        ValueError, match=r"^tokenizer '.*' cannot be read: .*; accepted: a name on the Hugging Face hub"
+    ):
         DataSpec(tokenizer=str(tmp_path)).check()
 
 
