@@ -12,11 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from cggr_ray.calibration import Calibration, Settings, notes, write_calibrated
-from cggr_ray.commands import check, specify
+from cggr_ray.commands import check, specify, take
 from cggr_ray.data.dataset import prepare
 from cggr_ray.data_checks import check_tokens
 from cggr_ray.device import pick_device
-from cggr_ray.files import aside_of, write_whole
 from cggr_ray.fits import ask
 from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE, DATA_FOLDER
 
@@ -30,7 +29,8 @@ def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], se
     settings.limit_mib(device)
     folder, console = out or Path("outputs") / f"{spec.name}-calibration", Console()
     check(spec, "train", None, folder)
-    begin(folder, spec.name)
+    if not (folder / CALIBRATION_FILE).is_file():
+        take(folder, CALIBRATION_FILE, json.dumps({"name": spec.name, "arms": {}}))
     prepare(spec.data, folder / DATA_FOLDER, lambda text: console.print(text, style="dim"))
     check_tokens(spec, map(spec.recipe, spec.recipes), folder / DATA_FOLDER)
 
@@ -47,18 +47,3 @@ def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], se
         sys.exit(1)
     write_calibrated(spec, lines, arms, folder / CALIBRATED_FILE)
     say(f"calibrated race: {(folder / CALIBRATED_FILE).resolve()}")
-
-
-def begin(folder: Path, name: str) -> None:
-    """Makes a folder a calibration's own, unless it is that already.
-
-    Raises:
-        ValueError: it holds something else, which a race's data may overwrite; nothing is.
-    """
-    file = folder / CALIBRATION_FILE
-    if file.is_file():
-        return
-    if folder.exists() and set(folder.iterdir()) - {aside_of(file)}:
-        raise ValueError(f"{str(folder)!r} is not empty and holds no calibration; accepted: a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps({"name": name, "arms": {}}))

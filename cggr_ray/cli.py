@@ -216,7 +216,7 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run's folder, <race>/runs/<trial>, or a race's.")],
     tasks: options.Tasks = None,
     rows: Annotated[int | None, typer.Option(help="Samples that are generated at once.")] = None,
-    device: options.Device = None,
+    device: options.DeviceHere = "auto",
 ) -> None:
     """Answer tasks with the models that a race kept at its milestones. The report then has the new values.
 
@@ -224,7 +224,7 @@ def evaluate(
     """
     from cggr_ray.evaluate_command import evaluate
 
-    evaluate(folder, tasks, rows, "auto" if device is None else device)
+    evaluate(folder, tasks, rows, device)
 
 
 @app.command()
@@ -233,7 +233,7 @@ def bench(
     shapes: Annotated[str | None, typer.Option(help="Comma-separated, e.g. smollm-135m/32x1024.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the CSV.", callback=options.writable)] = Path("results/bench"),
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each provider, interleaved.")] = 30,
-    device: options.Device = None,
+    device: options.DeviceHere = "auto",
 ) -> None:
     """Measure, and append typed rows to results/bench/NAME.csv; refuses where the tests of what it measures fail.
 
@@ -241,7 +241,7 @@ def bench(
     """
     from cggr_ray.benchmarks import run_bench
 
-    run_bench(name, arguments.words("--shapes", shapes), out, repeats, "auto" if device is None else device)
+    run_bench(name, arguments.words("--shapes", shapes), out, repeats, device)
 
 
 @app.command()
@@ -263,7 +263,7 @@ def study(
     masks: Annotated[str | None, typer.Option(help="attention-backends: of causal,documents,window.")] = None,
     backends: Annotated[str | None, typer.Option(help="attention-backends: comma-separated.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed rounds, interleaved.")] = None,
-    device: options.Device = None,
+    device: options.DeviceHere = "auto",
 ) -> None:
     """Measure what could make a step cheaper, and write NAME.json, NAME.png and NAME.md. Not every option fits a study.
 
@@ -288,7 +288,7 @@ def study(
         backends=arguments.words("--backends", backends),
         rounds=rounds,
     )
-    commands.study(name, values, out, "auto" if device is None else device)
+    commands.study(name, values, out, device)
 
 
 @app.command()

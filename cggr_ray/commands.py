@@ -290,7 +290,17 @@ def claim(folder: Path, file: str, record: Mapping[str, Any]) -> None:
         if read_spec(folder, file).to_plain() != json.loads(text)["spec"]:
             raise ValueError(f"{str(folder)!r} holds another {what}; accepted: a new folder, or --resume {folder}")
         return
+    take(folder, file, text)
+
+
+def take(folder: Path, file: str, text: str) -> None:
+    """Makes a folder that is new or empty the own one of what this file, its first, is the record of.
+
+    Raises:
+        ValueError: the folder holds something else; nothing is overwritten.
+    """
     if folder.exists() and set(folder.iterdir()) - {aside_of(folder / file)}:
+        what = Path(file).stem
         raise ValueError(f"{str(folder)!r} is not empty and holds no {what}; accepted: a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / file, text)

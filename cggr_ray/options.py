@@ -54,6 +54,7 @@ Budget = Annotated[float | None, typer.Option(help="Train seconds of every trial
 Wandb = Annotated[str | None, typer.Option(help="off, offline or online.")]
 
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+DeviceHere = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Executor = Annotated[str, typer.Option(help="train: a Ray Train worker a trial; inprocess: the trial's own process.")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster (auto, host:port); a local one by default.")]
 Workers = Annotated[

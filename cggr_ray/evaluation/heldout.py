@@ -54,8 +54,9 @@ class HeldOut:
     @torch.no_grad()
     def rehearse(self, adapter: Adapter) -> None:
         """One micro-batch of every source: all have one shape, so that `evaluate` has nothing more to compile."""
-        for micro in (micro for held_out in self._sets for micro in held_out.micros[:1]):
-            summed_nll(adapter, micro)
+        for held_out in self._sets:
+            for micro in held_out.micros[:1]:
+                summed_nll(adapter, micro)
 
     @torch.no_grad()
     def evaluate(self, adapter: Adapter) -> dict[str, float]:

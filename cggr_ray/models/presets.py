@@ -6,7 +6,6 @@ Of a checkpoint that reads images too (Gemma 3 from 4B up), the text model alone
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -271,8 +270,4 @@ def check_folder(folder: Path) -> None:
             raise ValueError(
                 f"model folder {str(folder)!r} has no {missing[0]}, which {INDEX} names; accepted: all files"
             )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}; accepted: JSON") from None
-    refuse_code(config, str(folder / "config.json"))
+    refuse_code(read_json(folder / "config.json"), str(folder / "config.json"))
