@@ -78,3 +78,11 @@ def tiny_model(tiny_config: LlamaConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return AutoModelForCausalLM.from_config(tiny_config, dtype=torch.float32)
+
+
+@pytest.fixture
+def small_tensors_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """State in 8 bits also of models as small as the tests', whose tensors are kept in float32 otherwise."""
+    from cggr_ray.optim import state_formats
+
+    monkeypatch.setattr(state_formats, "SMALLEST_TENSOR", 1)

@@ -1,4 +1,5 @@
-"""All that a learner holds and all that a step says, for the tests that want two of them alike to the bit."""
+"""All that a learner holds and all that a step says, for the tests that want two of them alike to the bit, and what a
+warm-up validates where there is nothing to validate."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cggr_ray.learner import Learner, StepRow
+from cggr_ray.models.adapter import Adapter
 
 
 def everything(learner: Learner) -> dict[str, Tensor]:
@@ -24,3 +26,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def values(row: StepRow) -> dict[str, Any]:
     """What a step says, on the host."""
     return row.host_values | {name: value.tolist() for name, value in row.device_values.items()}
+
+
+class NoHeldOut:
+    """For a warm-up without a validation set."""
+
+    def rehearse(self, adapter: Adapter) -> None:
+        """Nothing to run."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_batches import batches_of
-from small_learners import everything, same, values
+from small_learners import NoHeldOut, everything, same, values
 from transformers import PreTrainedModel
 
 from cggr_ray.data.batch import Batch
@@ -38,13 +38,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-class Held:
-    """No validation set."""
-
-    def rehearse(self, adapter: Adapter) -> None:
-        """Nothing to run."""
-
-
 @pytest.fixture
 def order(make_store: Callable[..., TokenStore]) -> RowOrder:
     return RowOrder([make_store([20, 11, 32, 7, 30, 25, 9, 14], vocabulary=96)], (1.0,), (None,), 32, False, 2)
@@ -60,6 +53,7 @@ def train(learner: Learner, batches: list[Batch], steps: range) -> list[dict[str
     return [values(learner.step(batches[n], Progress(n, n / STEPS, 1.0, 64 * n))) for n in steps]
 
 
+@pytest.mark.usefixtures("small_tensors_in_8_bits")
 @pytest.mark.parametrize("trained", [0, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", RECIPES)
@@ -69,13 +63,14 @@ def test_all_is_as_it_was(
     """At the start of a run and in the middle of one, where layers rest and averages are not zero."""
     recipe = Recipe("x").with_values({"optimizer.schedule.warmup_tokens": 100} | RECIPES[name])
     learner, twin = (Learner(recipe, Adapter(copy.deepcopy(tiny_model).to(dtype)), 4, 200) for _ in range(2))
+    assert (name == "8 bits") == any(t.dtype == torch.int8 for t in learner.optimizer.state_dict().values())
     for one in (learner, twin):
         train(one, batches, range(trained))
     rest = range(trained, STEPS)
     before, host, rehearsed = everything(learner), copy.deepcopy(learner.state_dict()), []
     rehearse = learner.rehearse
     learner.rehearse = lambda *args: rehearsed.append(rehearse(*args))  # type: ignore[method-assign, func-returns-value]
-    warm_up(learner, Held(), order, ROWS, MICRO_ROWS, learner.levels())  # type: ignore[arg-type]
+    warm_up(learner, NoHeldOut(), order, ROWS, MICRO_ROWS, learner.levels())  # type: ignore[arg-type]
     assert len(rehearsed) == 2 * len(learner.levels())
     assert same(everything(learner), before) and learner.state_dict() == host
     assert train(learner, batches, rest) == train(twin, batches, rest)

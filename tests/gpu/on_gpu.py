@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import small_batches
 import torch
+from small_learners import NoHeldOut
 from small_models import small_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +20,6 @@ from cggr_ray.data.batch import Batch, MicroBatch
 from cggr_ray.data.packing import RowOrder
 from cggr_ray.graphs import tensor_fields
 from cggr_ray.learner import Learner, Levels
-from cggr_ray.models.adapter import Adapter
 from cggr_ray.models.presets import ModelSpec
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.warmup import warm_up
@@ -118,13 +118,6 @@ def tiny() -> PreTrainedModel:
 def batches_of(order: RowOrder, count: int, micro_rows: int = ROWS) -> list[Batch]:
     """The first batches of an order; all have one shape."""
     return small_batches.batches_of(order, count, ROWS, micro_rows, DEVICE)
-
-
-class NoHeldOut:
-    """For a warm-up without a validation set."""
-
-    def rehearse(self, adapter: Adapter) -> None:
-        """Nothing to compile."""
 
 
 def warmed(learner: Learner, levels: Sequence[Levels], order: RowOrder, micro_rows: int) -> Learner:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_batches import packed
+from small_learners import NoHeldOut
 from small_models import small_model
 
 from cggr_ray.data.batch import MicroBatch
@@ -191,10 +192,6 @@ def test_a_warm_up_leaves_nothing_kept(
     read, taken = PrefixCache._read, []
     monkeypatch.setattr(PrefixCache, "_read", lambda cache, ids: taken.append(ids) or read(cache, ids))
 
-    class Held:
-        def rehearse(self, adapter: Adapter) -> None:
-            """Nothing to compile here."""
-
     store, losses = make_store([20, 11, 32, 7, 30], vocabulary=96), []
     order = RowOrder([store], (1.0,), (None,), 32, False, 2)
     for kept in (False, True):
@@ -204,7 +201,7 @@ def test_a_warm_up_leaves_nothing_kept(
         if kept:
             cpu = torch.device("cpu")
             adapter.cache = PrefixCache(ActivationCache(1.0), 100, WIDTH, torch.float32, cpu, tmp_path / "kept.bin")
-        warm_up(learner, Held(), order, 2, 2, learner.levels())  # type: ignore[arg-type]
+        warm_up(learner, NoHeldOut(), order, 2, 2, learner.levels())  # type: ignore[arg-type]
         assert bool(taken) == kept and (adapter.cache is None or adapter.cache.hits == adapter.cache.misses == 0)
         row = learner.step(first_batch(order, 2, 2, adapter.device), Progress(0, 0.0, 1.0, 64))
         losses.append(float(row.device_values[TRAIN_LOSS]))

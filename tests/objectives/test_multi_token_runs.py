@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_batches import batches_of
-from small_learners import everything, same
+from small_learners import NoHeldOut, everything, same
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cggr_ray import checkpoint
@@ -167,15 +167,11 @@ def test_an_exported_model_is_an_ordinary_one(
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_warm_up_leaves_no_trace(name: str, tiny_model: PreTrainedModel, order: RowOrder) -> None:
-    class Held:
-        def rehearse(self, adapter: Adapter) -> None:
-            """Nothing to compile here."""
-
     learner = learner_of(name, tiny_model)
     before, steps = everything(learner), []
     rehearse = learner.rehearse
     learner.rehearse = lambda *args: steps.append(rehearse(*args))  # type: ignore[method-assign, func-returns-value]
-    warm_up(learner, Held(), order, 4, 2)  # type: ignore[arg-type]
+    warm_up(learner, NoHeldOut(), order, 4, 2)  # type: ignore[arg-type]
     assert steps and same(everything(learner), before)
 
 
