@@ -24,8 +24,11 @@ def shell(**more: str) -> dict[str, str]:
 
 
 def started(*arguments: object, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """The leader of a process group, as a shell's job is."""
     command = [sys.executable, "-m", "cggr_ray.cli", *map(str, arguments)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    )
     # Where a test has failed in the middle, it is still there.
     atexit.register(process.kill)
     return process

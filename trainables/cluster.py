@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -80,6 +81,24 @@ def starting() -> Iterator[Signals]:
 
 
 @contextmanager
+def apart() -> Iterator[None]:
+    """Inside, what is started is in a process group of its own: what `timeout` or a shell's `kill %1` send to the group
+    of this process is not for Ray's. A process that leads a session cannot leave its group, and stays."""
+    if os.getsid(0) == os.getpid():
+        yield
+        return
+    own = os.getpgrp()
+    # A group is there once a process of its own leads it, and as long as one is in it.
+    leader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0)
+    os.setpgid(0, leader.pid)
+    try:
+        yield
+    finally:
+        os.setpgid(0, own)
+        leader.communicate()
+
+
+@contextmanager
 def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[str, float]]]:
     """A Ray session; yields the resources of each of its machines and shuts down what it started.
 
@@ -91,7 +110,7 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[
         ValueError: nothing answers at the address.
         StoppedError: SIGTERM or Ctrl-C while Ray started.
     """
-    with starting() as asked:
+    with starting() as asked, apart():
         _start(address, dashboard)
     try:
         if asked():

@@ -6,6 +6,7 @@ One race goes through all of it, as each start of Ray takes seconds; the tests l
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import tempfile
@@ -69,7 +70,8 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
 
         first = raced(folder / "small.toml", "--out", race)
         until_saved(first, run)
-        first.send_signal(signal.SIGTERM)
+        # To its whole process group, as `timeout` and a shell's `kill %1` send it.
+        os.killpg(first.pid, signal.SIGTERM)
         output = first.communicate(timeout=PATIENCE)[0]
         saved, left = max(saved_steps(run)), left_behind(str(folder))
         second = raced("--resume", race)
