@@ -150,8 +150,11 @@ def read_run(folder: Path) -> tuple[Row, pa.Table, pa.Table]:
     steps, milestones = of_kind(table, "step"), of_kind(table, "milestone")
     late_file = folder / EVALUATION_FOLDER / LATE_FILE
     if late_file.is_file():
-        rows = [row | {KIND: "milestone"} for row in milestones.to_pylist()]
-        milestones = pa.Table.from_pylist(with_late(rows, read_rows(late_file))).drop_columns([KIND])
+        rows, late = [row | {KIND: "milestone"} for row in milestones.to_pylist()], read_rows(late_file)
+        milestones = pa.Table.from_pylist(with_late(rows, late)).drop_columns([KIND])
+        # A summary has the answers of the last milestone.
+        (end,) = with_late([rest | {KIND: "milestone", STEP: rest.get("steps")}], late)
+        rest = {key: value for key, value in end.items() if key not in (KIND, STEP)}
     return _columns(described) | _columns(rest) | ledgers | {"resumes": resumes}, steps, milestones
 
 

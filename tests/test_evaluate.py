@@ -94,7 +94,11 @@ def test_other_tasks_reach_the_frames(run: Path) -> None:
         asked = [{"name": name, **common} for name in ("other", "drawn")]
         tasks.write_text(tomli_w.dumps({"evaluation": {"tasks": asked}}))
         evaluated(run.parents[1], "--tasks", tasks, "--rows", 1)
-    frame = read_race(run.parents[1]).milestones
+    race = read_race(run.parents[1])
+    frame, (ended,) = race.milestones, race.runs.to_dict("records")
+    assert {name: ended[name] for name in frame if name.startswith("eval/")} == {
+        name: frame[name].iloc[-1] for name in frame if name.startswith("eval/")
+    }
     assert list(frame["fraction"]) == [0.5, 1.0]
     assert list(frame["eval/other/n"]) == [2, 2] and list(frame["eval/drawn/n"]) == [2, 2]
     assert list(frame["eval/generated/n"]) == [4, 4]
