@@ -103,7 +103,7 @@ def test_the_memory_of_a_quarter_is_that_of_a_quarter() -> None:
     setting = Setting(torch.device("cpu"), 34, 2560, 1)
     routers = {name: race.recipe(name).tokens.build(0, setting) for name in race.recipes}
     levels = {name: router.levels() for name, router in routers.items()}
-    assert levels[race.recipes[1]] == (0.25,) and max(levels["cggr_seed"]) == max(levels["baseline"]) == 1
+    assert levels[race.recipes[2]] == (0.25,) and max(levels["cggr_seed"]) == max(levels["baseline"]) == 1
 
 
 def test_the_smoke_race_needs_nothing() -> None:
