@@ -146,6 +146,12 @@ def with_values(instance: Any, values: Mapping[str, Any]) -> Any:
     return from_plain(type(instance), plain)
 
 
+def outside(values: Mapping[str, Any], parts: Iterable[str]) -> dict[str, Any]:
+    """Of dotted keys with values, those that are not inside one of these parts, which are replaced whole."""
+    whole = tuple(f"{part}." for part in parts)
+    return {key: value for key, value in values.items() if not key.startswith(whole)}
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)

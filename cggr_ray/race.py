@@ -19,7 +19,7 @@ from cggr_ray.batches import (
     rows_of_worker,
     with_scaled_rate,
 )
-from cggr_ray.codec import Plain, nearest, read_toml
+from cggr_ray.codec import Plain, nearest, outside, read_toml
 from cggr_ray.data.dataset import DataSpec
 from cggr_ray.evaluation.suite import Evaluation
 from cggr_ray.models.presets import ModelSpec
@@ -179,12 +179,12 @@ class RaceSpec(Plain):
         arm = self.arms.get(name, {})
         chosen = any(map(sets_rate, (*self.values, *arm))) or has_own_rates(name)
         values = self.values if chosen else self.model.values | self.values
-        shared = {key: value for key, value in values.items() if key not in arm}
+        shared = {key: value for key, value in outside(values, arm).items() if key not in arm}
         return {key: table[key] for table in (shared, arm) for key in sorted(table, key=lambda key: key.count("."))}
 
     def with_arms(self, arms: Mapping[str, Mapping[str, Any]]) -> RaceSpec:
         """The same race with values for some arms, on top of what these have."""
-        changed = {name: {**self.arms.get(name, {}), **values} for name, values in arms.items()}
+        changed = {name: {**outside(self.arms.get(name, {}), values), **values} for name, values in arms.items()}
         return replace(self, arms={**self.arms, **changed})
 
     def check(self) -> None:

@@ -197,6 +197,26 @@ def test_the_best_arm_of_the_race_is_the_trial_that_was_best(
     assert first == spec.race.recipe(race.recipes[0])
 
 
+@pytest.mark.parametrize(
+    ("values", "arms"),
+    [({"optimizer.matrix.momentum": 0.9}, {}), ({}, {"baseline": {"optimizer.matrix.momentum": 0.9}})],
+)
+def test_a_part_that_is_drawn_whole_is_what_runs_and_what_is_raced(
+    values: dict[str, Any], arms: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where the race sets a key of it, by itself or for the arm."""
+    drawn = {"optimizer.matrix": {"kind": "muon", "lr": 0.01, "momentum": 0.8}}
+    spec = sweep_of(values, arms)
+    trial = sweep_trial(spec, sweep_race(spec), drawn, "t0000", tmp_path)
+    assert trial.values == drawn
+    best = Drawn("t0000", drawn, drawn, end={"status": "finished", "val/loss": 1.0})
+    file, beside = write_best(spec, best, tmp_path)
+    race = load_race(str(beside))
+    for recipe in (trial.recipe, load_recipe(str(file)), race.recipe(race.recipes[1])):
+        assert (recipe.optimizer.matrix.lr, recipe.optimizer.matrix.momentum) == (0.01, 0.8)  # type: ignore[union-attr]
+    assert race.recipe(race.recipes[0]).optimizer.matrix.momentum == 0.9  # type: ignore[union-attr]
+
+
 def test_the_best_recipe_and_its_race_can_be_copied_elsewhere(tmp_path: Path) -> None:
     """As from the node that ran the sweep."""
     spec = sweep_of({}, {})
