@@ -20,7 +20,7 @@ from cggr_ray.codec import Plain
 from cggr_ray.schema import TRAIN_SECONDS, VAL_LOSS
 from search_spaces.domains import Domains
 from trainables.history import Drawn
-from trainables.schedulers import Exploit
+from trainables.schedulers import Exploit, own_id
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,11 @@ class Population(Plain):
         return tuple(at for number in range(1, count + 1) if (at := number * self.interval) < 1)
 
     def build(self, budget_seconds: float) -> TrialScheduler:
-        return Generations(budget_seconds)
+        return Generations(budget_seconds, self.milestones)
 
     def generation(self, trials: Sequence[Drawn], budget_seconds: float) -> int:
         """The number of intervals that all trials have come to; a slow step may take one beyond."""
-        fractions = [trial.last.get(TRAIN_SECONDS, 0.0) / budget_seconds for trial in trials if not trial.ended]
-        reached = {sum(fraction >= at for at in self.milestones) for fraction in fractions}
+        reached = {reached_of(trial.last, budget_seconds, self.milestones) for trial in trials if not trial.ended}
         return min(reached, default=0)
 
     def exploits(self, trials: Sequence[Drawn], generation: int, domains: Domains, seed: int) -> list[Exploit]:
@@ -72,12 +71,24 @@ class Population(Plain):
 
 
 class Generations(FIFOScheduler):
-    """Stops a trial at every validation before its end, from where a later generation takes it up."""
+    """Stops a trial at every interval that it comes to, from where a later generation takes it up. A validation beyond
+    none is the end of a trial that has diverged."""
 
-    def __init__(self, budget_seconds: float) -> None:
+    def __init__(self, budget_seconds: float, milestones: Sequence[float]) -> None:
         super().__init__()
-        self._budget_seconds = budget_seconds
+        self._budget_seconds, self._milestones = budget_seconds, milestones
+        self._reached: dict[str, int] = {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
-        before_the_end = VAL_LOSS in result and result[TRAIN_SECONDS] < self._budget_seconds
-        return TrialScheduler.STOP if before_the_end else TrialScheduler.CONTINUE
+        if VAL_LOSS not in result or result[TRAIN_SECONDS] >= self._budget_seconds:
+            return TrialScheduler.CONTINUE
+        trial_id, reached = own_id(trial), reached_of(result, self._budget_seconds, self._milestones)
+        if reached <= self._reached.get(trial_id, 0):
+            return TrialScheduler.CONTINUE
+        self._reached[trial_id] = reached
+        return TrialScheduler.STOP
+
+
+def reached_of(row: Mapping[str, Any], budget_seconds: float, milestones: Sequence[float]) -> int:
+    """The number of milestones that a row is at or beyond, 0 for a row without a time."""
+    return sum(row.get(TRAIN_SECONDS, 0.0) / budget_seconds >= at for at in milestones)

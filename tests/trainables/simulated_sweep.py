@@ -138,14 +138,14 @@ def _loop(
     running: list[FakeTrial] = []
     number = 0
     while True:
-        config = draws.suggest(f"tune{number}")
+        config = draws.suggest(f"tune{number}") if number < sweep.most_runs else None
         if isinstance(config, dict):
             running.append(FakeTrial(config, f"tune{number}", spec, sweep))
             scheduler.on_trial_add(None, running[-1])
             number += 1
             continue
-        if config == Searcher.FINISHED:
-            assert not running
+        assert config != Searcher.FINISHED or not running
+        if not running:
             return
         trial = running.pop(0)
         if _goes_on(trial, scheduler, stopper, reports, changed):

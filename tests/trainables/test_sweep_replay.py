@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_sweep import BUDGET, RATE, SMALL, START, Killed, run, spec_of
+from simulated_sweep import BUDGET, RATE, SMALL, START, FakeTrial, Killed, run, spec_of
 
 from cggr_ray.race import RaceSpec
 from search_spaces.domains import Domains, LogUniform, Uniform
@@ -111,6 +111,31 @@ def test_a_population_goes_on_where_no_checkpoint_of_its_best_is_whole(
     assert [event["status"] for event in events if event["kind"] == "end"] == ["finished"] * 4
     assert not [event for event in events if event["kind"] == "exploit"]
     assert [event["generation"] for event in events if event["kind"] == "generation"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_trial_of_a_population_that_diverges_between_intervals_ends(
+    done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients were not finite, and changed nothing: it ends before its time with a loss that is."""
+    report = FakeTrial.report
+
+    def diverging(trial: FakeTrial) -> dict[str, Any] | None:
+        if trial.config["trial_id"] != "t0001" or trial._state["done"] != done:
+            return report(trial)
+        row = {"trial": "t0001", "train_seconds": (done + 0.5) * 0.25 * BUDGET, "tokens_seen": 150, "val/loss": 9.0}
+        if trial.last_result.get("train_seconds") != row["train_seconds"]:
+            return row
+        trial._folder.mkdir(exist_ok=True, parents=True)
+        ended = {**row, "status": "diverged", "message": "20 steps without a finite gradient"}
+        (trial._folder / "summary.json").write_text(json.dumps(ended))
+        return None
+
+    monkeypatch.setattr(FakeTrial, "report", diverging)
+    spec = spec_of(scheduler={"kind": "pbt", "interval": 0.25}, trials=4)
+    events = run(spec, tmp_path / "sweep")
+    ends = {event["trial_id"]: event["status"] for event in events if event["kind"] == "end"}
+    assert ends == {"t0000": "finished", "t0001": "diverged", "t0002": "finished", "t0003": "finished"}
 
 
 def test_a_population_keeps_its_best_s_values_where_moved_ones_make_no_recipe(tmp_path: Path) -> None:
