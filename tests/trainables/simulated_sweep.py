@@ -108,9 +108,9 @@ def run(
         if kill_after is not None:
             _kill(history, kill_after)
         scheduler = spec.search.scheduler.build(spec.race.budget_seconds)
+        history.session()
         sweep = Sweep(spec, folder, history)
         sweep.stopped_before(replay(scheduler, history.events))
-        history.session()
         _loop(spec, sweep, scheduler, concurrent, changed)
         return told(history.events)
 

@@ -87,7 +87,7 @@ def test_a_killed_sweep_goes_on_where_it_stood(killed: Path) -> None:
         file.write(b'{"kind": "resu')
     done = cggr_ray("sweep", "--resume", killed)
 
-    assert (killed / "sweep.jsonl").read_bytes().startswith(known)
+    assert (killed / "sweep.jsonl").read_bytes().startswith(known + b'{"kind": "session"')
     assert {path: path.read_bytes() for path in first} == first
     resumed = [json.loads(line) for line in (killed / "runs" / "t0001" / "metrics.jsonl").read_text().splitlines()]
     assert any(row["kind"] == "resumed" and row["step"] > 0 for row in resumed)

@@ -189,6 +189,16 @@ def test_the_wall_clock_of_a_sweep_cuts_it_too(tmp_path: Path) -> None:
     assert run(spec, tmp_path / "sweep", now=map(float, count(1000)).__next__) == events
 
 
+def test_the_time_from_a_kill_to_the_next_begin_is_not_the_sweeps(tmp_path: Path) -> None:
+    """Also where a trial came to its end after the driver had died, of which the next one hears."""
+    spec = spec_of(scheduler="none", trials=3, wall_seconds=1000.0)
+    with pytest.raises(Killed):
+        run(spec, tmp_path / "sweep", kill_after=4)
+    assert (tmp_path / "sweep" / "runs" / "t0000" / "summary.json").is_file()
+    events = run(spec, tmp_path / "sweep", now=lambda: 5000.0)
+    assert [event["status"] for event in events if event["kind"] == "end"] == ["finished"] * 3
+
+
 def test_memory_that_runs_out_is_an_end_with_what_was_asked_for(tmp_path: Path) -> None:
     def no_memory(trial: Any, row: dict[str, Any]) -> dict[str, Any]:
         if row["trial"] != "t0002":
