@@ -57,7 +57,7 @@ class Axis:
 
 
 def axes_of(sweep: Sweep) -> list[Axis]:
-    """At most eight hyperparameters, the most important first, in the order drawn where that is unknown; the loss."""
+    """At most eight hyperparameters, the most important first, as the columns stand where that is unknown; the loss."""
     ranked = [str(name) for name in importance(sweep)["hyperparameter"]] or sweep.hyperparameters
     trials = best_last(sweep)
     drawn = [name for name in ranked if trials[VALUES + name].nunique() > 1][:MOST_AXES]

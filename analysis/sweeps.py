@@ -139,9 +139,10 @@ def read_events(path: Path) -> list[Row]:
 
 
 def flat_values(values: Mapping[str, Any]) -> Row:
-    """The columns of one draw: numbers as they are, all else as text, the fields of a part one by one."""
+    """The columns of one draw: numbers as they are, all else as text, the fields of a part one by one; a part before
+    the keys in it, as a recipe takes them."""
     columns: Row = {}
-    for key, value in values.items():
+    for key, value in sorted(values.items(), key=lambda item: item[0].count(".")):
         if isinstance(value, Mapping):
             columns |= flat_values({f"{key}.{field}": inner for field, inner in value.items()})
         elif isinstance(value, str | int | float) and not isinstance(value, bool):

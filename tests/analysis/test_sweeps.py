@@ -12,6 +12,9 @@ from sweep_folders import START, drawn, ended, planted, result, write_run_of, wr
 
 from analysis import read_sweep, write_report
 from analysis.sweeps import flat_values
+from cggr_ray.race import RaceSpec
+from cggr_ray.recipe import load_recipe
+from cggr_ray.routing.tokens import SelectedTokens
 
 
 @pytest.fixture
@@ -106,6 +109,15 @@ def test_values_that_are_no_numbers_are_text() -> None:
         "values/d": "x",
         "values/e.f.g": 1,
     }
+
+
+def test_a_key_that_is_drawn_beside_its_part_is_what_the_trial_ran_with() -> None:
+    """In whatever order a sweep's file names the two: a recipe takes the part first."""
+    part, keep = {"tokens": {"kind": "selected_tokens", "keep": 0.5}}, {"tokens.keep": 0.3}
+    for values in (part | keep, keep | part):
+        ran = load_recipe("cggr_loss").with_values(RaceSpec(arms={"cggr_loss": values}).changes("cggr_loss"))
+        assert isinstance(ran.tokens, SelectedTokens) and ran.tokens.keep == 0.3
+        assert flat_values(values) == {"values/tokens.kind": "selected_tokens", "values/tokens.keep": 0.3}
 
 
 def test_parquet_holds_the_trials(small: Path, tmp_path: Path) -> None:
