@@ -152,7 +152,7 @@ class Sweep:
         After DEAD_IN_A_ROW that have not reported, nothing more is begun: the next ones would fare no better.
         """
         self.running.discard(trial_id)
-        self.history.end(trial_id, "failed", {}, message)
+        self.history.end(trial_id, "failed", self._used(trial_id), message)
         self._dead = self._dead + 1 if not self._seconds.get(trial_id) else 0
         if self._dead == DEAD_IN_A_ROW:
             self._interrupted = True
@@ -171,9 +171,13 @@ class Sweep:
             if trial.ended and trial.status != "failed":
                 self._remove_checkpoints(trial.trial_id)
 
-    def _end(self, trial_id: str, status: Any, row: Mapping[str, Any], message: str) -> None:
-        self.history.end(trial_id, status, row, message)
+    def _end(self, trial_id: str, status: Any, row: Row, message: str) -> None:
+        self.history.end(trial_id, status, self._used(trial_id) | row, message)
         self._remove_checkpoints(trial_id)
+
+    def _used(self, trial_id: str) -> Row:
+        """What a trial has used of the sweep's budget, where its end does not say."""
+        return {TRAIN_SECONDS: self._seconds.get(trial_id)}
 
     def _remove_checkpoints(self, trial_id: str) -> None:
         checkpoint.remove_all(self.run_folder(trial_id))

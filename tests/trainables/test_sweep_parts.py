@@ -293,6 +293,22 @@ def test_a_machine_on_which_every_trial_dies_does_not_use_up_the_sweep(tmp_path:
         assert [trial.status for trial in history.trials.values()] == ["failed"] * 13
 
 
+def test_seconds_of_trials_that_failed_stay_used_when_a_sweep_is_taken_up_again(tmp_path: Path) -> None:
+    """Those after the last validation too: here there was none."""
+    spec = sweep_of({}, {}, trials=4, total_seconds=10.0)
+    with History(tmp_path) as history:
+        sweep = Sweep(spec, tmp_path, history)
+        first, second = sweep.next(), sweep.next()
+        assert first is not None and second is not None
+        for trial in (first, second):
+            sweep.report({"trial": trial.trial_id, "train_seconds": 6.0})
+        sweep.failed(first.trial_id, "CUDA error")
+        memory = {"trial": second.trial_id, "status": "out_of_memory", "peak_memory_mib": 5.0, "message": "no memory"}
+        sweep.ended(second.trial_id, memory, False)
+        assert sweep.over() and Sweep(spec, tmp_path, history).over()
+        assert [trial.end["train_seconds"] for trial in history.trials.values() if trial.end] == [6.0, 6.0]
+
+
 def test_a_sweep_that_ends_before_its_time_says_so_though_it_has_a_best_trial(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
