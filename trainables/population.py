@@ -20,7 +20,7 @@ from cggr_ray.codec import Plain
 from cggr_ray.schema import TRAIN_SECONDS, VAL_LOSS
 from search_spaces.domains import Domains
 from trainables.history import Drawn
-from trainables.schedulers import Exploit, own_id
+from trainables.schedulers import Exploit, own_id, reached_of
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,3 @@ class Generations(FIFOScheduler):
             return TrialScheduler.CONTINUE
         self._reached[trial_id] = reached
         return TrialScheduler.STOP
-
-
-def reached_of(row: Mapping[str, Any], budget_seconds: float, milestones: Sequence[float]) -> int:
-    """The number of milestones that a row is at or beyond, 0 for a row without a time."""
-    return sum(row.get(TRAIN_SECONDS, 0.0) / budget_seconds >= at for at in milestones)

@@ -19,9 +19,6 @@ from cggr_ray.schema import KIND, TRAIN_SECONDS, VAL_LOSS
 from search_spaces.domains import Domains
 from trainables.history import Drawn, number_of
 
-# The core stops itself at its budget; the scheduler must not stop it first and lose the final validation.
-NEVER = 1_000_000
-
 
 class Named(NamedTuple):
     """A trial, for a scheduler: Tune has ids of its own, which a sweep that is taken up again would not see again."""
@@ -112,7 +109,7 @@ class HyperBand(Alone, Plain):
         return tuple(rungs)
 
     def build(self, budget_seconds: float) -> TrialScheduler:
-        return Halving(budget_seconds, self.first_rung, self.reduction, self.brackets)
+        return Halving(budget_seconds, self.milestones, self.reduction, self.brackets)
 
 
 @dataclass(frozen=True)
@@ -125,20 +122,22 @@ class Asha(HyperBand):
 
 
 class Halving(AsyncHyperBandScheduler):
-    """Ray's, in train seconds; a trial's bracket follows from its number, and a trial that has used its budget is not
-    stopped any more. Only results below the budget are kept in the rungs."""
+    """Ray's, in rungs: a result counts at the last milestone that it is at or beyond, by the fraction that the run
+    itself goes by. A trial's bracket follows from its number, and a trial that has used its budget is not stopped any
+    more. Only results below the budget are kept in the rungs."""
 
-    def __init__(self, budget_seconds: float, first_rung: float, reduction: float, brackets: int) -> None:
+    def __init__(self, budget_seconds: float, milestones: Sequence[float], reduction: float, brackets: int) -> None:
         super().__init__(
             time_attr=TRAIN_SECONDS,
             metric=VAL_LOSS,
             mode="min",
-            grace_period=first_rung * budget_seconds,  # type: ignore[arg-type]
-            max_t=NEVER,
+            # Ray's rungs lie at powers of the reduction. The core stops itself, beyond all of them, at its budget.
+            grace_period=1,
+            max_t=reduction ** (len(milestones) + 0.5),
             reduction_factor=reduction,
             brackets=brackets,
         )
-        self._budget_seconds = budget_seconds
+        self._budget_seconds, self._milestones = budget_seconds, milestones
         sizes = np.array([len(bracket._rungs) for bracket in self._brackets])
         shares = np.exp(sizes - sizes.max())
         self._shares = shares / shares.sum()
@@ -149,9 +148,11 @@ class Halving(AsyncHyperBandScheduler):
         self._trial_info[trial_id] = self._brackets[place]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
-        if result.get(TRAIN_SECONDS, 0.0) >= self._budget_seconds:
+        reached = reached_of(result, self._budget_seconds, self._milestones)
+        if reached == 0 or result[TRAIN_SECONDS] >= self._budget_seconds:
             return TrialScheduler.CONTINUE
-        decision: str = super().on_trial_result(tune_controller, Named(own_id(trial)), dict(result))  # type: ignore[arg-type]
+        at_rung = {**result, TRAIN_SECONDS: self._reduction_factor ** (reached - 1)}
+        decision: str = super().on_trial_result(tune_controller, Named(own_id(trial)), at_rung)  # type: ignore[arg-type]
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
@@ -159,6 +160,11 @@ class Halving(AsyncHyperBandScheduler):
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """Nothing to forget."""
+
+
+def reached_of(row: Mapping[str, Any], budget_seconds: float, milestones: Sequence[float]) -> int:
+    """The number of milestones that a row is at or beyond, 0 for a row without a time."""
+    return sum(row.get(TRAIN_SECONDS, 0.0) / budget_seconds >= at for at in milestones)
 
 
 def own_id(trial: Any) -> str:

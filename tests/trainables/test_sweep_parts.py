@@ -402,6 +402,24 @@ def test_a_trial_that_another_version_began_is_refused_before_it_is_begun_and_en
         assert not trial.ended and saved.is_dir()
 
 
+@pytest.mark.parametrize(("budget", "first_rung", "reduction", "step"), [(5.0, 0.04, 3.0, 0.2), (3.0, 1 / 3, 2.0, 0.1)])
+def test_a_rung_is_where_the_run_is_validated_to_the_last_bit(
+    budget: float, first_rung: float, reduction: float, step: float
+) -> None:
+    """By a clock of equal steps a run is validated at 1.7999... s for a fraction of 0.36, and each rung decides."""
+    asha = Asha(first_rung=first_rung, reduction=reduction)
+    scheduler, trials = asha.build(budget), (Named("t0000"), Named("t0001"))
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+    for milestone in asha.milestones:
+        used = 0.0
+        while used / budget < milestone:
+            used += step
+        for trial, loss, decision in zip(trials, (1.0, 2.0), ("CONTINUE", "STOP"), strict=True):
+            row = {"train_seconds": used, "val/loss": loss}
+            assert scheduler.on_trial_result(None, trial, row) == decision, milestone  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("seconds", "decision"), [(4.0, "STOP"), (8.0, "CONTINUE")])
 def test_a_trial_that_has_used_its_budget_is_not_stopped_any_more(seconds: float, decision: str) -> None:
     """It has yet to write its summary."""
