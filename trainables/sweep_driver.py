@@ -111,21 +111,21 @@ def run_sweep(
             room for.
 
     Raises:
-        ValueError: the resources of a trial are not there, or another version wrote its checkpoint; before any trial
+        ValueError: the resources of a trial are not there, or another version wrote its checkpoint; before anything
             starts.
         StoppedError: SIGTERM or Ctrl-C; what ran has been saved.
     """
     search = spec.search
     saved, scheduler = search.scheduler.parks, search.scheduler.build(spec.race.budget_seconds)
+    # First, or what a trial did while no sweep ran would make that time one of the sweep's.
+    history.session()
+    sweep = Sweep(spec, folder, history, mirror)
+    sweep.stopped_before(replay(scheduler, history.events))
 
     # Nested trials that are stopped early give their GPU back only with the dashboard on.
     with cluster(address, dashboard=executor == "train") as machines, stoppable(folder) as ending:
         gpus = search.gpus_per_trial
         placement = place_growing(gpus, growing) if growing else place(spec.race.device, machines, gpus_per_trial=gpus)
-        # First, or what a trial did while no sweep ran would make that time one of the sweep's.
-        history.session()
-        sweep = Sweep(spec, folder, history, mirror)
-        sweep.stopped_before(replay(scheduler, history.events))
         session, storage = f"session-{time.time_ns()}", (folder / "ray").resolve()
 
         def work_of(config: dict[str, Any]) -> dict[str, Any]:
