@@ -210,12 +210,12 @@ def test_no_answer_keeps_either_check_for_long() -> None:
 @pytest.mark.parametrize(
     "piece", ["\\boxed{", "{", "}", "\\", "answer is ", "<think>", "#### ", "answer" + " " * 50, "1,"]
 )
+@pytest.mark.timeout(60)
 def test_long_texts_take_linear_time(piece: str) -> None:
+    """By the square of their length they would take many minutes."""
     text = piece * 10_000
-    started = time.monotonic()
     final_answer(text), last_boxed(text + "}" * 10_000), stated(text), without_thinking(text), number(text)
     same(text, text), judged(text, text)
-    assert time.monotonic() - started < 2
 
 
 def test_a_child_that_ends_or_hangs_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
