@@ -31,6 +31,8 @@ from cggr_ray.schema import (
     PROBE,
     RELEVANCE,
     ROUTER_ACTIVE_PARAMS,
+    ROUTER_CONFIDENCE,
+    ROUTER_ENTROPY,
     ROUTER_KEPT_FRACTION,
     ROUTER_USAGE,
     STEP_LOSSES,
@@ -94,8 +96,10 @@ class Pass:
         # What is not asked for must not be held through the backward pass.
         whole = planned.whole if compare else None
         seen = planned.statistics | {TOKEN_LOSS: self._histogram(micro.labels_BT, loss.index_K, loss.nll_K)}
-        if ROUTER_KEPT_FRACTION not in seen:
-            seen[ROUTER_KEPT_FRACTION] = (micro.labels_BT >= 0).sum()
+        labelled = (micro.labels_BT >= 0).sum()
+        seen = {ROUTER_KEPT_FRACTION: labelled} | seen
+        # Micro-batches have labels in unequal numbers: sums, in which float64 loses nothing.
+        seen |= {name: seen[name].double() * labelled for name in OF_POSITIONS if name in seen}
         del planned
         loss.total.backward()
         self.router.learn(micro, loss.index_K, loss.nll_K)
@@ -195,7 +199,7 @@ class Learner:
             self.release()
             batch = smaller(reason)
         assert found is not None
-        loss, seen, read = found
+        loss, seen, (kept, read) = found
         gauge = self.gauge if learning.probe else None
         with no_way_back("the optimizer's update"):
             self.router.share(self.workers)
@@ -206,12 +210,18 @@ class Learner:
         device_values = {loss_name: loss, GRAD_NORM: norm, GRAD_NORM_LAYERS: by_layer, **measured, **seen}
         device_values = of_all(device_values, self.workers)
         device_values[ROUTER_KEPT_FRACTION] = device_values[ROUTER_KEPT_FRACTION].double() / read
+        device_values |= {name: (device_values[name] / kept).float() for name in OF_POSITIONS if name in device_values}
         return StepRow(progress, device_values, self._host_values(progress, learning), self._edges)
 
-    def _gradients(self, batch: Batch, levels: Levels, progress: Progress) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Forward and backward of every micro-batch: the loss, what was seen on the way, labelled positions read."""
+    def _gradients(
+        self, batch: Batch, levels: Levels, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Forward and backward of every micro-batch: the loss, what was seen on the way, and the labelled positions of
+        the rows that were kept and of all rows."""
         rows, ratio, learning = levels
-        micros, scale, read = self._picked(batch, rows, progress)
+        micros, kept, read = self._picked(batch, rows, progress)
+        # Rounded once.
+        scale = (1 / kept.double()).float()
         compare = self.router.compares(ratio, progress)
         micro_step = partial(self.run_pass, ratio=ratio, compare=compare)
         losses, statistics = [], []
@@ -227,11 +237,11 @@ class Learner:
                 self.optimizer.accumulate()
             losses.append(loss)
             statistics.append(seen)
-        return torch.stack(losses).sum(), _merge(statistics), read
+        return torch.stack(losses).sum(), _merge(statistics), (kept, read)
 
     def _picked(self, batch: Batch, ratio: float, progress: Progress) -> tuple[list[MicroBatch], Tensor, Tensor]:
-        """The micro-batches with the rows that are kept of them, 1 / the labelled positions of those rows, 0-d float32,
-        rounded once, and the labelled positions of all rows, 0-d; of all workers, and at least 1."""
+        """The micro-batches with the rows that are kept of them, the labelled positions of those rows and of all rows,
+        0-d; of all workers, and at least 1."""
         labelled = torch.zeros(2, dtype=torch.long, device=self.adapter.device)
         try:
             micros = [self.rows.pick(micro, ratio, progress) for micro in batch.micros]
@@ -241,7 +251,7 @@ class Learner:
             # Also where memory ran out: the others are counting.
             self.workers.sum(labelled)
         kept, read = labelled.clamp_min(1).unbind()
-        return micros, (1 / kept.double()).float(), read
+        return micros, kept, read
 
     def rewind(self) -> None:
         """Puts back what the forward and backward passes of a step have changed so far, after memory ran out."""
@@ -310,8 +320,10 @@ def loss_histogram(labels_BT: Tensor, index_K: Tensor, nll_K: Tensor) -> Tensor:
     return NATS.counts(torch.where(labelled_K & ~nll_K.isnan(), nll_K, -torch.inf))
 
 
+# Means over the scored positions, which are all labelled ones of the kept rows.
+OF_POSITIONS = (ROUTER_ENTROPY, ROUTER_CONFIDENCE)
 # Of what is seen in a micro-batch, and of a step by a worker; the rest is averaged.
-SUMMED = (*HISTOGRAMS, ROUTER_USAGE, ROUTER_KEPT_FRACTION, AUXILIARY_LOSS, *STEP_LOSSES)
+SUMMED = (*HISTOGRAMS, *OF_POSITIONS, ROUTER_USAGE, ROUTER_KEPT_FRACTION, AUXILIARY_LOSS, *STEP_LOSSES)
 
 
 def _merge(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_batches import batches_of
+from small_batches import batches_of, lens_logits
 from small_learners import everything, values
 from small_runs import KilledError, killed_after, rows_of
 from transformers import PreTrainedModel
@@ -34,6 +34,8 @@ from cggr_ray.routing import routers
 from cggr_ray.routing.route import TokenRoute
 from cggr_ray.schema import (
     KEPT_LOSS,
+    ROUTER_CONFIDENCE,
+    ROUTER_ENTROPY,
     ROUTER_KEPT_FRACTION,
     ROUTER_RECALL,
     ROUTER_SPEARMAN,
@@ -152,6 +154,24 @@ def test_the_kept_positions_are_counted(
     lost = sum(row[TOKEN_LOSS])
     assert row[ROUTER_KEPT_FRACTION] == pytest.approx(lost / sum(labelled), rel=1e-12)
     assert (lost < sum(labelled)) == (tokens != "all" or rows["kind"] != "all_rows")
+
+
+def test_entropy_and_confidence_are_means_over_positions_not_over_micro_batches(
+    tiny_model: PreTrainedModel, store: TokenStore
+) -> None:
+    """Of micro-batches with labels in unequal numbers: a dynamic threshold goes by the confidence."""
+    order = RowOrder([store], (1.0,), (None,), 32, True, 2)
+    batch = batches_of(order, 1, 6, 4, torch.device("cpu"))[0]
+    layers = tiny_model.config.num_hidden_layers
+    found = [lens_logits(tiny_model, micro, layers)[micro.labels_BT >= 0].log_softmax(-1) for micro in batch.micros]
+    of_micros, log_p = [x.exp().amax(-1).mean().item() for x in found], torch.cat(found)
+    confidence = log_p.exp().amax(-1).mean().item()
+    assert confidence != pytest.approx(sum(of_micros) / len(of_micros), rel=1e-4)
+    recipe = Recipe("x").with_values({"tokens": {"kind": "selected_tokens"}})
+    learner = Learner(recipe, Adapter(copy.deepcopy(tiny_model)), 4, len(store.tokens))
+    row = values(learner.step(batch, Progress(9, 0.9, 1.0, 9)))
+    assert row[ROUTER_CONFIDENCE] == pytest.approx(confidence, rel=1e-5)
+    assert row[ROUTER_ENTROPY] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("choice", ["random", "confidence"])
