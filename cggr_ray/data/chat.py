@@ -1,10 +1,12 @@
 """A tokenizer's chat template around one question and its answer, as an instruction-tuned model knows them.
 
-Templates are Jinja, which transformers runs in a sandbox without access to the process.
+Templates are Jinja, which transformers runs in a sandbox without access to the process. One that asks for the date is
+told the same on every day: documents, and questions asked later, are then those of any other preparation.
 """
 
 from __future__ import annotations
 
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from cggr_ray.data.sources import Document
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
 
 # Stand for what is said, to see what a template puts around it.
 QUESTION, ANSWER = "QUESTION", "ANSWER"
+# What Llama 3's templates say where nobody knows the date, and what stands before a template in place of the function
+# that says today's.
+TODAY = date(2024, 7, 26)
+REPLACED = "".join(f"|replace('%{code}', '{TODAY.strftime(f'%{code}')}')" for code in "dmyYbBaAjHMS")
+DATED = f"{{% macro strftime_now(form) %}}{{{{ form{REPLACED} }}}}{{% endmacro %}}\n"
 
 
 class Turns:
@@ -59,6 +66,7 @@ class Turns:
     @staticmethod
     def _rendered(tokenizer: PreTrainedTokenizerBase, said: dict[str, str], **keywords: Any) -> str:
         turns = [{"role": role, "content": content} for role, content in said.items()]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **keywords)
+        template = DATED + tokenizer.get_chat_template()
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **keywords)
         assert isinstance(text, str)
         return text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from cggr_ray.data.chat import Turns
 from cggr_ray.data.dataset import DataSpec
@@ -32,6 +34,11 @@ THINKS = (
 MARKED = (
     "<bos>system\nBe kind.<eos>\n{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+)
+# Tells the model the date, as Llama 3.2's does.
+DATED = (
+    "<turn>system\nToday is {% if date_string is defined %}{{ date_string }}{% else %}{{ strftime_now('%d %b %Y') }}"
+    "{% endif %}.</turn>\n" + THINKS
 )
 REWORDS = "{% for m in messages %}<turn>{{ m.content | lower }}</turn>{% endfor %}"
 
@@ -92,6 +99,26 @@ def test_a_first_turn_keeps_the_token_that_marks_it(tmp_path: Path) -> None:
     assert tokenizer.decode(prompt_tokens(tokenizer, [Question("0", "What?", "")], task)[0]) == asked
     write_store(tmp_path, [Document("What?", "It.")], tokenizer, chat=True)
     assert tokenizer.decode(TokenStore.open(tmp_path).tokens.tolist()) == f"{asked}It.<eos>\n<eos>"
+
+
+def test_documents_and_questions_do_not_depend_on_the_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A race goes on, and is reproduced, on another one than that of its preparation."""
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Later:
+            return cls(2031, 5, 17, tzinfo=tz)
+
+    tokenizer, task = tokenizer_of(DATED), Task("asked", chat=True)
+
+    def spelled(folder: Path) -> list[list[int]]:
+        write_store(folder, DOCUMENTS, tokenizer, chat=True)
+        return [TokenStore.open(folder).tokens.tolist(), *prompt_tokens(tokenizer, [Question("0", "What?", "")], task)]
+
+    before = spelled(tmp_path / "a")
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    assert "17 May 2031" in tokenizer.apply_chat_template(turns(user="What?"), tokenize=False)
+    assert spelled(tmp_path / "b") == before
 
 
 def test_what_is_not_asked_for_stays_plain(tmp_path: Path) -> None:
