@@ -82,7 +82,7 @@ def load_tokenizer(where: str | Path) -> PreTrainedTokenizerBase:
     hub.refuse_code(config, f"tokenizer_config.json of {str(where)!r}")
     with hub.reading(f"tokenizer {str(where)!r}"):
         # Beside the model of a family whose tokenizers it knows, AutoTokenizer would split text as that family does.
-        as_written = config.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
+        as_written = config.get("tokenizer_class") in (PreTrainedTokenizerFast.__name__, "PreTrainedTokenizerFast")
         kind: Any = PreTrainedTokenizerFast if as_written else AutoTokenizer
         tokenizer = kind.from_pretrained(repo, revision=revision, trust_remote_code=False)
     if tokenizer.eos_token_id is None:

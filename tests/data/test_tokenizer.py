@@ -78,11 +78,15 @@ def test_a_hugging_face_folder_is_read(tmp_path: Path, shipped: PreTrainedTokeni
     assert [encode(again, t) for t in TEXTS[:20]] == [encode(shipped, t) for t in TEXTS[:20]]
 
 
+@pytest.mark.parametrize("kind", ["TokenizersBackend", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2"])
 def test_beside_a_model_of_any_family_it_reads_as_it_did(
-    tmp_path: Path, shipped: PreTrainedTokenizerFast, family: str
+    tmp_path: Path, shipped: PreTrainedTokenizerFast, family: str, kind: str
 ) -> None:
+    """By either name of the class, which transformers 5 has renamed."""
     shipped.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": kind}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     again, texts = load_tokenizer(tmp_path), [*TEXTS[:20], "two  spaces,\n\n  e\u0301"]
     assert [encode(again, t) for t in texts] == [encode(shipped, t) for t in texts]
