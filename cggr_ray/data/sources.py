@@ -9,9 +9,11 @@ import json
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from io import DEFAULT_BUFFER_SIZE
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import pyarrow.parquet as parquet
 from pyarrow import ArrowInvalid
@@ -122,11 +124,10 @@ class Jsonl(Source):
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every line's object, after its file and number; blank lines are left out."""
         path = existing(self.path)
-        opened = lzma.open if path.suffix == ".xz" else open
         number = 0
         try:
-            with opened(path, "rb") as lines:
-                for number, line in enumerate(lines, 1):
+            with path.open("rb") as file:
+                for number, line in enumerate(_xz_lines(file) if path.suffix == ".xz" else file, 1):
                     # A mark of the byte order, as some editors write it, is no text.
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                     if text.strip():
@@ -207,6 +208,38 @@ def existing(path: str) -> Path:
     if not Path(path).is_file():
         raise ValueError(f"data file {path!r} does not exist; accepted: a .jsonl, .jsonl.xz or .parquet file")
     return Path(path)
+
+
+def _xz_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of an .xz file, without their ends."""
+    begun: list[bytes] = []
+    for piece in _decompressed(file):
+        *ends, rest = piece.split(b"\n")
+        for end in ends:
+            yield b"".join((*begun, end))
+            begun.clear()
+        begun.append(rest)
+    if last := b"".join(begun):
+        yield last
+
+
+def _decompressed(file: BinaryIO) -> Iterator[bytes]:
+    """What an .xz file holds, in pieces: all of its streams, with the padding between them left out. To `lzma.open`,
+    what it cannot read behind a stream is the end of the file.
+
+    Raises:
+        LZMAError, EOFError: the file is no .xz, or not all of one.
+    """
+    stream = lzma.LZMADecompressor()
+    for piece in iter(partial(file.read, DEFAULT_BUFFER_SIZE), b""):
+        left = piece
+        while left := (left.lstrip(b"\0") if stream.eof else left):
+            if stream.eof:
+                stream = lzma.LZMADecompressor()
+            yield stream.decompress(left)
+            left = stream.unused_data
+    if not stream.eof:
+        raise EOFError("it ends inside a stream")
 
 
 def _json_row(line: str, where: str) -> dict[str, Any]:

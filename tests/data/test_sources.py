@@ -112,6 +112,28 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
             list(Jsonl(path=str(path)).documents())
 
 
+def a_stream(*texts: str) -> bytes:
+    return lzma.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts))
+
+
+@pytest.mark.parametrize("padding", [0, 4, 8, 1 << 20])
+def test_an_xz_file_of_several_streams_is_read_to_its_end(tmp_path: Path, padding: int) -> None:
+    """`xz` pads them, and may end one inside a line."""
+    path, long = tmp_path / "a.jsonl.xz", "".join(chr(0x4E00 + n % 9000) for n in range(300_000))
+    whole = json.dumps({"text": "torn"}).encode() + b"\n"
+    torn = [lzma.compress(part) for part in (whole[:7], b"", whole[7:])]
+    path.write_bytes(bytes(padding).join([a_stream("a", "b"), *torn, a_stream(long, "c")]) + bytes(padding))
+    assert [d.completion for d in Jsonl(path=str(path)).documents()] == ["a", "b", "torn", long, "c"]
+
+
+@pytest.mark.parametrize("behind", [b"garbage", a_stream("c")[1:], bytes(4) + b"\xfd7zXY" + a_stream("c")[5:]])
+def test_what_cannot_be_read_behind_an_xz_stream_is_no_end_of_the_file(tmp_path: Path, behind: bytes) -> None:
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(a_stream("a", "b") + behind)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.xz: unreadable after line 2 "):
+        list(Jsonl(path=str(path)).documents())
+
+
 def test_a_file_that_is_no_parquet_is_a_value_error(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     for content in ("", "no parquet"):
