@@ -30,7 +30,7 @@ bench: $(READY)           ## the benchmarks, appended to results/bench
 report: $(READY)          ## make report RACE=outputs/...
 	$(BIN)/cggr-ray report $(RACE)
 
-tokenizer: $(READY)       ## trains the shipped tokenizer again
+tokenizer: $(READY)       ## trains another tokenizer in place of the shipped one
 	$(BIN)/python -m cggr_ray.data.make_tokenizer
 
 $(READY): pyproject.toml constraints.txt

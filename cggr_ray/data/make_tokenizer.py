@@ -1,4 +1,8 @@
-"""Trains the shipped tokenizer on generated problems: `make tokenizer`. The result is committed and reproducible."""
+"""Trains a tokenizer on generated problems, in place of the shipped one: `make tokenizer`. The result is reproducible.
+
+The one that is committed was trained on an earlier wording of the problems: what was prepared or trained with it does
+not fit another.
+"""
 
 from __future__ import annotations
 
