@@ -145,6 +145,18 @@ def test_it_is_computed_once_and_read_afterwards(
     assert folder in said[0] and said[-1].startswith("reading reference-")
 
 
+def test_an_order_of_another_seed_reads_what_the_first_one_computed(
+    folder: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = reference_nll(folder, data, tmp_path, 4, CPU, FLOAT)
+    other = replace(data, spec=replace(data.spec, seed=data.spec.seed + 1))
+    computed = compute(Adapter(ModelSpec(folder=folder).build(None, 0, CPU, FLOAT)), other, 4)
+    assert torch.equal(first.nan_to_num(-1), computed.nan_to_num(-1))
+    monkeypatch.setattr(reference, "compute", None)
+    again = reference_nll(folder, other, tmp_path, 4, CPU, FLOAT)
+    assert torch.equal(first.nan_to_num(-1), again.nan_to_num(-1))
+
+
 def test_another_model_other_data_and_another_precision_are_other_files(
     folder: str, data: PreparedData, tmp_path: Path
 ) -> None:
