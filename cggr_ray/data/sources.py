@@ -156,7 +156,7 @@ class Parquet(Source):
             for batch in table.iter_batches(columns=[name for name in chosen if name]):
                 for row in batch.to_pylist():
                     yield document(row, chosen, str(path))
-        except (ArrowInvalid, OSError) as error:
+        except (ArrowInvalid, OSError, UnicodeDecodeError) as error:
             # What Arrow says of broken pages has no number of the system's.
             if isinstance(error, OSError) and error.errno is not None:
                 raise

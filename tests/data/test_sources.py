@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -147,6 +148,16 @@ def test_broken_pages_of_a_parquet_file_are_a_value_error(tmp_path: Path) -> Non
     write_parquet(path, [{"question": f"What is {n}?", "answer": str(n)} for n in range(400)])
     whole = path.read_bytes()
     path.write_bytes(whole[:60] + bytes(340) + whole[400:])
+    with pytest.raises(ValueError, match=r"x\.parquet: .*; accepted: a Parquet file"):
+        list(Parquet(path=str(path)).documents())
+
+
+def test_a_parquet_column_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path, latin = tmp_path / "x.parquet", "Größe".encode("latin-1")
+    text = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, len(latin)], np.int32)), pa.py_buffer(latin)]
+    )
+    parquet.write_table(pa.table({"text": text}), path)
     with pytest.raises(ValueError, match=r"x\.parquet: .*; accepted: a Parquet file"):
         list(Parquet(path=str(path)).documents())
 
