@@ -180,9 +180,8 @@ def reproduce(folder: Path, out: Path, say: Say) -> Verdict:
         raise ValueError(f"{str(out)!r} is not empty; accepted: a new or empty folder")
     spec = recorded.spec
     recorded.check_device()
-    beside = recorded.race_folder
-    there = beside and beside / DATA_FOLDER
-    data = there if there and is_prepared(spec.data, there) else out / DATA_FOLDER
+    there = folder.resolve().parent.parent / DATA_FOLDER
+    data = there if is_prepared(spec.data, there) else out / DATA_FOLDER
     prepare(spec.data, data, say)
     for line in changes(recorded.run["versions"], fingerprint()):
         say(line)

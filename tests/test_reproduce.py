@@ -204,11 +204,12 @@ def test_another_trial_does_not_agree(what: str, copy: Path, tmp_path: Path) -> 
     assert not verdict.agrees and verdict.lines[0].startswith("does not agree: ")
 
 
-def test_data_of_the_race_is_read_and_not_written(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", ["race.json", "tuning.json", "sweep.json"])
+def test_data_of_the_race_is_read_and_not_written(run: Path, tmp_path: Path, record: str) -> None:
     data = run.parents[1] / "data"
     shutil.copytree(run.parents[1], tmp_path / "race", ignore=shutil.ignore_patterns("race.json"))
     moved = tmp_path / "race" / "runs" / run.name
-    (tmp_path / "race" / "race.json").write_text("{}")
+    (tmp_path / "race" / record).write_text("{}")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "race" / "data").rglob("*")}
     said: list[str] = []
     assert reproduce(moved, tmp_path / "out", said.append).agrees
