@@ -119,10 +119,10 @@ def whole(final: Path) -> Iterator[Path]:
     try:
         with _said_by_the_system(aside):
             yield aside
-        for file in aside.iterdir():
-            allow_as(aside, file)
-            flush(file)
-        flush(aside)
+        for path in (*aside.rglob("*"), aside):
+            if path.is_file():
+                allow_as(aside, path)
+            flush(path)
         if final.exists():
             final.rename(before)
         aside.rename(final)

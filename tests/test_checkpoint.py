@@ -98,6 +98,24 @@ def test_files_have_the_permissions_of_the_umask(umask: int, tmp_path: Path, tin
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in (saved, tmp_path / "model")} == {0o777 & ~umask}
 
 
+def test_a_model_with_several_chat_templates_has_a_folder_that_can_be_entered(
+    tmp_path: Path, tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, sync, synced = load_tokenizer(SHIPPED), os.fsync, set[str]()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+
+    def seen(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    checkpoint.save_model(tmp_path / "model", tiny_model, tokenizer, {})
+    (file,) = tmp_path.glob("model/*/tool_use.jinja")
+    assert stat.S_IMODE(file.parent.stat().st_mode) == stat.S_IMODE(file.parent.parent.stat().st_mode)
+    assert {file.name, file.parent.name} <= synced
+    assert load_tokenizer(tmp_path / "model").chat_template == tokenizer.chat_template
+
+
 def test_all_workers_go_on_from_what_the_first_one_finds(tmp_path: Path, tiny_model: PreTrainedModel) -> None:
     class Second(Workers):
         rank, size = 1, 2
