@@ -87,7 +87,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Problems(Source):
-    """Generated maths problems with worked solutions: `count` of them, without end if more are asked for."""
+    """Generated maths problems with worked solutions: the first `count` of stream `seed`."""
 
     name: str = "problems"
     count: int = 20_000
