@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
-from ray._private import ray_constants, utils
+from ray._private import ray_constants, services, utils
 from ray._private.services import canonicalize_bootstrap_address
 from ray.air.execution._internal.actor_manager import RayActorManager, TrackedActor, TrackedActorTask
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -49,6 +49,17 @@ def as_death(error: Exception) -> Exception:
 tune_controller.RayActorManager = Deaths  # type: ignore[misc]
 
 
+class Apart(services.ConsolePopen):
+    """A process that a Ray session starts, in a process group of its own: what a terminal, `timeout` or a shell's
+    `kill %1` send to the group of this process is not for Ray's."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named, process_group=0)
+
+
+services.ConsolePopen = Apart  # type: ignore[misc]
+
+
 def check_reached(address: str) -> None:
     """Whether anything listens at the address of a cluster. Ray would ask for a quarter of an hour.
 
@@ -81,24 +92,6 @@ def starting() -> Iterator[Signals]:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Inside, what is started is in a process group of its own: what `timeout` or a shell's `kill %1` send to the group
-    of this process is not for Ray's. A process that leads a session cannot leave its group, and stays."""
-    if os.getsid(0) == os.getpid():
-        yield
-        return
-    own = os.getpgrp()
-    # A group is there once a process of its own leads it, and as long as one is in it.
-    leader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0)
-    os.setpgid(0, leader.pid)
-    try:
-        yield
-    finally:
-        os.setpgid(0, own)
-        leader.communicate()
-
-
-@contextmanager
 def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[str, float]]]:
     """A Ray session; yields the resources of each of its machines and shuts down what it started.
 
@@ -110,7 +103,7 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[list[dict[
         ValueError: nothing answers at the address.
         StoppedError: SIGTERM or Ctrl-C while Ray started.
     """
-    with starting() as asked, apart():
+    with starting() as asked:
         _start(address, dashboard)
     try:
         if asked():

@@ -22,7 +22,7 @@ from trainables.cluster import check_reached, cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
-import urllib.error, urllib.request
+import os, urllib.error, urllib.request
 from trainables.cluster import cluster
 import psutil
 from ray._private import worker
@@ -30,6 +30,8 @@ from ray._private import worker
 with cluster(None, dashboard=True):
     own = psutil.Process()
     for process in (own, *own.children(recursive=True)):
+        if process != own and os.getpgid(process.pid) == os.getpgrp():
+            print("shares the group", process.name())
         for socket in process.net_connections("inet"):
             if socket.status == psutil.CONN_LISTEN:
                 print("listens", socket.laddr.ip.removeprefix("::ffff:"))
@@ -115,10 +117,18 @@ def test_a_local_session_listens_on_loopback_alone_and_asks_for_its_token(tmp_pa
     own = {name: value for name, value in os.environ.items() if name not in trainables.SETTINGS}
     # An address in the environment is another's cluster: without --address none is joined.
     environment = own | {"HOME": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(ROOT)}
+    # As the leader of a session, which cannot leave its process group.
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=120, check=False
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+        start_new_session=True,
     )
     lines = done.stdout.splitlines()
+    assert not [line for line in lines if line.startswith("shares")], "a signal to its group would be for Ray's too"
     assert "dashboard says 401" in lines, done.stdout + done.stderr[-2000:]
     listens = [line.split()[1] for line in lines if line.startswith("listens")]
     assert len(listens) >= 5 and set(listens) <= {"127.0.0.1", "::1"}
@@ -134,7 +144,8 @@ def test_a_signal_while_ray_starts_leaves_nothing_of_it_behind(number: signal.Si
     while not any("raylet/raylet" in command for command in running(str(tmp_path))):
         assert time.monotonic() < deadline and race.poll() is None, race.communicate()[0]
         time.sleep(0.01)
-    race.send_signal(number)
+    # To its process group, as a terminal sends Ctrl-C and a shell's `kill %1` SIGTERM.
+    os.killpg(race.pid, number)
     output, _ = race.communicate(timeout=PATIENCE)
     assert race.returncode == 128 + number, output
     assert output.splitlines()[-1] == f"stopped by {number.name} before anything ran; --resume goes on"
