@@ -174,12 +174,12 @@ class Calibration:
 
     def _stepped_back(self, entry: Row, name: str, sizes: Sequence[int], failed: int) -> int | None:
         """A smaller size that is verified. None where the smallest fails too: not the rows take the memory."""
-        if failed == sizes[0] or self._try(entry, name, sizes[0], verifies=True, writes=True) is None:
-            return None
-        found: int | None = failed
-        while found is not None and (found == failed or not self._verified(entry, name, found)):
-            found = max((size for size in sizes if size <= (1 - STEP_BACK) * found), default=None)
-        return found
+        for behind, size in enumerate(steps_back(sizes, failed)):
+            if behind == 1 and self._try(entry, name, sizes[0], verifies=True, writes=True) is None:
+                return None
+            if self._verified(entry, name, size):
+                return size
+        return None
 
     def _try(self, entry: Row, name: str, size: int, verifies: bool = False, writes: bool = False) -> float | None:
         """MiB that a batch took, None where the rows do not fit."""
@@ -207,6 +207,15 @@ class Calibration:
 
     def _write(self) -> None:
         write_whole(self._file, json.dumps({"name": self.spec.name, "arms": self.arms}, indent=1))
+
+
+def steps_back(sizes: Sequence[int], failed: int) -> list[int]:
+    """What of ascending sizes is verified after one that failed: each a tenth smaller than the one before, or more."""
+    below: list[int] = []
+    while smaller := [size for size in sizes if size <= (1 - STEP_BACK) * failed]:
+        failed = smaller[-1]
+        below.append(failed)
+    return below
 
 
 def trial_spec(spec: RaceSpec, name: str, global_rows: int, micro_rows: int, steps: int, verifies: bool) -> RaceSpec:

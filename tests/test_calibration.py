@@ -116,12 +116,11 @@ def test_what_is_found_is_verified_kept_and_raced(tmp_path: Path) -> None:
     assert [(t["micro_rows"], t["steps"], t["fits"]) for t in tries] == [
         *((size, 2, size <= 6) for size in (1, 16, 4, 8)),
         (4, 30, False),
-        (1, 30, True),
         *[(2, 30, True)] * 3,
     ]
     assert all(t["limit_mib"] == 950 and t["global_rows"] == 16 for t in tries) and tries[1]["message"] == "no memory"
     # Of the starts that verify a size, the first.
-    assert memory.written[: len(tries)] == [False] * 4 + [True, True, True, False, False]
+    assert memory.written[: len(tries)] == [False] * 4 + [True, True, False, False]
     assert [t["writes"] for t in tries] == memory.written[: len(tries)]
     trial = memory.asked[0]
     assert trial.race.step_seconds == 1 and trial.race.budget_seconds == 2 and trial.race.micro_rows == 1
@@ -279,8 +278,19 @@ def test_what_an_older_version_began_is_tried_again(tmp_path: Path) -> None:
 def test_what_fails_at_every_size_is_not_tried_at_every_size(tmp_path: Path) -> None:
     memory = Memory({"baseline": 16, "random_tokens": 16}, lasting={"baseline": 0})
     arms = calibrate(TWO_ARMS, memory, tmp_path / "calibration.json", SETTINGS)
-    assert [t["micro_rows"] for t in arms["baseline"]["tries"] if t["steps"] == 30] == [16, 1]
+    assert [t["micro_rows"] for t in arms["baseline"]["tries"] if t["steps"] == 30] == [16, 8, 1]
     assert arms["baseline"]["micro_rows"] is None and arms["random_tokens"]["micro_rows"] == 16
+
+
+def test_the_smallest_size_is_asked_once_and_after_a_second_failure(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, scale_batch=True, starts=1)
+    memory = Memory({"baseline": 100, "random_tokens": 100}, lasting={"baseline": 75})
+    arms = calibrate(TWO_ARMS, memory, tmp_path / "calibration.json", settings)
+    verified = [t["micro_rows"] for t in arms["baseline"]["tries"] if t["verifies"]]
+    found = verified[0]
+    assert 97 <= found <= 100 and verified[1] == int(0.9 * found) and verified[2] == 1
+    assert verified[3:] == [int(0.9 * verified[1]), int(0.9 * int(0.9 * verified[1]))]
+    assert arms["baseline"]["micro_rows"] == verified[-1] <= 75
 
 
 def test_a_step_grows_to_its_micro_batch(tmp_path: Path) -> None:
