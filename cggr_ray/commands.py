@@ -20,6 +20,7 @@ from cggr_ray.codec import nearest, read_json, to_plain
 from cggr_ray.data.dataset import AnySource, is_prepared, prepare
 from cggr_ray.data.sources import DATA_PRESETS
 from cggr_ray.data_checks import check_tokens
+from cggr_ray.description import check_kind
 from cggr_ray.device import pick_device
 from cggr_ray.environment import fingerprint
 from cggr_ray.files import aside_of, write_whole
@@ -30,7 +31,7 @@ from cggr_ray.planning import check_present, show_plan
 from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
 from cggr_ray.recipe import Recipe, load_recipe, of_recipe
 from cggr_ray.remote import is_address
-from cggr_ray.schema import DATA_FOLDER, OVERLAP_FILE, RACE_FILE, SUMMARY_FILE
+from cggr_ray.schema import DATA_FOLDER, OVERLAP_FILE, RACE_FILE, RUN_FILE, RUNS_FOLDER, SUMMARY_FILE
 from cggr_ray.telemetry.console import RaceConsole
 
 EXECUTORS = ("train", "inprocess")
@@ -154,7 +155,8 @@ def prepare_data(spec: RaceSpec, folder: Path, console: Console, mirror: Unmirro
 def check(spec: RaceSpec, executor: str, address: str | None, folder: Path) -> None:
     """Before anything starts: the executor, the data's files, whether the recipes fit the model and the micro-batches
     and, on a local machine, the device that is asked for, else whether the cluster answers. What `folder` keeps is not
-    asked for: it may have been moved to a machine that has none of the files it was made from."""
+    asked for: it may have been moved to a machine that has none of the files it was made from. Its runs go on where
+    there is a device of their kind."""
     check_executor(executor, spec)
     if not is_prepared(spec.data, folder / DATA_FOLDER):
         spec.data.check()
@@ -169,6 +171,8 @@ def check(spec: RaceSpec, executor: str, address: str | None, folder: Path) -> N
         device = pick_device(spec.device)
         for name in spec.recipes:
             spec.recipe(name).execution.check_device(device.type)
+        for run in sorted(folder.glob(f"{RUNS_FOLDER}/*/{RUN_FILE}")):
+            check_kind(run, device)
 
 
 def check_plan(spec: RaceSpec, executor: str) -> None:

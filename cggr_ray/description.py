@@ -7,8 +7,11 @@ import os
 import platform
 from pathlib import Path
 
+import torch
+
 from cggr_ray import hub
 from cggr_ray.batches import rows_of_worker
+from cggr_ray.codec import read_json
 from cggr_ray.environment import fingerprint
 from cggr_ray.models.adapter import Adapter
 from cggr_ray.race import Trial
@@ -45,6 +48,18 @@ def description(trial: Trial, adapter: Adapter, rows_per_step: int) -> Row:
         "global_rows": rows_per_step,
         "micro_rows": min(spec.micro_rows, rows_of_worker(rows_per_step, spec.workers)),
     }
+
+
+def check_kind(file: Path, device: torch.device) -> None:
+    """Refuses what began on a GPU where there is a CPU, and the other way round.
+
+    Raises:
+        ValueError: run.json, if there is one, names another kind of device: dtypes are others there, and no second of
+            the one compares with a second of the other.
+    """
+    if file.is_file() and (began := read_json(file, "device")["device"])["type"] != device.type:
+        raise ValueError(f"{str(file.parent)!r} began on {began['name']!r} ({began['type']}), and the device is "
+                         f"{device.type!r} here; accepted: {began['type']}")  # fmt: skip
 
 
 def with_earlier(run: Row, file: Path) -> Row:

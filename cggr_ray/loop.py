@@ -23,7 +23,7 @@ from cggr_ray.counts import Counts
 from cggr_ray.data.batch import Batch
 from cggr_ray.data.dataset import open_data
 from cggr_ray.data.loader import Loader
-from cggr_ray.description import description, with_earlier
+from cggr_ray.description import check_kind, description, with_earlier
 from cggr_ray.device import deterministic, keep_threads, pick_device, timed_event
 from cggr_ray.files import flush, room_for, write_whole
 from cggr_ray.flight import Delayed, Flight
@@ -158,6 +158,8 @@ class Run:
         self.own_rows = rows_of_worker(self.rows_per_step, workers.size)
         self.counts = Counts(micro_rows=min(spec.micro_rows, self.own_rows))
         found, damage = checkpoint.newest_of_first(self.folder, workers)
+        if found:
+            check_kind(self.folder / RUN_FILE, self.device)
         state = self._restore(found) if found else None
         if self.counts.out_of_memory:
             self.milestones.resize(self.counts.micro_rows)

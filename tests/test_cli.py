@@ -235,6 +235,23 @@ def test_two_commands_do_not_run_trials_of_a_race_at_the_same_time(
     assert f"process {os.getpid()} on " in refused[1] and "accepted: one run at a time in a folder" in refused[1]
 
 
+def test_what_began_on_a_gpu_is_not_taken_up_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spec = race_file(tmp_path, 'recipes = ["baseline"]\ndevice = "cpu"\n[data]\nval_documents = 4\n')
+    monkeypatch.setattr("trainables.driver.run_trials", lambda *_: [])
+    monkeypatch.setattr("cggr_ray.commands.finish", lambda *_: None)
+    folder = tmp_path / "race"
+    commands.race(str(spec), folder, {}, {}, "train", None, None, None, False)
+    record = folder / "runs" / "baseline-s0" / "run.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"device": {"type": "cuda", "name": "a large GPU"}}))
+    said = fails(monkeypatch, capsys, "race", "--resume", folder)
+    assert f"'{record.parent}' began on 'a large GPU' (cuda), and the device is 'cpu' here; accepted: cuda" in said
+    record.write_text(json.dumps({"device": {"type": "cpu", "name": "another CPU"}}))
+    commands.race(None, None, {}, {}, "train", None, folder, None, False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [(["race"], "race"), (["calibrate", "cpu", "--device", "cpu", "--memory-mib", 1], "calibration")],

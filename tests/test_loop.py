@@ -249,6 +249,20 @@ def test_every_recipe_resumes_exactly(recipe: str, spec: RaceSpec, data_folder: 
     assert not (parts / "checkpoints").exists()
 
 
+def test_a_checkpoint_of_a_gpu_is_left_alone_on_a_cpu(spec: RaceSpec, data_folder: Path, tmp_path: Path) -> None:
+    saving = trial_of(replace(spec, checkpoint_every_seconds=6 * STEP_SECONDS), "baseline", tmp_path, data_folder)
+    with pytest.raises(KilledError):
+        run_race(saving, killed_after(7.5 * STEP_SECONDS))
+    record, before = tmp_path / "run.json", sorted(tmp_path.rglob("*"))
+    run = json.loads(record.read_text())
+    record.write_text(json.dumps(run | {"device": {"type": "cuda", "name": "a large GPU"}}))
+    with pytest.raises(ValueError, match=r"began on 'a large GPU' \(cuda\), and the device is 'cpu' here"):
+        run_race(saving)
+    assert sorted(tmp_path.rglob("*")) == before
+    record.write_text(json.dumps(run))
+    assert run_race(saving)["status"] == "finished"
+
+
 def test_micro_batches_do_not_change_the_gradient(
     spec: RaceSpec, data_folder: Path, tmp_path: Path, baseline_rows: dict[int, dict]
 ) -> None:
