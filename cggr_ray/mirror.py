@@ -116,6 +116,8 @@ class Mirror(Unmirrored):
         """Raises RemoteError where nothing can be sent: nothing has begun."""
         if not (self.folder / MIRROR_FILE).is_file():
             write_whole(self.folder / MIRROR_FILE, secrets.token_hex(8))
+        # First: what else is sent before the rest fails, or this process is killed, is this folder's.
+        self._sender.send_file(MIRROR_FILE)
         self._known = {STOP_FILE, *self._own_files()}
         self._send(last=False)
         self._background.__enter__()

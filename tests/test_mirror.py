@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_filesystem import Faulty, quick  # noqa: F401 - quick is used by every test
+from faulty_filesystem import Faulty, nothing, quick  # noqa: F401 - quick is used by every test
 from test_cli import fails
 from typer.testing import CliRunner
 
@@ -19,7 +19,7 @@ from cggr_ray import cli
 from cggr_ray.loop import run_race
 from cggr_ray.mirror import Mirror
 from cggr_ray.race import RaceSpec, Trial, Tuning, load_race
-from cggr_ray.remote import check_address, open_remote
+from cggr_ray.remote import RemoteError, check_address, open_remote
 from cggr_ray.run_mirror import mirrored
 from cggr_ray.tuning import write_tuned
 from cggr_ray.workers import ALONE
@@ -239,6 +239,35 @@ def test_a_request_to_end_and_an_old_failure_are_taken_away_again(tmp_path: Path
         (tmp_path / "race" / failure).unlink()
         (tmp_path / "race" / "stop").touch()
     assert (disk / "stop").exists() and not (disk / failure).exists()
+
+
+def test_a_mirror_that_fails_in_the_middle_of_the_first_upload_is_this_folders(tmp_path: Path) -> None:
+    """Whatever had been sent until then: else the race would have to begin again with another mirror."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "race" / "evaluation").mkdir(parents=True)
+    for name in ("evaluation/questions.jsonl", "race.json"):
+        (tmp_path / "race" / name).write_text("{}")
+    sent: list[str] = []
+
+    def fail_after(most: int) -> None:
+        def fail(operation: str, path: str) -> None:
+            if operation == "move" and len(sent) == most:
+                raise LookupError("no route")
+            if operation == "move":
+                sent.append(path)
+
+        sent.clear()
+        Faulty.does = staticmethod(fail)
+
+    for most in range(3):
+        shutil.rmtree(tmp_path / "disk")
+        fail_after(most)
+        with pytest.raises(RemoteError, match="no route"), opened(tmp_path):
+            pass
+        Faulty.does = staticmethod(nothing)
+        opened(tmp_path).check()
+    with opened(tmp_path):
+        assert (tmp_path / "disk" / "race.json").is_file()
 
 
 def test_a_sweep_that_went_on_elsewhere_is_not_overwritten(tmp_path: Path) -> None:
