@@ -274,9 +274,8 @@ def begin(folder: Path, spec: RaceSpec, trials: Sequence[Trial]) -> None:
 def check_recipes(folder: Path, parts: Mapping[str, Any], file: str) -> None:
     """Raises ValueError where what is in a folder began with another recipe: the file of one may have been edited."""
     known = read_json(folder / file).get("parts", {})
-    for name, recipe in ((name, Recipe.from_plain(plain)) for name, plain in parts.items()):
-        began = Recipe.from_plain(known[name]) if name in known else recipe
-        if replace(began, description=recipe.description) != recipe:
+    for name, plain in parts.items():
+        if name in known and not Recipe.from_plain(plain).is_that_of(known[name]):
             raise ValueError(f"recipe {name!r} is another than {str(folder)!r} began with; accepted: the recipe as "
                              f"parts of {file} have it, or a new {Path(file).stem}")  # fmt: skip
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,6 +148,10 @@ class Recipe(Plain):
         """A copy with dotted keys replaced, for example `{"tokens.keep": 0.5, "optimizer.matrix.lr": 1e-3}`."""
         recipe: Recipe = with_values(self, values)
         return recipe
+
+    def is_that_of(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record, of an older version with fewer settings perhaps, has this recipe, in whatever words."""
+        return replace(Recipe.from_plain(record), description=self.description) == self
 
 
 def recipe_names() -> list[str]:

@@ -129,9 +129,10 @@ class RunMirror(Sender):
         """Whether the run there was begun with this recipe and seed: the draw that made a sweep's trial is only then
         sure to be in the sweep's own history there, too."""
         content = self.remote.read(RUN_FILE)
-        run = json.loads(content) if content is not None else {}
-        parts = json.loads(json.dumps(trial.recipe.to_plain()))
-        return (run.get("parts"), run.get("seed")) == (parts, trial.seed)
+        if content is None:
+            return False
+        run = json.loads(content)
+        return run["seed"] == trial.seed and trial.recipe.is_that_of(run["parts"])
 
     def _is_as_here(self, name: str) -> bool:
         file = f"{checkpoint.FOLDER}/{name}/{checkpoint.MANIFEST}"

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,20 @@ def test_a_run_of_another_recipe_there_is_not_gone_on_with(place: Place, expecte
         run(other, after_uploads(place, other, end_at=5))
     run(trial)
     assert outcome(Path(trial.folder)) == expected and resumed(Path(trial.folder)) == []
+
+
+def test_a_run_there_is_gone_on_with_whatever_words_its_recipe_is_described_in(
+    place: Place, expected: dict[str, Any]
+) -> None:
+    """And where an older version began it, which had fewer settings."""
+    first, trial = place.trial("first"), place.trial("second")
+    with pytest.raises(StoppedError):
+        run(first, after_uploads(place, first, end_at=5))
+    record = json.loads((place.run / "run.json").read_text())
+    del record["parts"]["execution"]["prefetch"]
+    (place.run / "run.json").write_text(json.dumps(record))
+    run(replace(trial, recipe=replace(trial.recipe, description="in other words")))
+    assert outcome(Path(trial.folder)) == expected and resumed(Path(trial.folder)) == [5]
 
 
 def test_a_mirror_that_does_not_answer_stops_a_run_before_it_begins(place: Place) -> None:
