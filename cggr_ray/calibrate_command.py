@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from cggr_ray.calibration import Calibration, Settings, notes, write_calibrated
 from cggr_ray.commands import check, specify, take
 from cggr_ray.data.dataset import prepare
@@ -18,6 +16,7 @@ from cggr_ray.data_checks import check_tokens
 from cggr_ray.device import pick_device
 from cggr_ray.fits import ask
 from cggr_ray.schema import CALIBRATED_FILE, CALIBRATION_FILE, DATA_FOLDER
+from cggr_ray.telemetry.console import terminal
 
 
 def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], settings: Settings, again: bool) -> None:
@@ -27,7 +26,7 @@ def calibrate(name: str | None, out: Path | None, changes: Mapping[str, Any], se
         raise ValueError(f"workers = {spec.workers}; accepted: workers = 1, for one process after the other is tried")
     device = pick_device(spec.device)
     settings.limit_mib(device)
-    folder, console = out or Path("outputs") / f"{spec.name}-calibration", Console()
+    folder, console = out or Path("outputs") / f"{spec.name}-calibration", terminal()
     check(spec, "train", None, folder)
     if not (folder / CALIBRATION_FILE).is_file():
         take(folder, CALIBRATION_FILE, json.dumps({"name": spec.name, "arms": {}}))

@@ -32,7 +32,7 @@ from cggr_ray.race import RaceSpec, Trial, load_race, plan_trials
 from cggr_ray.recipe import Recipe, load_recipe, of_recipe
 from cggr_ray.remote import is_address
 from cggr_ray.schema import DATA_FOLDER, OVERLAP_FILE, RACE_FILE, RUN_FILE, RUNS_FOLDER, SUMMARY_FILE
-from cggr_ray.telemetry.console import RaceConsole
+from cggr_ray.telemetry.console import RaceConsole, terminal
 
 EXECUTORS = ("train", "inprocess")
 
@@ -70,7 +70,7 @@ def race(
     mirror = mirror_of(spec, folder)
     mirror.check()
     begin(folder, spec, trials)
-    console = Console()
+    console = terminal()
     with mirror:
         failed = run_left(with_kept_questions(trials, folder), folder, executor, address, most, console, mirror)
         finish(folder, failed, console)

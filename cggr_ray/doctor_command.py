@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from cggr_ray.environment import PACKAGES, version
+from cggr_ray.telemetry.console import terminal
 
 # Oldest versions without known holes in what is read from disk.
 FLOORS = {"torch": (2, 10), "transformers": (5, 3)}
@@ -17,7 +17,7 @@ FLOORS = {"torch": (2, 10), "transformers": (5, 3)}
 
 def doctor() -> None:
     """Versions, device and disk; exit code 1 where something would go wrong."""
-    console = Console()
+    console = terminal()
     problems = []
     for name in PACKAGES:
         found, floor = version(name), FLOORS.get(name)

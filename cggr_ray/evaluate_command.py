@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from cggr_ray.codec import from_plain, read_json, read_toml, to_plain
@@ -35,6 +34,7 @@ from cggr_ray.schema import (
     RUN_FILE,
     RUNS_FOLDER,
 )
+from cggr_ray.telemetry.console import terminal
 from cggr_ray.telemetry.jsonl import plain
 
 
@@ -46,7 +46,7 @@ def evaluate(folder: Path, tasks: Path | None, rows: int | None, device: str) ->
     """
     if rows is not None and rows < 1:
         raise ValueError(f"--rows {rows}; accepted: at least 1")
-    where, console = pick_device(device), Console()
+    where, console = pick_device(device), terminal()
     disable_progress_bar()
     kept = [(run, specified(run, tasks, rows), models) for run in run_folders(folder) if (models := kept_models(run))]
     if not kept:

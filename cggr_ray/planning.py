@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Column, Table
 
 from cggr_ray.batches import rows_of_worker
@@ -16,6 +15,7 @@ from cggr_ray.footprint import activation_bytes, state_bytes
 from cggr_ray.hub import TOKENIZER, WEIGHTS, is_cached
 from cggr_ray.models.presets import parameter_count
 from cggr_ray.race import RaceSpec, Trial, check_rates
+from cggr_ray.telemetry.console import terminal
 from cggr_ray.tried import untuned
 
 GIB = 1 << 30
@@ -65,7 +65,7 @@ def absent(spec: RaceSpec) -> list[str]:
 
 def show_plan(spec: RaceSpec, trials: Sequence[Trial]) -> None:
     """Trials, seconds, milestones, tokens a step, an estimate of memory from shapes, and what is not here yet."""
-    console = Console()
+    console = terminal()
     table = Table(Column("trial", overflow="fold"), "train s", "tokens a step", "rows", "micro-batch", "lr scale")
     for trial in trials:
         rows = trial.recipe.rows.rows_per_step(trial.race.global_rows)

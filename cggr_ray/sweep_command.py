@@ -31,7 +31,7 @@ from cggr_ray.environment import fingerprint
 from cggr_ray.mirror import mirror_of
 from cggr_ray.planning import absent
 from cggr_ray.schema import DATA_FOLDER, SWEEP_FILE, VAL_LOSS
-from cggr_ray.telemetry.console import RaceConsole
+from cggr_ray.telemetry.console import RaceConsole, terminal
 
 if TYPE_CHECKING:
     from trainables.history import History
@@ -79,7 +79,7 @@ def sweep(
     mirror.check()
     if resume is None:
         begin_sweep(spec, folder)
-    console = Console()
+    console = terminal()
     from trainables.history import History
     from trainables.sweep_driver import run_sweep
 
@@ -193,7 +193,7 @@ def check_growing(growing: int | None, device: str, address: str | None) -> None
 
 def show_sweep(spec: SweepSpec) -> None:
     """The plan: how much there is to run, how it is searched, what, and what is not here yet."""
-    console, search = Console(), spec.search
+    console, search = terminal(), spec.search
     seconds = search.trials * spec.race.budget_seconds
     most = min(seconds, search.total_seconds or seconds)
     console.print(f"{search.trials} trials of {spec.recipe}, at most {most:g} train seconds")

@@ -35,6 +35,7 @@ from cggr_ray.paths import arm_name
 from cggr_ray.planning import show_plan
 from cggr_ray.race import RaceSpec, Trial
 from cggr_ray.schema import TUNED_FILE, TUNING_FILE, TUNING_ROWS_FILE, VAL_LOSS
+from cggr_ray.telemetry.console import terminal
 from cggr_ray.tuning import best_rows, notes, plan_tuning, tuning_of, tuning_rows, write_tuned
 
 
@@ -69,7 +70,7 @@ def tune(
     if dry_run:
         show_plan(trials[0].race, trials)
         for number, values in enumerate(tuning_of(spec).values, 1):
-            Console().print(f"  values {number}: {json.dumps(values)}", highlight=False, soft_wrap=True)
+            terminal().print(f"  values {number}: {json.dumps(values)}", highlight=False, soft_wrap=True)
         return
     mirror = mirror_of(spec, folder)
     mirror.check()
@@ -86,7 +87,7 @@ def tune(
         write_whole(folder / TUNING_FILE, json.dumps(record, indent=1))
     else:
         claim(folder, TUNING_FILE, record)
-    console = Console()
+    console = terminal()
     with mirror:
         failed = run_left(trials, folder, executor, address, None, console, mirror)
         finish_tuning(spec, trials, folder, failed, console)

@@ -270,7 +270,7 @@ def test_tune_writes_rows_and_a_race_that_can_be_run(
 def test_a_recipe_without_a_finite_loss_is_named_and_resuming_runs_what_is_left(
     race_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, lost = tmp_path / "my tuning", [f"cggr_loss-{number}" for number in (1, 2, 3)]
+    out, lost = tmp_path / "my tuning [b] :x:", [f"cggr_loss-{number}" for number in (1, 2, 3)]
     code, said = tune(monkeypatch, Runs({}, fail=lost), race_file, "--out", out)
     assert code == 1 and "no trial with a finite loss: cggr_loss; no tuned.toml is written" in said
     typed = shlex.split(said.partition("go on with: ")[2])

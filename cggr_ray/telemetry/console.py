@@ -19,11 +19,16 @@ PLAIN_EVERY = 0.25
 SHOWN = {TRAIN_LOSS: "loss", KEPT_LOSS: "kept", SKIP_LOSS: "thinned"}
 
 
+def terminal() -> Console:
+    """Prints a text as it stands: no bracket of a folder's name, or of a value, is markup."""
+    return Console(markup=False, emoji=False)
+
+
 class RaceConsole:
     """Use as a context manager; `show` takes the rows that trials report."""
 
     def __init__(self, budget_seconds: float, trial_ids: Sequence[str] = (), console: Console | None = None) -> None:
-        self._budget, self._console = budget_seconds, console or Console()
+        self._budget, self._console = budget_seconds, console or terminal()
         self._rows: dict[str, Row] = {trial_id: {} for trial_id in trial_ids}
         self._printed: dict[str, float] = {}
         self._live = Live(console=self._console, refresh_per_second=4, get_renderable=self._table)
