@@ -25,6 +25,9 @@ ACCEPTED = "PROTOCOL://FOLDER such as s3://bucket/folder, gs://bucket/folder or 
 # Python packages of protocols whose filesystems do not come with fsspec.
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs",
             "sftp": "paramiko", "ssh": "paramiko"}  # fmt: skip
+LOCAL = ("file", "local")
+# What fsspec's filesystems look for files by when they move or remove some; `?` begins a query.
+PATTERNS = frozenset("*[")
 # Seconds before a call that has failed is made again.
 WAITS = (1.0, 4.0)
 AT_ONCE = 16 << 20
@@ -48,7 +51,8 @@ def check_address(address: str) -> str:
     """The address without a slash at its end.
 
     Raises:
-        ValueError: it is none, or holds a password or another secret, which would land in every run's folder.
+        ValueError: it is none, or not the same one everywhere; or it holds a password or another secret, which would
+            land in every run's folder.
     """
     protocol, _, rest = address.partition("://")
     # Keys hold slashes and other signs that end a user's name in an address by its rules.
@@ -59,6 +63,12 @@ def check_address(address: str) -> str:
                          "secrets, which the filesystem's library reads from the environment")  # fmt: skip
     if not is_address(address) or "::" in address or not folder.strip("/"):
         raise ValueError(f"mirror {address!r}; accepted: {ACCEPTED}")
+    if protocol in LOCAL and not rest.startswith("/"):
+        # Every worker has a working directory of its own.
+        raise ValueError(f"mirror {address!r} is relative; accepted: a whole path, {protocol}:///mnt/folder")
+    if not PATTERNS.isdisjoint(folder):
+        raise ValueError(f"mirror {address!r} has one of {' '.join(sorted(PATTERNS))}, which filesystems take for a "
+                         "pattern; accepted: a name without")  # fmt: skip
     return address.rstrip("/")
 
 

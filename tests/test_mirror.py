@@ -84,6 +84,8 @@ def invoke(*arguments: object, code: int = 0) -> str:
         ("/mnt/race", "mirror '/mnt/race'; accepted: PROTOCOL://FOLDER"),
         ("file:///", "mirror 'file:///'; accepted: PROTOCOL://FOLDER"),
         ("simplecache::s3://bucket/race", "accepted: PROTOCOL://FOLDER"),
+        ("file://backup/race", "mirror 'file://backup/race' is relative; accepted: a whole path, file:///mnt/folder"),
+        ("s3://bucket/race[1]", "mirror 's3://bucket/race[1]' has one of * [, which filesystems take for a pattern"),
         ("http://127.0.0.1:9/race", "'http://127.0.0.1:9/race' does not answer: "),
         (f"s3://key:{SECRET}@bucket/race", "mirror 's3://bucket/race' with a password or a query; accepted"),
         (f"s3://key:{SECRET}/+#?x@bucket/race", "mirror 's3://bucket/race' with a password or a query; accepted"),
