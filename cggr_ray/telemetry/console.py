@@ -12,7 +12,10 @@ from rich.table import Table
 from cggr_ray.schema import FRACTION, KEPT_LOSS, SKIP_LOSS, TOKENS_PER_SEC, TRAIN_LOSS, VAL_LOSS
 from cggr_ray.telemetry.tracker import Row
 
-BAR = 24
+# Characters of a bar, and of the shortest, where a terminal has no room for more.
+BAR, SHORTEST_BAR = 24, 4
+# More columns than any line has.
+ROOM = 1000
 # Without a terminal a line is printed at every such part of a trial's budget.
 PLAIN_EVERY = 0.25
 # The loss of a step, and the word before it: which positions it is of.
@@ -58,14 +61,14 @@ class RaceConsole:
             self._printed[trial_id] = fraction
             self._console.print(f"{trial_id:24} {' '.join(self._cells(known))}", highlight=False, soft_wrap=True)
 
-    def _cells(self, row: Row) -> list[str]:
+    def _cells(self, row: Row, bar: int = BAR) -> list[str]:
         if FRACTION not in row:
             return ["waiting", "", "", "", ""]
         fraction = float(row[FRACTION])
-        filled = round(fraction * BAR)
+        filled = round(fraction * bar)
         shown, val = [f"{word} {row[name]:.3f}" for name, word in SHOWN.items() if name in row], row.get(VAL_LOSS)
         return [
-            f"[{'=' * filled}{'.' * (BAR - filled)}] {fraction:4.0%}".replace("[", "|").replace("]", "|"),
+            f"[{'=' * filled}{'.' * (bar - filled)}] {fraction:4.0%}".replace("[", "|").replace("]", "|"),
             "".join(shown),
             f"val {val:.4f}" if val is not None else "",
             f"{row[TOKENS_PER_SEC] / 1e3:.1f}k tok/s" if row.get(TOKENS_PER_SEC) else "",
@@ -73,7 +76,14 @@ class RaceConsole:
         ]
 
     def _table(self) -> Table:
+        """Bars are as much shorter as the terminal is too narrow."""
+        whole = self._grid(BAR)
+        wanted = self._console.measure(whole, options=self._console.options.update_width(ROOM)).maximum
+        missing = max(0, wanted - self._console.width)
+        return self._grid(max(SHORTEST_BAR, BAR - missing)) if missing else whole
+
+    def _grid(self, bar: int) -> Table:
         table = Table.grid(padding=(0, 2))
         for trial_id, row in self._rows.items():
-            table.add_row(trial_id, *self._cells(row))
+            table.add_row(trial_id, *self._cells(row, bar))
         return table
