@@ -15,6 +15,7 @@ from cggr_ray.footprint import activation_bytes, state_bytes
 from cggr_ray.hub import TOKENIZER, WEIGHTS, is_cached
 from cggr_ray.models.presets import parameter_count
 from cggr_ray.race import RaceSpec, Trial, check_rates
+from cggr_ray.saying import counted
 from cggr_ray.telemetry.console import terminal
 from cggr_ray.tried import untuned
 
@@ -85,7 +86,7 @@ def show_plan(spec: RaceSpec, trials: Sequence[Trial]) -> None:
 def _seconds(spec: RaceSpec, trials: int) -> list[str]:
     at = ", ".join(f"{fraction * spec.budget_seconds:g}" for fraction in sorted({*spec.milestones, 1.0}))
     found = [
-        f"{trials} trials, {trials * spec.budget_seconds:g} train seconds in all, set-up not counted",
+        f"{counted(trials, 'trial')}, {trials * spec.budget_seconds:g} train seconds in all, set-up not counted",
         f"milestones after {at} s",
         *([f"{spec.workers} workers a trial, which share the rows of a step"] if spec.workers > 1 else []),
     ]
@@ -95,8 +96,8 @@ def _seconds(spec: RaceSpec, trials: int) -> list[str]:
         tasks = ", ".join(f"{task.name} (at most {task.seconds:g} s)" for task in spec.evaluation.tasks)
         found.append(f"asked at every milestone: {tasks}")
     if spec.tuning and (arms := untuned(spec.recipes, spec.arms, spec.tuning.values)):
-        entries = len(spec.tuning.values)
-        found.append(f"to be tuned before: {entries} values x {len(arms)} recipes, {spec.tuning.seconds:g} s each")
+        times = f"{counted(len(spec.tuning.values), 'value')} x {counted(len(arms), 'recipe')}"
+        found.append(f"to be tuned before: {times}, {spec.tuning.seconds:g} s each")
     return found
 
 

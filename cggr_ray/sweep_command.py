@@ -30,6 +30,7 @@ from cggr_ray.data_checks import check_tokens
 from cggr_ray.environment import fingerprint
 from cggr_ray.mirror import mirror_of
 from cggr_ray.planning import absent
+from cggr_ray.saying import counted
 from cggr_ray.schema import DATA_FOLDER, SWEEP_FILE, VAL_LOSS
 from cggr_ray.telemetry.console import RaceConsole, terminal
 
@@ -196,7 +197,9 @@ def show_sweep(spec: SweepSpec) -> None:
     console, search = terminal(), spec.search
     seconds = search.trials * spec.race.budget_seconds
     most = min(seconds, search.total_seconds or seconds)
-    console.print(f"{search.trials} trials of {spec.recipe}, at most {most:g} train seconds")
+    wall = f", {search.wall_seconds:g} s of the wall clock" if search.wall_seconds else ""
+    said = f"{counted(search.trials, 'trial')} of {spec.recipe}, at most {most:g} train seconds{wall}"
+    console.print(said, highlight=False, soft_wrap=True)
     for name in ("algorithm", "scheduler"):
         kind, *settings = to_plain(getattr(search, name)).items()
         said = ", ".join(f"{key} {value}" for key, value in settings)

@@ -413,6 +413,16 @@ def load_parts_domain(key: str) -> list[object]:
     return list(SPACES["cggr"].domains()[key].of)
 
 
+def test_a_plan_counts_one_as_one_and_says_every_limit_of_a_sweep() -> None:
+    shown = CliRunner().invoke(cli.app, ["race", "cpu", "--dry-run", "--recipes", "baseline"]).output
+    assert "\n1 trial, 30 train seconds in all" in shown
+    limits = ("--total-seconds", "90", "--wall-seconds", "75.5", "--trials")
+    for trials, counted in (("1", "1 trial"), ("4", "4 trials")):
+        shown = CliRunner().invoke(cli.app, ["sweep", "cggr", "--race", "cpu", "--dry-run", *limits, trials]).output
+        most = min(int(trials) * 30, 90)
+        assert shown.startswith(f"{counted} of cggr_loss, at most {most} train seconds, 75.5 s of the wall clock\n")
+
+
 def test_dry_run_plans_and_takes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     shown = CliRunner().invoke(cli.app, ["race", "cpu", "--dry-run", "--seeds", "0,1"])
@@ -431,7 +441,7 @@ def test_a_plan_says_what_is_not_here_yet(
     tuning = '[tuning]\nseconds = 1.0\nseed = 9\nvalues = [{ "optimizer.lr_scale" = 0.5 }]\n'
     Path("far.toml").write_text(f'recipes = ["baseline"]\ndevice = "cpu"\n{sources}{tuning}')
     shown = CliRunner().invoke(cli.app, [*arguments, "--dry-run"], catch_exceptions=False)
-    assert shown.exit_code == 0 and "trials" in shown.output
+    assert shown.exit_code == 0 and "train seconds" in shown.output
     assert f"not here: data file {tmp_path / 'far.jsonl'}" in shown.output
     said = fails(monkeypatch, capsys, *arguments)
     assert "far.jsonl' does not exist; accepted: a .jsonl" in said
