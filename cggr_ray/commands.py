@@ -221,6 +221,9 @@ def specify(race: RaceSpec | str | None, changes: Mapping[str, Any], values: Map
         table[dotted] = value
     race_beside(Path.cwd(), plain)
     changed = RaceSpec.from_plain(plain)
+    if "wandb_project" in changes and changed.wandb == "off":
+        raise ValueError(f"--wandb-project {changed.wandb_project!r} with wandb = 'off'; "
+                         "accepted: with --wandb offline or online, or wandb in the race's file")  # fmt: skip
     for recipe in changed.recipes:
         load_recipe(recipe)
         with of_recipe(recipe):

@@ -111,6 +111,10 @@ def race_file(folder: Path, data: str) -> Path:
         (["race", "--executor", "magic"], "executor 'magic'"),
         (["race", "--data", "numina"], "data 'numina'; did you mean 'numinamath'?"),
         (["race", "cpu", "--device", "tpu"], "device = 'tpu'"),
+        (
+            ["race", "cpu", "--dry-run", "--wandb-project", "mine"],
+            "--wandb-project 'mine' with wandb = 'off'; accepted",
+        ),
         (["race", "--resume", "nowhere"], "'nowhere' holds no race"),
         (["tune", "cpu"], "race 'cpu' has no [tuning]; accepted: "),
         (["tune", "--resume", "nowhere"], "'nowhere' holds no tuning; accepted: a folder with tuning.json"),
