@@ -93,7 +93,7 @@ def tuning_words(race: Race) -> str:
     spec = race.spec.get("spec", {})
     tuning = spec.get("tuning")
     if tuning is None:
-        return "No arm was tuned for this race."
+        return "By the race's file no arm was tuned before the race."
     arms, tried = spec.get("arms", {}), tuning["values"]
     names = list(spec.get("recipes", race.recipes))
     left = untuned(names, arms, tried)
