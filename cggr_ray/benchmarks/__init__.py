@@ -67,13 +67,18 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
                 rows.append(row)
         table = Table("provider", "ms p20", "ms p50", "ms p80", "peak MiB", "value", "unit", title=f"{name} {shape}")
         for row in rows:
-            numbers = (f"{x:.2f}" for x in (row.ms_p20, row.ms_p50, row.ms_p80, row.peak_mib))
+            numbers = map(measured, (row.ms_p20, row.ms_p50, row.ms_p80, row.peak_mib))
             table.add_row(row.provider, *numbers, f"{row.value:.4f}", row.unit)
         console = Console(width=120)
         console.print(table)
         if (more := tables.get(name)) is not None:
             console.print(more(shape, rows))
         print(f"rows: {path}")
+
+
+def measured(figure: float) -> str:
+    """A time or a peak of memory, or that there is none."""
+    return f"{figure:.2f}" if figure else "–"
 
 
 def check_tests(name: str) -> None:

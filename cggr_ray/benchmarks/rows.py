@@ -18,7 +18,10 @@ from cggr_ray.schema import BENCH_COLUMNS
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One provider on one shape. `value` in `unit` is what the benchmark is about; times are of one call."""
+    """One provider on one shape. `value` in `unit` is what the benchmark is about; times are of one call.
+
+    A time or a peak of 0 was not measured: memory on a CPU, times where values are counted.
+    """
 
     bench: str
     shape: str
