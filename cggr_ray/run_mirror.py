@@ -20,7 +20,7 @@ from cggr_ray.assembly import ACTIVATIONS_FILE
 from cggr_ray.copying import AGAIN_SECONDS, Background, Every, Sender, fetch
 from cggr_ray.data.dataset import READY, DataSpec, is_prepared
 from cggr_ray.files import room_for
-from cggr_ray.lock import only_writer
+from cggr_ray.lock import WAIT_SECONDS, only_writer
 from cggr_ray.race import Trial
 from cggr_ray.remote import Remote, RemoteError, is_below, open_remote
 from cggr_ray.schema import (
@@ -225,10 +225,13 @@ def mirrored(trial: Trial, workers: Workers) -> Iterator[Mirroring]:
         fetch_data(race, trial.race.data, Path(trial.data_folder))
         if trial.race.evaluation is not None:
             fetch_questions(race, folder.parents[1])
-        with only_writer(folder):
-            run.fetch(trial)
-    # Worker 0 takes the lock when the others have let it go.
-    workers.reason(None)
+        # Worker 0 first: the others of its machine wait for it, however long a checkpoint takes. A round ends when all
+        # have let the lock go.
+        for first, wait_seconds in ((True, WAIT_SECONDS), (False, math.inf)):
+            if workers.is_first is first:
+                with only_writer(folder, wait_seconds):
+                    run.fetch(trial)
+            workers.reason(None)
     if not workers.is_first:
         yield Mirroring()
         return

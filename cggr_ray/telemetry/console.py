@@ -68,7 +68,7 @@ class RaceConsole:
         filled = round(fraction * bar)
         shown, val = [f"{word} {row[name]:.3f}" for name, word in SHOWN.items() if name in row], row.get(VAL_LOSS)
         return [
-            f"[{'=' * filled}{'.' * (bar - filled)}] {fraction:4.0%}".replace("[", "|").replace("]", "|"),
+            f"|{'=' * filled}{'.' * (bar - filled)}| {fraction:4.0%}",
             "".join(shown),
             f"val {val:.4f}" if val is not None else "",
             f"{row[TOKENS_PER_SEC] / 1e3:.1f}k tok/s" if row.get(TOKENS_PER_SEC) else "",

@@ -8,11 +8,14 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from cggr_ray.race import Trial
 from cggr_ray.remote import RemoteError
 from cggr_ray.run_mirror import Mirroring, mirrored
 from cggr_ray.stopping import StoppedError
-from cggr_ray.workers import ALONE
+from cggr_ray.workers import ALONE, Workers
 
 PATIENCE = 20.0
 Stop = Callable[[], bool]
@@ -328,6 +331,43 @@ def test_a_run_there_is_gone_on_with_whatever_words_its_recipe_is_described_in(
     (place.run / "run.json").write_text(json.dumps(record))
     run(replace(trial, recipe=replace(trial.recipe, description="in other words")))
     assert outcome(Path(trial.folder)) == expected and resumed(Path(trial.folder)) == [5]
+
+
+def test_workers_of_a_machine_fetch_one_after_the_other_however_long_it_takes(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one longer than the others would wait for a stranger."""
+    trial, met, fetched = place.trial("second"), Barrier(2), list[int]()
+    fetch = run_mirror.RunMirror.fetch
+    monkeypatch.setattr(run_mirror, "WAIT_SECONDS", 0.02)
+
+    class One(Workers):
+        size = 2
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def reason(self, own: str | None) -> str | None:
+            met.wait(PATIENCE)
+            return own
+
+    def slow(mirror: run_mirror.RunMirror, trial: Trial) -> None:
+        fetch(mirror, trial)
+        if not fetched:
+            time.sleep(0.3)
+        fetched.append(local.rank)
+
+    def begin(rank: int) -> None:
+        local.rank = rank
+        with mirrored(trial, One(rank)):
+            pass
+
+    local = threading.local()
+    monkeypatch.setattr(run_mirror.RunMirror, "fetch", slow)
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(begin, rank) for rank in (1, 0)]:
+            done.result()
+    assert fetched == [0, 1]
 
 
 def test_a_mirror_that_does_not_answer_stops_a_run_before_it_begins(place: Place) -> None:
