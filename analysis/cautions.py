@@ -32,8 +32,12 @@ def unfinished(race: Race) -> list[str]:
         for run, status, message in zip(race.runs["trial_id"], race.runs["status"], messages, strict=True)
         if status != FINISHED
     ]
-    absent = [str(trial) for trial in race.spec.get("trials", ()) if trial not in set(race.runs["trial_id"])]
-    return lines + [f"{trial}: never started" for trial in absent]
+    return lines + [f"{trial}: never started" for trial in never_started(race)]
+
+
+def never_started(race: Race) -> list[str]:
+    """Ids of the trials of the race that left no run."""
+    return [str(trial) for trial in race.spec.get("trials", ()) if trial not in set(race.runs["trial_id"])]
 
 
 def ledger_words(race: Race) -> str:

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.cautions import caveats, ledger_words, order_words, stability_words, tuning_words, unfinished
+from analysis.cautions import (
+    caveats,
+    ledger_words,
+    never_started,
+    order_words,
+    stability_words,
+    tuning_words,
+    unfinished,
+)
 from analysis.findings import (
     answers_table,
     efficiency_table,
@@ -73,6 +81,7 @@ from analysis.tables import (
     validation_table,
 )
 from analysis.targets import TARGET_FRACTIONS
+from cggr_ray.saying import counted
 from cggr_ray.schema import RACE_FILE, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS, VAL_TOKENS
 
 REPORT_FILE = "benchmark_results.md"
@@ -247,11 +256,13 @@ def verdicts(race: Race) -> list[str]:
 
 
 def _headline(race: Race) -> str:
-    numbers = {"recipe": len(race.recipes), "run": len(race.runs), "seed": race.runs["seed"].nunique()}
-    counts = ", ".join(f"{number} {noun}{'' if number == 1 else 's'}" for noun, number in numbers.items())
+    runs, absent = len(race.runs), len(never_started(race))
+    part = f"{runs} of " if absent else ""
+    recipes, seeds = counted(len(race.recipes), "recipe"), counted(race.runs["seed"].nunique(), "seed")
+    counts = f"{recipes}, {part}{counted(runs + absent, 'run')}, {seeds}"
     device = distinct(race.runs, "device/name")
-    counted = f", counted as {plain(race.spec['spec']['step_seconds'])} s a step" if race.stepped else ""
-    return f"{counts}, {_budget(race)} train seconds a run{counted}, on {device}. Baseline: {race.baseline}."
+    stepped = f", counted as {plain(race.spec['spec']['step_seconds'])} s a step" if race.stepped else ""
+    return f"{counts}, {_budget(race)} train seconds a run{stepped}, on {device}. Baseline: {race.baseline}."
 
 
 def _budget(race: Race) -> str:

@@ -97,7 +97,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "trainables": ("ray", "numpy", "optuna", "tomli_w", "cggr_ray", "search_spaces", "trainables"),
     "search_spaces": ("numpy", "optuna", "cggr_ray.codec", "search_spaces"),
     "analysis": (
-        *("cggr_ray.schema", "cggr_ray.tried", "analysis"),
+        *("cggr_ray.schema", "cggr_ray.saying", "cggr_ray.tried", "analysis"),
         *("pandas", "numpy", "pyarrow", "matplotlib", "scipy", "tabulate", "optuna"),
     ),
 }

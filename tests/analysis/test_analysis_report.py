@@ -218,7 +218,8 @@ def test_what_ran_says_whose_figure_it_is(pair_race: Path) -> None:
 def test_a_trial_without_a_folder_is_named(pair_race: Path) -> None:
     spec = json.loads((pair_race / "race.json").read_text())
     (pair_race / "race.json").write_text(json.dumps(spec | {"trials": [*spec["trials"], "quick-9"]}))
-    assert "quick-9: never started" in render(read_race(pair_race))
+    text = render(read_race(pair_race))
+    assert "quick-9: never started" in text and "2 recipes, 4 of 5 runs, 2 seeds" in text
 
 
 def test_a_race_that_has_just_begun_can_be_reported(tmp_path: Path, run_writer: Writer) -> None:
