@@ -54,7 +54,8 @@ def test_the_plan_of_every_shipped_race(name: str, tmp_path: Path) -> None:
     spec = load_race(name)
     trials = plan_trials(spec, tmp_path / "race")
     assert all(trial.trial_id in said for trial in trials)
-    assert f"{len(trials)} trials, {len(trials) * spec.budget_seconds:g} train seconds" in said
+    many = "trial" if len(trials) == 1 else "trials"
+    assert f"{len(trials)} {many}, {len(trials) * spec.budget_seconds:g} train seconds" in said
     assert all(what in said for what in absent(spec))
     assert list(tmp_path.iterdir()) == []
 
