@@ -202,13 +202,13 @@ def test_a_batch_that_the_time_cap_cuts_is_left_out_whole(
     assert [len(samples) for samples in found] == [3] * answered + [0] * (len(PROMPTS) - answered)
 
 
+@pytest.mark.timeout(60)
 def test_the_cap_is_kept(tokenizer: Any) -> None:
-    started = time.monotonic()
+    """So many tokens would take several minutes."""
     with torch.no_grad():
         (model := small_model("llama")).get_output_embeddings().weight[END] = 0
     task = Asked(max_new_tokens=100_000, seconds=0.3)
     assert generate(model, tokenizer, questions_of(PROMPTS), task, 2) == [[] for _ in PROMPTS]
-    assert time.monotonic() - started < 10
 
 
 def test_a_broken_model_says_something(tokenizer: Any) -> None:

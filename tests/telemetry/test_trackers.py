@@ -195,7 +195,7 @@ tracker.finish({})
 def test_a_run_goes_on_when_wandb_cannot_be_reached(tmp_path: Path, environment: dict[str, str]) -> None:
     *said, seconds = with_wandb(tmp_path, ONLINE, **environment).splitlines()
     assert len([line for line in said if "W&B has failed" in line]) == 1
-    assert json.loads(seconds) < 8
+    assert json.loads(seconds) < 30, "the client's own patience is 90 s"
 
 
 SERVER = """
@@ -250,7 +250,7 @@ os._exit(0)
 def test_a_run_goes_on_when_wandb_fails_later(tmp_path: Path, failure: str) -> None:
     *said, seconds = with_wandb(tmp_path, SERVER + failure + END).splitlines()
     assert len([line for line in said if "W&B has failed" in line]) <= 1
-    assert json.loads(seconds) < 8
+    assert json.loads(seconds) < 30, "the client's own patience is 90 s"
 
 
 FOREIGN = [OSError(28, "No space left on device"), RuntimeError("x"), KeyError("x"), TypeError("x"), AssertionError()]
