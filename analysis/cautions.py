@@ -204,14 +204,20 @@ def version_caveats(race: Race) -> list[str]:
 
 
 def moved_caveats(race: Race) -> list[str]:
-    """Runs that were not on one machine all along, and where they were."""
+    """Runs that were not on one machine, or not of one version, all along: where they were, and what is another."""
     if "earlier" not in race.runs.columns:
         return []
     notes = []
     for run in race.runs[race.runs["earlier"].notna()].to_dict("records"):
-        before = ", ".join(f"{where['device']} of {where['host']}" for where in run["earlier"])
         here = f"{run['device/name']} of {run['process/host']}"
-        notes.append(f"**{run['trial_id']} was moved in its midst, from {before} to {here}: its speed is neither's.**")
+        before = [f"{where['device']} of {where['host']}" for where in run["earlier"]]
+        if away := [place for place in dict.fromkeys(before) if place != here]:
+            words = f"was moved in its midst, from {', '.join(away)} to {here}: its speed is neither's."
+            notes.append(f"**{run['trial_id']} {words}**")
+        known = [where.get("versions", {}).items() for where in run["earlier"]]
+        if changed := sorted({name for old in known for name, had in old if had != run.get(f"versions/{name}")}):
+            words = f"has changed in its midst: {', '.join(changed)}."
+            notes.append(f"**What {run['trial_id']} ran with {words}**")
     return notes
 
 

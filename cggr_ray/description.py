@@ -63,7 +63,8 @@ def check_kind(file: Path, device: torch.device) -> None:
 
 
 def with_earlier(run: Row, file: Path) -> Row:
-    """What goes on from a checkpoint, and as `earlier` the other devices and hosts it ran on, from its run.json."""
+    """What goes on from a checkpoint, and as `earlier` the other devices, hosts and versions it ran with, from its
+    run.json."""
     before = json.loads(file.read_text()) if file.is_file() else {}
     here = _where(run)
     earlier = [*before.get("earlier", ()), *([_where(before)] if "process" in before else ())]
@@ -72,4 +73,4 @@ def with_earlier(run: Row, file: Path) -> Row:
 
 
 def _where(run: Row) -> Row:
-    return {"device": run["device"]["name"], "host": run["process"]["host"]}
+    return {"device": run["device"]["name"], "host": run["process"]["host"], "versions": run["versions"]}

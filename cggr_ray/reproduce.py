@@ -4,9 +4,10 @@ A run folder holds the trial (run.json), what the clock said to every step (prog
 replay has the same parts, seeds and rows, and a clock that says the same again, so on a CPU every bit has to be the
 same: losses, norms and decisions of every recorded step, the validations, the marks of the data order and the totals.
 So it has on a GPU of the same name, if the run had `execution.deterministic`. On other GPUs, after memory ran out, of
-several workers (the replay has one), with a cache of activations, and of a run that was moved to another machine in its
-midst, sums are taken in another order; there the final validation loss has to lie as close as the race's seeds lie:
-within the half width of their 95 % t interval, or within `TOLERANCE` of it where fewer than two seeds ended.
+several workers (the replay has one), with a cache of activations, and of a run that went on in its midst on another
+machine or with other versions, sums may be taken in another order; there the final validation loss has to lie as close
+as the race's seeds lie: within the half width of their 95 % t interval, or within `TOLERANCE` of it where fewer than
+two seeds ended.
 
 Tasks of an evaluation are left out: how many questions they get through depends on the seconds they have.
 """
@@ -91,8 +92,8 @@ class Recorded:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the same arithmetic is there again: on a CPU, or by deterministic algorithms; on one device all
-        along, in the micro-batches that the trial asks for, by one worker, and with nothing computed before."""
+        """Whether the same arithmetic is there again: on a CPU, or by deterministic algorithms; on one device and with
+        one version all along, in the micro-batches that the trial asks for, by one worker, and with nothing computed before."""
         execution = self.recipe.execution
         repeats = self.run["device"]["type"] == "cpu" or execution.deterministic
         whole = not self.run.get("earlier") and not self.summary["out_of_memory"]

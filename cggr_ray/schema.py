@@ -3,7 +3,8 @@
 A run folder holds
 
     run.json        what ran: recipe, race, seeds, model, data, device, versions (written before the first step), and
-                    in `earlier` other devices and hosts on which it ran before it went on from a checkpoint here
+                    in `earlier` other devices, hosts and versions with which it ran before it went on from a
+                    checkpoint here
     metrics.jsonl   one JSON object a line, append-only: `step`, `milestone`, `resumed`, `adopted` and `out_of_memory`
                     rows, the last of a step or, without train/micro_rows, of a milestone; one that was resumed
                     from an older checkpoint than its last says why in `message`, and rows before an adopted one

@@ -107,7 +107,9 @@ def test_a_race_goes_on_elsewhere_without_the_files_it_was_made_from(
     assert parts["eval/aime/n"] == 2 and parts["ledgers"]["train"] == whole["ledgers"]["train"] == 6.0
     assert [row["step"] for row in rows_of(moved / "runs/own-s0", "resumed")] == [STEPS]
     here, there = (json.loads((race / "runs/own-s0/run.json").read_text()) for race in (tmp_path / "whole", moved))
-    assert there["earlier"] == [{"device": here["device"]["name"], "host": here["process"]["host"]}]
+    assert there["earlier"] == [
+        {"device": here["device"]["name"], "host": here["process"]["host"], "versions": here["versions"]}
+    ]
     assert "earlier" not in here and read_recorded(tmp_path / "whole/runs/own-s0").is_exact
     assert not read_recorded(moved / "runs/own-s0").is_exact
     again = tmp_path / "third"

@@ -151,6 +151,20 @@ def test_a_run_that_was_moved_is_told_and_its_pair_supports_no_claim(
     write_logs(read_race(tmp_path), tmp_path)
 
 
+def test_a_run_that_went_on_with_another_version_is_told(pair_race: Path) -> None:
+    file = pair_race / "runs" / "quick-1" / "run.json"
+    run = json.loads(file.read_text()) | {"versions": {"torch": "2.13", "commit": "b"}, "process": {"host": "h"}}
+    where = {"device": run["device"]["name"], "host": "h"}
+    file.write_text(json.dumps(run | {"earlier": [where | {"versions": {"torch": "2.13", "commit": "a"}}]}))
+    lines = caveats(read_race(pair_race))
+    assert "**What quick-1 ran with has changed in its midst: commit.**" in lines
+    assert not any("was moved" in line for line in lines)
+    file.write_text(json.dumps(run | {"earlier": [where | {"device": "A", "versions": run["versions"]}]}))
+    lines = caveats(read_race(pair_race))
+    assert any("quick-1 was moved in its midst, from A of h to" in line for line in lines)
+    assert not any("has changed" in line for line in lines)
+
+
 def test_different_devices_of_seeds_are_told(pair_race: Path) -> None:
     assert any("one device" in line for line in caveats(read_race(pair_race)))
     for trial in ("baseline-1", "quick-1"):
