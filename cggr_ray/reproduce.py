@@ -93,7 +93,8 @@ class Recorded:
     @property
     def is_exact(self) -> bool:
         """Whether the same arithmetic is there again: on a CPU, or by deterministic algorithms; on one device and with
-        one version all along, in the micro-batches that the trial asks for, by one worker, and with nothing computed before."""
+        the same versions all along, in the micro-batches that the trial asks for, by one worker, and with nothing
+        computed before."""
         execution = self.recipe.execution
         repeats = self.run["device"]["type"] == "cpu" or execution.deterministic
         whole = not self.run.get("earlier") and not self.summary["out_of_memory"]
