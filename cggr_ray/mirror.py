@@ -227,7 +227,7 @@ def fetch_race(address: str, file: str, out: Path | None) -> Path:
     Args:
         file: the record that is to be there.
     Raises:
-        ValueError: there is none, it was mirrored elsewhere, or the folder is not empty.
+        ValueError: there is none, it was mirrored elsewhere, or the folder is not empty or the current one.
         RemoteError: not all of it can be fetched; then there is no folder.
     """
     remote = open_remote(address)
@@ -238,6 +238,8 @@ def fetch_race(address: str, file: str, out: Path | None) -> Path:
     if spec.mirror != remote.address:
         raise ValueError(f"{remote.address!r} is a copy of {spec.mirror!r}; accepted: --resume {spec.mirror}")
     folder = out or Path("outputs") / remote.address.rpartition("/")[2]
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out {folder}, where this command runs; accepted: --out with a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty; accepted: --out with a new folder, or --resume {folder} where "
                          "it holds the same race")  # fmt: skip

@@ -66,6 +66,9 @@ OF_THE_MACHINE = (
     *(ORDER_ROWS, ORDER_HASH),
 )
 TOTALS = ("status", "steps", "tokens_seen", "labelled_tokens", "best_val_loss", VAL_LOSS)
+# What a replay needs of run.json and of summary.json.
+OF_A_TRIAL = ("trial_id", "seed", "values", "parts", "spec", "micro_rows", "model", "device", "versions")
+OF_AN_END = ("steps", "train_seconds", "out_of_memory", "order")
 
 Rows = dict[tuple[str, int], Row]
 
@@ -150,10 +153,7 @@ def read_recorded(folder: Path) -> Recorded:
         ValueError: it holds no run, one that has not ended, one that did not keep what a replay needs, or one that
             went on with the weights of another.
     """
-    run, summary = (_object(folder / name) for name in (RUN_FILE, SUMMARY_FILE))
-    for key in ("spec", "parts"):
-        if key not in run:
-            raise ValueError(f"{folder / RUN_FILE} has no {key!r}; accepted: a run that kept its whole trial")
+    run, summary = _object(folder / RUN_FILE, *OF_A_TRIAL), _object(folder / SUMMARY_FILE, *OF_AN_END)
     check_own(folder)
     began = read_progress(folder / PROGRESS_FILE)
     if len(began) != summary["steps"]:
@@ -296,7 +296,7 @@ def _different(where: str, before: Row, after: Row, names: Iterable[str]) -> Ite
             yield f"{where}: {name} {before[name]} recorded, {after.get(name)} again"
 
 
-def _object(path: Path) -> Row:
+def _object(path: Path, *keys: str) -> Row:
     if not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist; accepted: the folder of a run that has ended")
-    return read_json(path)
+    return read_json(path, *keys)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from cggr_ray import arguments, cli, commands
 from cggr_ray.lock import only_writer
 from cggr_ray.race import Trial
+from search_spaces import SPACES
 
 COMMANDS = {
     "race",
@@ -48,6 +49,11 @@ def test_the_commands_are_these_and_each_shows_an_example() -> None:
     for name in (*(COMMANDS - {"recipe"}), "recipe list", "recipe show", "recipe check"):
         shown = CliRunner().invoke(cli.app, [*name.split(), "--help"])
         assert shown.exit_code == 0 and "Example: cggr-ray" in shown.output, name
+
+
+def test_the_help_of_a_sweep_names_every_shipped_space() -> None:
+    shown = " ".join(CliRunner().invoke(cli.app, ["sweep", "--help"]).output.replace("│", " ").split())
+    assert f"A search space ({', '.join(sorted(SPACES))})" in shown
 
 
 @pytest.mark.parametrize(
@@ -151,6 +157,9 @@ def race_file(folder: Path, data: str) -> Path:
         (["bench", "step", "--device", ""], "device ''; accepted: auto, cpu, cuda"),
         (["bench", "step", "--shapes", "tiny-2x64"], "shape 'tiny-2x64'; accepted: model/ROWSxPOSITIONS"),
         (["bench", "step", "--shapes", "tiny/0x64"], "shape 'tiny/0x64'; accepted: model/ROWSxPOSITIONS"),
+        (["bench", "step", "--shapes", "tinny/2x64"], "model preset 'tinny'; did you mean 'tiny'?"),
+        (["bench", "head-stats", "--shapes", "bf16/2x64"], "shape 'bf16/2x64'; accepted: vVOCABULARY/ROWSxWIDTH"),
+        (["bench", "logit-stats", "--shapes", "v9/2x64"], "shape 'v9/2x64'; accepted: DTYPE/ROWSxVOCABULARY"),
         (["bench", "step", "--repeats", 0], "--repeats 0; accepted: at least 1"),
     ],
 )
@@ -412,7 +421,6 @@ def test_the_plan_of_a_sweep_is_readable(tmp_path: Path) -> None:
 
 def load_parts_domain(key: str) -> list[object]:
     """All that a shipped choice may be."""
-    from search_spaces import SPACES
 
     return list(SPACES["cggr"].domains()[key].of)
 

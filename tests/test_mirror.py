@@ -191,6 +191,8 @@ def test_what_is_fetched_goes_into_a_folder_of_its_own(
     assert (tmp_path / "outputs" / "my disk" / "race.json").is_file()
     said = fails(monkeypatch, capsys, "race", "--resume", f"file://{disk}")
     assert "'outputs/my disk' is not empty; accepted: --out with a new folder, or --resume outputs/my disk" in said
+    said = fails(monkeypatch, capsys, "race", "--resume", f"file://{disk}", "--out", ".")
+    assert "--out ., where this command runs; accepted: --out with a new folder" in said
     assert "--resume with other settings" in fails(monkeypatch, capsys, "race", "cpu", "--resume", f"file://{disk}")
     assert "--resume with other settings" in fails(monkeypatch, capsys, "race", "--out", "x", "--resume", "one")
     assert "holds no sweep; accepted: an address with sweep.json" in (

@@ -224,7 +224,9 @@ def test_data_of_the_race_is_read_and_not_written(run: Path, tmp_path: Path, rec
         ("run.json", r"run\.json' does not exist; accepted: the folder of a run that has ended"),
         ("summary.json", r"summary\.json' does not exist; accepted: the folder of a run that has ended"),
         ("progress.f64", r"progress\.f64' does not exist; accepted: a run that kept when its steps began"),
-        ("spec", r"run\.json has no 'spec'; accepted: a run that kept its whole trial"),
+        ("run.json spec", r"run\.json: no 'spec'; accepted: an object with trial_id, seed, values, parts, spec"),
+        ("run.json micro_rows", r"run\.json: no 'micro_rows'; accepted: an object with"),
+        ("summary.json order", r"summary\.json: no 'order'; accepted: an object with steps"),
         ("short", r"progress\.f64 has \d+ steps; accepted: the \d+ of the run"),
         ("torn", r"progress\.f64' has \d+ bytes; accepted: 8 a step"),
         ("still", r"seconds that do not rise; accepted"),
@@ -235,10 +237,11 @@ def test_a_folder_without_what_it_takes_is_refused(broken: str, said: str, copy:
     file = copy / "progress.f64"
     if broken.endswith(("json", "f64")):
         (copy / broken).unlink()
-    elif broken == "spec":
-        plain = json.loads((copy / "run.json").read_text())
-        del plain["spec"]
-        (copy / "run.json").write_text(json.dumps(plain))
+    elif " " in broken:
+        name, key = broken.split()
+        plain = json.loads((copy / name).read_text())
+        del plain[key]
+        (copy / name).write_text(json.dumps(plain))
     elif broken in ("short", "torn"):
         file.write_bytes(file.read_bytes()[: -8 if broken == "short" else -3])
     elif broken == "still":

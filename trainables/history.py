@@ -64,7 +64,7 @@ class History:
     """Use as a context manager: it holds the file.
 
     Raises:
-        ValueError: another process runs this sweep.
+        ValueError: another process runs this sweep, or an event lacks something.
     """
 
     def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
@@ -81,8 +81,11 @@ class History:
             raise ValueError(f"{str(folder)!r} is written by a sweep that runs; accepted: one at a time") from None
         events, whole = read_events(path)
         self._file.truncate(whole)
-        for event in events:
-            self._take(event)
+        for number, event in enumerate(events, 1):
+            try:
+                self._take(event)
+            except KeyError as error:
+                raise ValueError(f"{path}:{number}: no {error}; accepted: events as a sweep writes them") from None
 
     def __enter__(self) -> History:
         return self

@@ -30,23 +30,24 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     """Runs a benchmark, appends its rows to `out`/NAME.csv as it finds them, and prints them.
 
     Raises:
-        ValueError: unknown benchmark, a shape that does not parse, no repetition, or tests that fail.
+        ValueError: unknown benchmark, a shape that is none of its own, no repetition, or tests that fail.
     """
     from rich.console import Console
     from rich.table import Table
 
-    from cggr_ray.benchmarks import claims, head_stats, logit_stats, loop, memory, optimizer, step, workers
+    from cggr_ray.benchmarks import claims, head_stats, logit_stats, loop, memory, optimizer, step, workers, workload
     from cggr_ray.benchmarks.rows import BenchRow, Shape, append
     from cggr_ray.device import pick_device
 
+    # What is measured, on which shapes, and what refuses a shape that is none of its own.
     benches = {
-        "optimizer": (optimizer.bench_optimizer, optimizer.SHAPES),
-        "loop": (loop.bench_loop, loop.SHAPES),
-        "step": (step.bench_step, step.SHAPES),
-        "memory": (memory.bench_memory, memory.SHAPES),
-        "head-stats": (head_stats.bench_head_stats, head_stats.SHAPES),
-        "logit-stats": (logit_stats.bench_logit_stats, logit_stats.SHAPES),
-        "workers": (workers.bench_workers, workers.SHAPES),
+        "optimizer": (optimizer.bench_optimizer, optimizer.SHAPES, workload.check_model),
+        "loop": (loop.bench_loop, loop.SHAPES, workload.check_model),
+        "step": (step.bench_step, step.SHAPES, workload.check_model),
+        "memory": (memory.bench_memory, memory.SHAPES, workload.check_model),
+        "head-stats": (head_stats.bench_head_stats, head_stats.SHAPES, head_stats.parsed_vocabulary),
+        "logit-stats": (logit_stats.bench_logit_stats, logit_stats.SHAPES, logit_stats.parsed_dtype),
+        "workers": (workers.bench_workers, workers.SHAPES, workload.check_model),
     }
     tables = {"memory": claims.table}
     if name not in benches:
@@ -54,8 +55,10 @@ def run_bench(name: str, shapes: list[str] | None, out: Path, rounds: int, devic
     if rounds < 1:
         raise ValueError(f"--repeats {rounds}; accepted: at least 1")
     pick_device(device)
-    measure, default_shapes = benches[name]
+    measure, default_shapes, check_shape = benches[name]
     parsed = [Shape.parse(text) for text in shapes or default_shapes]
+    for shape in parsed:
+        check_shape(shape)
     check_tests(name)
     # Compiling takes minutes, which should not pass in silence.
     logging.getLogger(__name__).setLevel(logging.INFO)

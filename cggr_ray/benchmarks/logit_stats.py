@@ -28,11 +28,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHUNK_BYTES = 1 << 29
 
 
-@torch.no_grad()
-def bench_logit_stats(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
+def parsed_dtype(shape: Shape) -> torch.dtype:
+    """Raises ValueError for a shape that does not start with a dtype."""
     if shape.model not in DTYPES:
         raise ValueError(f"shape {str(shape)!r}; accepted: DTYPE/ROWSxVOCABULARY, DTYPE one of {', '.join(DTYPES)}")
-    where, dtype = pick_device(device), DTYPES[shape.model]
+    return DTYPES[shape.model]
+
+
+@torch.no_grad()
+def bench_logit_stats(shape: Shape, device: str, rounds: int, folder: Path) -> list[BenchRow]:
+    where, dtype = pick_device(device), parsed_dtype(shape)
     g = torch.Generator(where).manual_seed(0)
     logits = torch.randn(shape.rows, shape.positions, generator=g, device=where, dtype=dtype) * 3
     labels = torch.randint(shape.positions, (shape.rows,), generator=g, device=where)

@@ -25,6 +25,11 @@ BUDGET_SECONDS = 1e6
 NOW = Progress(step=1, train_seconds=1.0, budget_seconds=BUDGET_SECONDS, tokens_seen=10**9)
 
 
+def check_model(shape: Shape) -> None:
+    """Raises ValueError for a shape whose model is no preset."""
+    ModelSpec(preset=shape.model)
+
+
 def prepared_data(shape: Shape, folder: Path) -> tuple[DataSpec, Path]:
     """Generated problems in rows of the shape, and the folder where they are."""
     spec = DataSpec(sources=(Problems(count=20_000),), row_tokens=shape.positions, val_documents=50)
@@ -52,9 +57,7 @@ def prepared_run(
         micro_rows=shape.rows,
         workers=workers.size,
         milestones=(1.0,),
-        model=ModelSpec(
-            preset=shape.model, vocab_size=PRESETS[shape.model].vocabulary if shape.model in PRESETS else None
-        ),
+        model=ModelSpec(preset=shape.model, vocab_size=PRESETS[shape.model].vocabulary),
         data=data,
         device="cpu" if device == "cpu" else "auto",
         checkpoint_every_seconds=BUDGET_SECONDS,

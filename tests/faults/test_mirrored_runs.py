@@ -26,7 +26,7 @@ from cggr_ray import copying, run_mirror
 from cggr_ray.loop import run_race
 from cggr_ray.mirror import Mirror
 from cggr_ray.race import Trial
-from cggr_ray.remote import RemoteError
+from cggr_ray.remote import RemoteError, open_remote
 from cggr_ray.run_mirror import Mirroring, mirrored
 from cggr_ray.stopping import StoppedError
 from cggr_ray.workers import ALONE, Workers
@@ -331,6 +331,24 @@ def test_a_run_there_is_gone_on_with_whatever_words_its_recipe_is_described_in(
     (place.run / "run.json").write_text(json.dumps(record))
     run(replace(trial, recipe=replace(trial.recipe, description="in other words")))
     assert outcome(Path(trial.folder)) == expected and resumed(Path(trial.folder)) == [5]
+
+
+def test_checkpoints_may_go_while_they_are_looked_for(tmp_path: Path) -> None:
+    """At its end a run removes them, folder and all, and the thread that sends them may be looking."""
+    ended, checkpoints = threading.Event(), tmp_path / "checkpoints"
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            checkpoints.mkdir()
+            checkpoints.rmdir()
+
+    mirror, run = run_mirror.RunMirror(tmp_path, open_remote("memory://race")), threading.Thread(target=come_and_go)
+    run.start()
+    try:
+        assert all(mirror._newest() is None for _ in range(20_000))
+    finally:
+        ended.set()
+        run.join()
 
 
 def test_workers_of_a_machine_fetch_one_after_the_other_however_long_it_takes(

@@ -129,6 +129,13 @@ def test_a_broken_line_in_the_middle_of_a_history_is_named(tmp_path: Path) -> No
         History(tmp_path)
 
 
+def test_an_event_that_lacks_something_is_named(tmp_path: Path) -> None:
+    events = [{"kind": "session", "at": 1}, {"kind": "trial", "trial_id": "t0000", "at": 2}]
+    (tmp_path / "sweep.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    with pytest.raises(ValueError, match=r"sweep.jsonl:2: no 'values'; accepted: events as a sweep writes them"):
+        History(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("message", "mib"),
     [
