@@ -26,6 +26,7 @@ from analysis.frames import Race
 from analysis.measures import FINISHED, comparable_runs, finished_runs, order_check
 from analysis.stats import ALPHA, detectable, holm, mean_interval, paired_p, which_test
 from analysis.targets import bound_of, curves, speed_ups
+from cggr_ray.saying import counted
 from cggr_ray.schema import TRAIN_SECONDS, VAL_LOSS
 
 RATIO = "ratio"
@@ -276,7 +277,7 @@ def lost_runs(race: Race, recipe: str, endings: tuple[str, ...] | None = None) -
     """How the runs of a recipe that cannot be compared ended, as `1 run diverged`; empty if there are none."""
     status = race.runs.loc[race.runs["recipe"] == recipe, "status"]
     counts = Counter(str(word) for word in status if word != FINISHED and (endings is None or word in endings))
-    return ", ".join(f"{count} run{'s' if count > 1 else ''} {word}" for word, count in counts.items())
+    return ", ".join(f"{counted(count, 'run')} {word}" for word, count in counts.items())
 
 
 def _read_other_rows(checks: pd.DataFrame, recipes: tuple[str, str]) -> bool:

@@ -14,6 +14,7 @@ from analysis.measures import FINISHED
 from analysis.sweep_plots import plot_budget, plot_coordinates, plot_importance, plot_timeline
 from analysis.sweeps import VALUES, Sweep
 from analysis.tables import MARKDOWN, NONE, figure, plain, table
+from cggr_ray.saying import counted
 from cggr_ray.schema import PEAK_MEMORY, TOKENS_SEEN, TRAIN_SECONDS, VAL_LOSS
 
 MOST_BEST = 10
@@ -79,7 +80,7 @@ def headline(sweep: Sweep) -> str:
     rows = zip(best["trial_id"], best["status"], best[VAL_LOSS], strict=True)
     found = "".join(f" Best: {trial} ({status}), {figure(loss, 4)} nats/token." for trial, status, loss in rows)
     what = f"{sweep.spec.get('recipe', NONE)}, space {sweep.spec.get('space', NONE)}"
-    return f"{what}: {_count(len(sweep.trials))} ({ends}), {budget} train seconds each.{found}"
+    return f"{what}: {counted(len(sweep.trials), 'trial')} ({ends}), {budget} train seconds each.{found}"
 
 
 def best_trials(sweep: Sweep, most: int = MOST_BEST) -> pd.DataFrame:
@@ -145,16 +146,18 @@ def sweep_caveats(sweep: Sweep) -> list[str]:
         )
     stopped = int((trials["status"] == "stopped").sum())
     if stopped:
-        notes.append(f"Stopped early: {_count(stopped)}. Some would have ended lower than the best that went on.")
+        notes.append(
+            f"Stopped early: {counted(stopped, 'trial')}. Some would have ended lower than the best that went on."
+        )
     moved = int((trials["exploits"] > 0).sum())
     if moved:
         notes.append(
-            f"Gone on with the weights of others: {_count(moved)}. The values shown are those they ended with, and how "
-            "important a hyperparameter looks mixes several settings."
+            f"Gone on with the weights of others: {counted(moved, 'trial')}. The values shown are those they ended "
+            "with, and how important a hyperparameter looks mixes several settings."
         )
     open_ended = int((trials["status"] == "unfinished").sum())
     if open_ended:
-        notes.append(f"Not ended yet: {_count(open_ended)}.")
+        notes.append(f"Not ended yet: {counted(open_ended, 'trial')}.")
     notes.append("One seed, one budget, one model: differences within the spread over seeds are none.")
     return notes
 
@@ -184,10 +187,6 @@ def _budget_section(sweep: Sweep) -> str:
     if not sweep.results[VAL_LOSS].notna().any():
         return "No trial has been validated."
     return f"{rung_table(sweep)}\n\n{BUDGET_NOTE}\n\n{_image(BUDGET_PLOT)}"
-
-
-def _count(trials: int) -> str:
-    return f"{trials} trial{'' if trials == 1 else 's'}"
 
 
 def _image(plot: tuple[str, str, Callable[[Sweep, Path], Path]]) -> str:

@@ -62,7 +62,7 @@ def save(run_folder: Path, step: int, learner: Learner, state: dict[str, Any]) -
             json.dumps({"format": FORMAT, "step": step, "learner": learner.state_dict(), **state})
         )
         seal(aside)
-    for other in set((run_folder / FOLDER).iterdir()) - set(_all(run_folder)[-KEPT:]):
+    for other in set((run_folder / FOLDER).iterdir()) - set(all_of(run_folder)[-KEPT:]):
         shutil.rmtree(other)
     return final
 
@@ -147,7 +147,7 @@ def newest(run_folder: Path) -> tuple[Path | None, str]:
     """
     refused: list[str] = []
     found: Path | None = None
-    for folder in reversed(_all(run_folder)):
+    for folder in reversed(all_of(run_folder)):
         if (damage := find_damage(folder)) is None:
             found = folder
             break
@@ -175,7 +175,7 @@ def newest_of_first(run_folder: Path, workers: Workers) -> tuple[Path | None, st
 
 def remove_newer(run_folder: Path, found: Path | None) -> None:
     """Removes the checkpoints that `newest` refused, so that they are not among the last two."""
-    for folder in _all(run_folder):
+    for folder in all_of(run_folder):
         if found is None or folder > found:
             shutil.rmtree(folder)
 
@@ -296,5 +296,9 @@ def _said_by_the_system(folder: Path) -> Iterator[None]:
         raise
 
 
-def _all(run_folder: Path) -> list[Path]:
-    return sorted((run_folder / FOLDER).glob("step_*"))
+def all_of(run_folder: Path) -> list[Path]:
+    """A run's checkpoints, the oldest first, whole or not; none where the run removes the folder of all meanwhile."""
+    try:
+        return sorted((run_folder / FOLDER).glob("step_*"))
+    except FileNotFoundError:
+        return []

@@ -158,8 +158,6 @@ class Run:
         self.own_rows = rows_of_worker(self.rows_per_step, workers.size)
         self.counts = Counts(micro_rows=min(spec.micro_rows, self.own_rows))
         found, damage = checkpoint.newest_of_first(self.folder, workers)
-        if found:
-            check_kind(self.folder / RUN_FILE, self.device)
         state = self._restore(found) if found else None
         if self.counts.out_of_memory:
             self.milestones.resize(self.counts.micro_rows)
@@ -199,6 +197,7 @@ class Run:
 
     def _restore(self, folder: Path) -> Row:
         """Everything that a checkpoint holds; the ledgers of this process are added to those of the earlier ones."""
+        check_kind(self.folder / RUN_FILE, self.device)
         state = checkpoint.load(folder, self.learner)
         self._say(f"goes on from step {state['step']}")
         self.counts = Counts.of_state(state)

@@ -97,12 +97,7 @@ class RunMirror(Sender):
             self.send()
 
     def _newest(self) -> str | None:
-        """The last checkpoint; the run may remove the folder of all while it is read."""
-        try:
-            names = [path.name for path in (self.folder / checkpoint.FOLDER).iterdir()]
-        except FileNotFoundError:
-            return None
-        return max((name for name in names if name.startswith("step_")), default=None)
+        return max((path.name for path in checkpoint.all_of(self.folder)), default=None)
 
     def _send_checkpoint(self, name: str) -> None:
         """Sends a checkpoint, all files of which are opened first: the run may remove it while they are sent."""

@@ -66,11 +66,11 @@ def tune(
         check(spec, executor, address, folder)
         if resume is None:
             check_calibration(spec, pick_device(spec.device) if address is None else None)
-    trials = plan_tuning(spec, folder)
+    trials, console = plan_tuning(spec, folder), terminal()
     if dry_run:
         show_plan(trials[0].race, trials)
         for number, values in enumerate(tuning_of(spec).values, 1):
-            terminal().print(f"  values {number}: {json.dumps(values)}", highlight=False, soft_wrap=True)
+            console.print(f"  values {number}: {json.dumps(values)}", highlight=False, soft_wrap=True)
         return
     mirror = mirror_of(spec, folder)
     mirror.check()
@@ -87,7 +87,6 @@ def tune(
         write_whole(folder / TUNING_FILE, json.dumps(record, indent=1))
     else:
         claim(folder, TUNING_FILE, record)
-    console = terminal()
     with mirror:
         failed = run_left(trials, folder, executor, address, None, console, mirror)
         finish_tuning(spec, trials, folder, failed, console)
